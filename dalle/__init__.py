@@ -1,0 +1,1 @@
+"""Tessera: a trainer for text-to-image models."""

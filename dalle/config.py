@@ -1,0 +1,169 @@
+"""One typed config tree: YAML in, ``key.sub=value`` on top, JSON Schema out.
+
+``python -m dalle.config schema`` prints the JSON Schema of every kind of run, for editors.
+"""
+
+import difflib
+import json
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from dalle.errors import UserError
+
+
+class Section(BaseModel):
+    """Base of every config section: immutable, strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+Run = TypeVar("Run", bound=Section)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, with a repeated key an error instead of a silent overwrite."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str | Path, overrides: Sequence[str], runs: Mapping[str, type[Run]]) -> Run:
+    """The run described by the YAML file at ``path`` with ``key.sub=value`` overrides applied, validated.
+
+    ``runs`` maps the value of the ``task`` key to the config class. Raises :class:`UserError`, one line that names the
+    key, the file, what was expected and the nearest valid name.
+    """
+    tree = read_yaml(path)
+    for override in overrides:
+        apply_override(tree, override)
+    return validate(tree, runs, source=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; only plain data, no tags, no repeated keys."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no config file at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    try:
+        tree = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping of keys to values, not {type(tree).__name__}")
+    return tree
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one ``key.sub=value`` in ``tree``; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise UserError(f"override {override!r} is not of the form key.sub=value")
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+    for part in parts[:-1]:
+        node = tree.get(part)
+        if node is None:
+            node = tree[part] = {}
+        elif not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {part} is a single value ({node!r}), it has no keys below it")
+        tree = node
+    tree[parts[-1]] = value
+
+
+def validate(tree: dict[str, Any], runs: Mapping[str, type[Run]], source: str) -> Run:
+    """``tree`` as the config class that its ``task`` names."""
+    known = ", ".join(sorted(runs))
+    task = tree.get("task")
+    if task is None:
+        raise UserError(f"{source}: the key 'task' is missing; it is one of {known}")
+    if task not in runs:
+        raise UserError(f"{source}: task {task!r} is unknown{did_you_mean(str(task), runs)}; known: {known}")
+    try:
+        return runs[task].model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(error, runs[task])}") from None
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first of pydantic's complaints as one line: the key, what came, what was expected, the nearest name."""
+    first, *others = error.errors(include_url=False)
+    key = ".".join(str(part) for part in first["loc"]) or "(the whole file)"
+    more = f" (and {len(others)} more)" if others else ""
+    if first["type"] == "extra_forbidden":
+        valid = field_names(root, first["loc"][:-1])
+        name = str(first["loc"][-1])
+        return f"unknown key {key}{did_you_mean(name, valid)}; valid here: {', '.join(sorted(valid))}{more}"
+    if first["type"] == "missing":
+        return f"the key {key} is missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first["input"]
+    shown = "" if isinstance(given, (dict, BaseModel)) else f", got {given!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}{shown}{more}"
+
+
+def did_you_mean(name: str, valid: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def field_names(root: type[BaseModel], location: Sequence[str | int]) -> set[str]:
+    """The keys that are valid in the section at ``location`` below ``root``."""
+    models = [root]
+    for part in location:
+        models = [inner for model in models if part in model.model_fields
+                  for inner in _models_in(model.model_fields[part].annotation)] or models
+    return {name for model in models for name in model.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [model for inner in typing.get_args(annotation) for model in _models_in(inner)]
+    return []
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved config, defaults included, as YAML that :func:`load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema(runs: Mapping[str, type[Section]]) -> dict[str, Any]:
+    """The JSON Schema of every kind of run, told apart by the key ``task``."""
+    union = typing.Union[tuple(runs.values())] if len(runs) > 1 else next(iter(runs.values()))  # noqa: UP007
+    annotated = Annotated[union, Field(discriminator="task")] if len(runs) > 1 else union
+    return TypeAdapter(annotated).json_schema()
+
+
+def main(arguments: Sequence[str]) -> None:
+    from dalle.tasks import RUNS  # the tasks import this module
+
+    if list(arguments) != ["schema"]:
+        raise UserError("usage: python -m dalle.config schema")
+    print(json.dumps(json_schema(RUNS), indent=2))
+
+
+if __name__ == "__main__":
+    from dalle.errors import run_command
+
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,65 @@
+"""Dependencies point one way, and only the engine knows accelerate and deepspeed: read from the imports themselves."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# folder -> the project's own packages that its files may import
+ALLOWED = {
+    "dalle/models": {"dalle.models"},
+    "dalle/data": {"dalle.data", "dalle.config", "dalle.errors"},
+    "dalle/metrics": {"dalle.metrics", "dalle.data", "dalle.models", "dalle.errors"},
+    "dalle/training": {"dalle.training", "dalle.data", "dalle.config", "dalle.errors"},
+    "dalle/sampling": {"dalle.sampling", "dalle.models", "dalle.data", "dalle.metrics", "dalle.config", "dalle.errors"},
+    "dalle/tasks": {"dalle"},
+    "gans": {"gans", "dalle"},
+    "tools": {"dalle"},
+    "launch": {"gans", "dalle"},
+}
+ENGINE_ONLY = {"accelerate", "deepspeed"}
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_arrows_point_one_way(folder):
+    for path in sources(folder):
+        ours = {name for name in imports(path) if name.split(".")[0] in {"dalle", "gans", "launch", "tools"}}
+        wrong = {name for name in ours if not any(inside(name, package) for package in ALLOWED[folder])}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_only_the_engine_knows_accelerate_and_deepspeed():
+    for folder in ("dalle", "gans", "launch", "tools"):
+        for path in sources(folder):
+            if path.parent.name == "training" and path.name.startswith("engine"):
+                continue
+            known = {name.split(".")[0] for name in imports(path)} & ENGINE_ONLY
+            assert not known, f"{path.relative_to(ROOT)} imports {sorted(known)}"
+
+
+def test_every_python_folder_has_a_rule():
+    covered = {Path(folder) for folder in ALLOWED} | {Path("dalle")}
+    for path in (ROOT / "dalle").iterdir():
+        if path.is_dir() and any(path.glob("*.py")):
+            assert path.relative_to(ROOT) in covered
