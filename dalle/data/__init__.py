@@ -1,0 +1,1 @@
+"""Sharded tars to batches: index, reading order, decoding, captions, tokenizer, loader."""

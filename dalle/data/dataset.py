@@ -1,0 +1,295 @@
+"""Positions of the reading order to batches: one fetch a batch, with bad samples replaced and counted.
+
+A position always gives the same sample with the same randomness, whichever rank or worker asks: its random numbers come
+from :func:`dalle.data.order.sample_rng`, and a bad sample is replaced by the next good one behind it in its shard.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch.utils.data import Dataset
+
+from dalle.config import Section
+from dalle.data.codes import CachedCodes
+from dalle.data.decode import MAX_PIXELS, BadSample, class_id, decode_image, decode_meta, read_member, sample_captions
+from dalle.data.index import ShardIndex, ShardReader, key_text
+from dalle.data.order import Order, SequentialOrder, sample_rng
+from dalle.data.tokenizer import CaptionTokenizer
+from dalle.data.transforms import Crop, needed_side, to_square
+from dalle.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+MOST_RECORDS = 32_768            # parsed captions a worker keeps: some 40 MB with ten captions a picture
+MOST_REPLACEMENTS_TRIED = 1000
+LOG_EVERY = 1000                 # of the bad samples of one reason, the first is logged and then every so many
+
+
+class DataConfig(Section):
+    """What is read and how. ``train``: a folder of shards, a glob, a brace range, or several joined by ``::``."""
+
+    train: str
+    validation: str | None = None
+    image_size: int = Field(256, ge=1)
+    crop: Crop = "center"
+    flip: bool = False
+    images: bool = True                                   # False: only text and cached codes are read
+    jpeg_draft: bool = False                              # the JPEG decoder shrinks pictures over twice the needed size
+    max_pixels: int = Field(MAX_PIXELS, ge=1, le=2 * MAX_PIXELS)
+    caption: Literal["random", "first", "none"] = "random"     # none: pictures alone, captions are not read
+    tokenizer: str | None = None
+    text_length: int = Field(256, ge=1)
+    bpe_dropout: float = Field(0.1, ge=0, le=1)
+    caption_dropout: float = Field(0.0, ge=0, le=1)
+    codes: str | None = None
+    validation_codes: str | None = None
+    workers: int = Field(2, ge=0)
+    lanes: int = Field(64, ge=1)
+    window: int = Field(16, ge=1)
+    max_bad_fraction: float = Field(0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _something_is_read(self) -> Self:
+        if self.caption == "none" and self.tokenizer:
+            raise ValueError("caption is none, but a tokenizer is set; choose caption random or first")
+        if self.caption == "none" and not self.images and not self.codes:
+            raise ValueError("images is false, caption is none and codes is not set: nothing would be read")
+        return self
+
+
+class Record(NamedTuple):
+    """The small parts of one sample, kept between epochs."""
+
+    key: str
+    captions: list[str]          # empty when captions are not read
+    class_id: int
+    meta: dict[str, Any] | None  # kept in validation only
+
+
+class Sample(NamedTuple):
+    """One element of a batch; None for what is not configured."""
+
+    record: Record
+    caption: str | None
+    text: np.ndarray | None      # int [<= T] ids without padding; empty for a dropped caption
+    codes: np.ndarray | None
+    image: np.ndarray | None     # uint8 [S, S, 3]
+
+
+class ShardDataset(Dataset):
+    """A map from positions to samples; :meth:`__getitems__` makes a whole batch where the worker is."""
+
+    def __init__(self, config: DataConfig, index: ShardIndex, *, seed: int, training: bool,
+                 tokenizer: CaptionTokenizer | None = None, codes: CachedCodes | None = None):
+        self.config, self.index, self.seed, self.training = config, index, seed, training
+        self.tokenizer, self.codes = tokenizer, codes
+        self.order: Order | SequentialOrder = (
+            Order(index.counts, seed, config.lanes, config.window) if training else SequentialOrder(index.counts))
+        self._crop: Crop = config.crop if training or config.crop == "none" else "center"
+        self._bpe_dropout = config.bpe_dropout if training else 0.0
+        self._caption_dropout = config.caption_dropout if training else 0.0
+        self._reader = ShardReader(index)
+        self._records: dict[tuple[int, int], Record] = {}
+        self._ids: dict[tuple[int, int, int], np.ndarray] = {}
+        self._bad: dict[tuple[int, int], tuple[str, str]] = {}     # reason and detail, so that none is decoded twice
+        self._logged: Counter[str] = Counter()
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """The batch of these positions. A :class:`UserError` travels as the key ``error``: raised in a worker, it would
+        reach the user wrapped in that worker's traceback."""
+        try:
+            return self.fetch(positions)
+        except UserError as error:
+            return {"error": str(error)}
+
+    def fetch(self, positions: Sequence[int]) -> Batch:
+        """The batch, as :mod:`dalle.data.loader` describes it, with ``skipped``: reason -> replaced positions."""
+        _, shards, indices = self.order.locate(np.asarray(positions))
+        skipped: Counter[str] = Counter()
+        samples = [self._sample(position, shard, index, skipped)
+                   for position, shard, index in zip(positions, shards.tolist(), indices.tolist(), strict=True)]
+        return self._collate(positions, samples, skipped)
+
+    def _sample(self, position: int, shard: int, index: int, skipped: Counter[str]) -> Sample:
+        """The sample at (shard, index), or the first good one behind it."""
+        try:
+            return self._draw(position, shard, index)
+        except BadSample as bad:
+            self._note(bad, shard, index)
+            skipped[bad.reason] += 1
+            first = bad
+        for replacement in self._behind(shard, index):
+            try:
+                return self._draw(position, *replacement)
+            except BadSample:
+                continue
+        raise UserError(f"no usable sample among {MOST_REPLACEMENTS_TRIED} behind a bad one in "
+                        f"{self.index.shards[shard].path} ({first}); {advice(Counter([first.reason]))}")
+
+    def _behind(self, shard: int, index: int) -> Iterator[tuple[int, int]]:
+        """The rest of the shard, around its end, then the following shards."""
+        tried = 0
+        for step in range(len(self.index.shards)):
+            place = (shard + step) % len(self.index.shards)
+            count = int(self.index.counts[place])
+            for offset in range(1, count) if step == 0 else range(count):
+                yield place, (index + offset) % count if step == 0 else offset
+                tried += 1
+                if tried == MOST_REPLACEMENTS_TRIED:
+                    return
+
+    def _draw(self, position: int, shard: int, index: int) -> Sample:
+        """One sample with the randomness of ``position``. The order of the draws is part of what a seed means."""
+        known = self._bad.get((shard, index))
+        if known is not None:
+            raise BadSample(*known)
+        try:
+            record = self._record(shard, index)
+            rng = sample_rng(self.seed, position) if self.training else None
+            number = 0
+            if self.training and self.config.caption == "random" and len(record.captions) > 1:
+                number = int(rng.integers(len(record.captions)))
+            text = None
+            if self.tokenizer is not None:
+                dropped = self._caption_dropout > 0 and rng.random() < self._caption_dropout
+                text = np.empty(0, np.int64) if dropped else self._encode(record, shard, index, number, rng)
+            codes = None
+            if self.codes is not None:
+                view = int(rng.integers(self.codes.views)) if self.training and self.codes.views > 1 else 0
+                codes = self.codes.row(shard, index, view)
+            image = self._image(shard, index, rng) if self.config.images else None
+        except BadSample as bad:
+            self._bad[shard, index] = (bad.reason, bad.detail)
+            raise
+        return Sample(record, record.captions[number] if record.captions else None, text, codes, image)
+
+    def _record(self, shard: int, index: int) -> Record:
+        record = self._records.get((shard, index))
+        if record is not None:
+            return record
+        row = self._reader.row(shard, index)
+        data = read_member(self._reader, shard, row, "json")
+        meta = decode_meta(data) if data is not None else {}
+        captions = sample_captions(self._reader, shard, row, meta) if self.config.caption != "none" else []
+        record = Record(key_text(bytes(row["key"])), captions, class_id(meta), None if self.training else meta)
+        if len(self._records) >= MOST_RECORDS:
+            self._records.clear()
+            self._ids.clear()
+        self._records[shard, index] = record
+        return record
+
+    def _encode(self, record: Record, shard: int, index: int, number: int,
+                rng: np.random.Generator | None) -> np.ndarray:
+        """The caption's ids, at most T of them; remembered where no dropout makes them differ from time to time."""
+        if self._bpe_dropout:
+            ids = self.tokenizer.token_ids(record.captions[number], self._bpe_dropout, rng)
+            return np.array(ids[:self.config.text_length], dtype=np.int64)
+        ids = self._ids.get((shard, index, number))
+        if ids is None:
+            ids = np.array(self.tokenizer.token_ids(record.captions[number])[:self.config.text_length], dtype=np.int32)
+            self._ids[shard, index, number] = ids
+        return ids
+
+    def _image(self, shard: int, index: int, rng: np.random.Generator | None) -> np.ndarray:
+        config = self.config
+        image = read_image(self._reader, shard, index, config, self._crop)
+        return to_square(image, config.image_size, self._crop, config.flip and self.training, rng)
+
+    def _note(self, bad: BadSample, shard: int, index: int) -> None:
+        if self._logged[bad.reason] % LOG_EVERY == 0:
+            log.warning("bad sample replaced: %s, sample %d of %s (%d such so far)", bad, index,
+                        self.index.shards[shard].path, self._logged[bad.reason] + 1)
+        self._logged[bad.reason] += 1
+
+    def _collate(self, positions: Sequence[int], samples: list[Sample], skipped: Counter[str]) -> Batch:
+        batch: Batch = {
+            "key": [sample.record.key for sample in samples],
+            "position": torch.tensor(positions, dtype=torch.int64),
+            "class_id": torch.tensor([sample.record.class_id for sample in samples], dtype=torch.int64),
+            "skipped": dict(skipped),
+        }
+        if self.config.caption != "none":
+            batch["caption"] = [sample.caption for sample in samples]
+        if self.tokenizer is not None:
+            text = np.zeros((len(samples), self.config.text_length), dtype=np.int64)
+            for row, sample in zip(text, samples, strict=True):
+                row[:len(sample.text)] = sample.text
+            batch["text"] = torch.from_numpy(text)
+        if self.codes is not None:
+            batch["codes"] = torch.from_numpy(np.stack([sample.codes for sample in samples]).astype(np.int64))
+        if self.config.images:
+            batch["image"] = image_tensor([sample.image for sample in samples])
+        if not self.training:
+            batch["meta"] = [sample.record.meta for sample in samples]
+        return batch
+
+
+class ViewDataset(Dataset):
+    """Every sample in order, ``views`` crops of each, for a codec to encode. Bad samples are marked, not replaced."""
+
+    def __init__(self, config: DataConfig, index: ShardIndex, *, seed: int, views: int):
+        self.config, self.index, self.seed, self.views = config, index, seed, views
+        self.tokenizer, self.codes = None, None
+        self.order = SequentialOrder(index.counts)
+        self._reader = ShardReader(index)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """``image`` uint8 [b, views, 3, S, S] (black where not ``valid``), ``valid`` bool [b], ``position`` [b]."""
+        try:
+            _, shards, indices = self.order.locate(np.asarray(positions))
+            skipped: Counter[str] = Counter()
+            valid, squares, size = [], [], self.config.image_size
+            for position, shard, index in zip(positions, shards.tolist(), indices.tolist(), strict=True):
+                views = self._views(position, shard, index, skipped)
+                valid.append(views is not None)
+                squares += views or [np.zeros((size, size, 3), np.uint8)] * self.views
+        except UserError as error:
+            return {"error": str(error)}
+        image = image_tensor(squares)
+        return {"image": image.view(len(positions), self.views, *image.shape[1:]), "valid": torch.tensor(valid),
+                "position": torch.tensor(positions, dtype=torch.int64), "skipped": dict(skipped)}
+
+    def _views(self, position: int, shard: int, index: int, skipped: Counter[str]) -> list[np.ndarray] | None:
+        config = self.config
+        try:
+            image = read_image(self._reader, shard, index, config, config.crop)
+        except BadSample as bad:
+            log.warning("no codes for a bad sample: %s, sample %d of %s", bad, index, self.index.shards[shard].path)
+            skipped[bad.reason] += 1
+            return None
+        return [to_square(image, config.image_size, config.crop, config.flip,
+                          sample_rng(self.seed, position * self.views + view)) for view in range(self.views)]
+
+
+def read_image(reader: ShardReader, shard: int, index: int, config: DataConfig, crop: Crop):
+    """The decoded picture of a sample (PIL, RGB)."""
+    data = read_member(reader, shard, reader.row(shard, index), "image")
+    draft_side = needed_side(config.image_size, crop) if config.jpeg_draft else None
+    return decode_image(data, config.max_pixels, draft_side)
+
+
+def image_tensor(squares: list[np.ndarray]) -> torch.Tensor:
+    """uint8 [S, S, 3] each -> uint8 [b, 3, S, S], contiguous."""
+    return torch.from_numpy(np.ascontiguousarray(np.stack(squares).transpose(0, 3, 1, 2)))
+
+
+def advice(reasons: Counter[str]) -> str:
+    """What to do about the commonest reason for bad samples."""
+    common = reasons.most_common(1)[0][0]
+    return {
+        "no_caption": "add the captions, or set data.caption=none to train on pictures alone",
+        "empty_caption": "fill in the captions, or set data.caption=none to train on pictures alone",
+        "caption_encoding": "write the captions as UTF-8",
+        "too_many_pixels": "make the pictures smaller or raise data.max_pixels",
+        "no_codes": "repair the pictures and make the codes again with tools/cache_codes.py",
+        "truncated_shard": "fetch the shard again, then run tools/index_shards.py on its folder",
+    }.get(common, "repair or remove these samples, or raise data.max_bad_fraction")

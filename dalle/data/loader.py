@@ -1,0 +1,209 @@
+"""Batches for one rank, by the reading order: endless for training, one pass for validation.
+
+A batch of b = batch_size / world_size samples is a dict: ``image`` uint8 [b, 3, S, S], ``text`` int64 [b, T] (0:
+unfilled; all 0: the caption was dropped), ``codes`` int64 [b, N], ``caption`` list of str, ``key`` list of str,
+``position`` int64 [b], ``class_id`` int64 [b] (-1: none), and in validation ``meta``, a list of dicts. What is not
+configured is absent.
+Rank r of R gets the positions tB + r, tB + r + R, ... of batch t, so any R that divides B sees the same global batches.
+"""
+
+import atexit
+import itertools
+import logging
+import os
+import signal
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch.utils.data import DataLoader
+
+from dalle.data.codes import CachedCodes
+from dalle.data.dataset import Batch, DataConfig, ShardDataset, ViewDataset, advice
+from dalle.data.index import ShardIndex
+from dalle.data.tokenizer import CaptionTokenizer
+from dalle.errors import UserError
+
+__all__ = ["Batch", "DataConfig", "Loader", "train_batches", "validation_batches", "view_batches"]
+
+log = logging.getLogger(__name__)
+
+MIN_SEEN = 200               # samples before the fraction of bad ones is judged
+PREFETCHED_BATCHES = 4       # a worker
+SECONDS_AFTER_SIGTERM = 30   # what Slurm grants, too
+
+
+class TrainPositions:
+    """One rank's positions of the global batches ``start_step``, ``start_step`` + 1, ..., endlessly."""
+
+    def __init__(self, batch_size: int, rank: int, world_size: int, start_step: int):
+        self.batch_size, self.rank, self.world_size, self.start_step = batch_size, rank, world_size, start_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in itertools.count(self.start_step):
+            start = step * self.batch_size
+            yield list(range(start + self.rank, start + self.batch_size, self.world_size))
+
+
+class ValidationPositions:
+    """One rank's positions of one pass over ``total`` samples; every rank gets the same number of batches, none empty.
+
+    Ranks that ran out one batch early would leave the others waiting in a collective. Where the last global batch has
+    too few positions for all, a rank without one splits its last batch in two; with one sample a batch there is nothing
+    to split, and the last ``total`` mod R samples are left out.
+    """
+
+    def __init__(self, total: int, batch_size: int, rank: int, world_size: int):
+        local = batch_size // world_size
+        if local == 1 and total % world_size:
+            log.warning("validation leaves out its last %d samples: fewer than ranks", total % world_size)
+            total -= total % world_size
+        mine = list(range(rank, total, world_size))
+        self.batches = [mine[start:start + local] for start in range(0, len(mine), local)]
+        if len(self.batches) < -(-total // batch_size):
+            last = self.batches.pop()
+            self.batches += [last[:len(last) // 2], last[len(last) // 2:]]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class Loader:
+    """Iterate for batches; ``skipped`` counts the replaced bad samples of this rank by reason, so far."""
+
+    def __init__(self, dataset: ShardDataset | ViewDataset, positions: Iterable[list[int]], *, finite: bool):
+        config = dataset.config
+        self.index: ShardIndex = dataset.index
+        self.tokenizer: CaptionTokenizer | None = dataset.tokenizer
+        self.codes: CachedCodes | None = dataset.codes
+        self.samples_per_epoch: int = dataset.order.samples_per_epoch
+        self.skipped: Counter[str] = Counter()
+        self._seen = 0
+        self._max_bad_fraction = config.max_bad_fraction
+        self._positions = positions
+        self._finite = finite
+        workers = min(config.workers, len(positions)) if finite else config.workers
+        if workers:
+            # the library warns at every fork unless told; a worker encodes one caption at a time anyway
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._loader = DataLoader(
+            dataset, batch_sampler=positions, num_workers=workers, collate_fn=_as_fetched, worker_init_fn=_start_worker,
+            persistent_workers=workers > 0, prefetch_factor=PREFETCHED_BATCHES if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(0))     # otherwise each pass would draw from the global generator
+        if workers:
+            atexit.register(_close, weakref.ref(self))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            if "error" in batch:
+                raise UserError(batch["error"])
+            self._account(batch)
+            yield batch
+        if self._finite:
+            self._judge()
+
+    def __len__(self) -> int:
+        """Batches in a pass; endless loaders have no length."""
+        if not self._finite:
+            raise TypeError("a training loader is endless")
+        return len(self._positions)
+
+    def close(self) -> None:
+        """Stop the workers."""
+        iterator = self._loader._iterator
+        if iterator is not None and self._loader.num_workers:
+            iterator._shutdown_workers()      # DataLoader offers no public way
+            self._loader._iterator = None
+
+    def _account(self, batch: Batch) -> None:
+        self.skipped.update(batch.pop("skipped"))
+        self._seen += len(batch["position"])
+        if self._seen >= MIN_SEEN:
+            self._judge()
+
+    def _judge(self) -> None:
+        bad = self.skipped.total()
+        if bad > self._max_bad_fraction * self._seen:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self.skipped.most_common())
+            raise UserError(f"{bad} of {self._seen} samples in {self.index.shards[0].folder} cannot be used "
+                            f"({reasons}), above data.max_bad_fraction={self._max_bad_fraction}; "
+                            f"{advice(self.skipped)}")
+
+
+def train_batches(config: DataConfig, *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1,
+                  start_step: int = 0) -> Loader:
+    """This rank's share of the endless global batches of ``batch_size``, from batch ``start_step`` on.
+
+    Raises :class:`UserError` for data that cannot be used, and when ``world_size`` does not divide ``batch_size``.
+    """
+    check_split(batch_size, world_size)
+    index = ShardIndex.load(config.train)
+    dataset = ShardDataset(config, index, seed=seed, training=True, tokenizer=_tokenizer(config),
+                           codes=CachedCodes(config.codes, index) if config.codes else None)
+    return Loader(dataset, TrainPositions(batch_size, rank, world_size, start_step), finite=False)
+
+
+def validation_batches(config: DataConfig, *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1,
+                       limit: int | None = None) -> Loader:
+    """This rank's share of one pass over ``config.validation`` (its first ``limit`` samples), in order, unaugmented."""
+    if config.validation is None:
+        raise UserError("data.validation is not set; name the validation shards")
+    if config.codes and not config.validation_codes and not config.images:
+        raise UserError("data.codes is set but data.validation_codes is not; make them with tools/cache_codes.py")
+    check_split(batch_size, world_size)
+    index = ShardIndex.load(config.validation)
+    total = index.num_samples if limit is None else min(limit, index.num_samples)
+    if total < world_size:
+        raise UserError(f"validation has {total} samples, fewer than the {world_size} processes; use more samples "
+                        "or fewer processes")
+    dataset = ShardDataset(config, index, seed=seed, training=False, tokenizer=_tokenizer(config),
+                           codes=CachedCodes(config.validation_codes, index) if config.validation_codes else None)
+    return Loader(dataset, ValidationPositions(total, batch_size, rank, world_size), finite=True)
+
+
+def view_batches(config: DataConfig, *, seed: int, batch_size: int, views: int = 1) -> Loader:
+    """Every sample of ``config.train`` once, in order, as ``views`` crops: ``image`` uint8 [b, views, 3, S, S].
+
+    A picture that cannot be decoded is black and its ``valid`` (bool [b]) False, so that rows and samples stay aligned.
+    """
+    index = ShardIndex.load(config.train)
+    dataset = ViewDataset(config, index, seed=seed, views=views)
+    return Loader(dataset, ValidationPositions(index.num_samples, batch_size, 0, 1), finite=True)
+
+
+def check_split(batch_size: int, world_size: int) -> None:
+    """Refuse a global batch that the processes cannot share equally."""
+    if batch_size < 1:
+        raise UserError(f"the global batch size is {batch_size}; it must be at least 1")
+    if batch_size % world_size:
+        legal = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
+        raise UserError(f"the global batch of {batch_size} samples cannot be shared by {world_size} processes; "
+                        f"use one of {', '.join(map(str, legal))} processes, or a batch that {world_size} divides")
+
+
+def _tokenizer(config: DataConfig) -> CaptionTokenizer | None:
+    return CaptionTokenizer.load(config.tokenizer) if config.tokenizer else None
+
+
+def _as_fetched(batch: Batch) -> Batch:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """Signals sent to the whole job are the main process's to answer: it still needs batches until its checkpoint."""
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
+    # not ignored for good: multiprocessing ends a worker that hangs with this signal
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(SECONDS_AFTER_SIGTERM))
+
+
+def _close(reference: "weakref.ref[Loader]") -> None:
+    loader = reference()
+    if loader is not None:
+        loader.close()

@@ -1,0 +1,359 @@
+import io
+import itertools
+import os
+import pickle
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from dalle.data.codes import CodesWriter
+from dalle.data.dataset import ShardDataset
+from dalle.data.index import ShardIndex
+from dalle.data.loader import DataConfig, ValidationPositions, train_batches, validation_batches, view_batches
+from dalle.data.order import Order
+from dalle.data.tokenizer import CaptionTokenizer
+from dalle.data.writer import ShardWriter
+from dalle.errors import UserError
+
+COUNT, SIZE = 23, 8
+
+
+def png(number, size=SIZE):
+    """A flat picture whose red value is its number, so that a batch can be read back."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (number, 2 * number, 0)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    with ShardWriter(folder / "train", 6) as writer:
+        for number in range(COUNT):
+            writer.write(png(number), "png", [f"picture number {number}", f"second caption of {number}"],
+                         {"class_id": number % 3, "name": str(number)} if number != 5 else None)
+    index = ShardIndex.load(str(folder / "train"))
+    CaptionTokenizer.train_from_shards(index, 300).save(folder / "tokenizer")
+    with CodesWriter(folder / "codes", index, codec_digest="d", num_codes=1000, grid=(2, 2), views=3) as writer:
+        numbers = np.arange(COUNT)[:, None, None] * 10
+        writer.write(numbers + np.arange(3)[None, :, None] + np.zeros((1, 1, 4), int))
+    return folder
+
+
+def config(data, **changes):
+    values = {"train": str(data / "train"), "validation": str(data / "train"), "image_size": SIZE, "workers": 0,
+              "lanes": 3, "window": 2, "tokenizer": str(data / "tokenizer"), "text_length": 12}
+    return DataConfig(**{**values, **changes})
+
+
+def take(loader, count):
+    return list(itertools.islice(loader, count))
+
+
+def equal(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name], name
+
+
+def interleave(parts):
+    """The global batch out of the ranks' parts."""
+    whole = {}
+    for name in parts[0]:
+        if isinstance(parts[0][name], torch.Tensor):
+            whole[name] = torch.stack([part[name] for part in parts], 1).flatten(0, 1)
+        else:
+            whole[name] = [value for group in zip(*(part[name] for part in parts), strict=True) for value in group]
+    return whole
+
+
+def test_a_batch_holds_what_the_order_says(data):
+    loader = train_batches(config(data, codes=str(data / "codes")), seed=4, batch_size=6)
+    order = Order(np.array([6, 6, 6, 5]), 4, lanes=3, window=2)
+    tokenizer = CaptionTokenizer.load(data / "tokenizer")
+    assert loader.samples_per_epoch == COUNT and loader.tokenizer.digest == tokenizer.digest
+    for step, batch in enumerate(take(loader, 8)):                       # two epochs
+        assert set(batch) == {"image", "text", "codes", "caption", "key", "position", "class_id"}
+        assert batch["image"].dtype == torch.uint8 and batch["image"].shape == (6, 3, SIZE, SIZE)
+        assert batch["image"].is_contiguous()
+        assert batch["text"].dtype == batch["codes"].dtype == batch["class_id"].dtype == torch.int64
+        for row in range(6):
+            position = int(batch["position"][row])
+            assert position == step * 6 + row
+            _, shard, index = order(position)
+            number = shard * 6 + index
+            assert batch["key"][row] == f"{shard:05d}{index:04d}"
+            assert batch["image"][row, 0].unique().tolist() == [number]
+            assert batch["image"][row, 1].unique().tolist() == [2 * number]
+            assert batch["caption"][row] in (f"picture number {number}", f"second caption of {number}")
+            kept = tokenizer.decode(batch["text"][row].tolist())
+            assert batch["caption"][row].startswith(kept)
+            assert batch["class_id"][row] == (number % 3 if number != 5 else -1)
+            assert batch["codes"][row].unique().item() // 10 == number
+    assert not loader.skipped
+
+
+@pytest.mark.parametrize(("world", "workers", "start"), [(1, 2, 0), (2, 0, 3), (3, 1, 1), (6, 0, 0)])
+def test_ranks_workers_and_restarts_only_divide_the_same_batches(data, world, workers, start):
+    settings = {"flip": True, "crop": "random", "image_size": 6, "codes": str(data / "codes"), "caption_dropout": 0.3}
+    reference = take(train_batches(config(data, **settings), seed=1, batch_size=6), 6)
+    loaders = [train_batches(config(data, workers=workers, **settings), seed=1, batch_size=6, rank=rank,
+                             world_size=world, start_step=start) for rank in range(world)]
+    for expected, *parts in zip(reference[start:], *loaders, strict=False):
+        equal(interleave(parts), expected)
+    for loader in loaders:
+        loader.close()
+
+
+def test_every_epoch_is_every_sample_once(data):
+    batches = take(train_batches(config(data), seed=0, batch_size=1), 3 * COUNT)
+    for epoch in range(3):
+        keys = [batch["key"][0] for batch in batches[epoch * COUNT:(epoch + 1) * COUNT]]
+        assert len(set(keys)) == COUNT
+
+
+def test_randomness_of_captions_views_and_dropout(data):
+    settings = {"codes": str(data / "codes"), "caption_dropout": 0.5, "images": False}
+    batches = take(train_batches(config(data, **settings), seed=0, batch_size=COUNT), 20)
+    captions = {caption for batch in batches for caption in batch["caption"]}
+    assert len(captions) == 2 * COUNT and "image" not in batches[0]
+    assert {int(code) % 10 for batch in batches for code in batch["codes"][:, 0]} == {0, 1, 2}
+    dropped = sum(int((batch["text"] == 0).all(1).sum()) for batch in batches)
+    assert 0.4 < dropped / (20 * COUNT) < 0.6
+    first = take(train_batches(config(data, caption="first"), seed=0, batch_size=COUNT), 1)[0]
+    assert all(caption.startswith("picture number") for caption in first["caption"])
+
+
+def test_text_does_not_depend_on_whether_pictures_are_read(data):
+    settings = {"codes": str(data / "codes"), "caption_dropout": 0.2, "flip": True}
+    with_images = take(train_batches(config(data, **settings), seed=3, batch_size=6), 5)
+    without = take(train_batches(config(data, images=False, **settings), seed=3, batch_size=6), 5)
+    for first, second in zip(with_images, without, strict=True):
+        first.pop("image")
+        equal(first, second)
+
+
+def test_remembered_ids_are_the_encoded_ids(data):
+    loader = train_batches(config(data, bpe_dropout=0.0), seed=0, batch_size=COUNT)
+    for batch in take(loader, 4):
+        expected = np.stack([loader.tokenizer.encode(caption, 12) for caption in batch["caption"]])
+        np.testing.assert_array_equal(batch["text"].numpy(), expected)
+
+
+def test_validation_is_one_plain_pass_in_order(data):
+    loader = validation_batches(config(data, flip=True, crop="random", caption_dropout=1.0, images=True,
+                                       validation_codes=str(data / "codes")), seed=9, batch_size=5)
+    assert len(loader) == 5
+    for _ in range(2):
+        batches = list(loader)
+        assert [len(batch["key"]) for batch in batches] == [5, 5, 5, 5, 3]
+        numbers = [int(value) for batch in batches for value in batch["image"][:, 0, 0, 0]]
+        assert numbers == list(range(COUNT))
+        captions = [caption for batch in batches for caption in batch["caption"]]
+        assert captions == [f"picture number {number}" for number in numbers]
+        assert batches[0]["meta"][4] == {"class_id": 1, "name": "4"} and batches[1]["meta"][0] == {}
+        assert [int(code) for batch in batches for code in batch["codes"][:, 0]] == [10 * n for n in numbers]
+        assert all(row.any() for batch in batches for row in batch["text"])
+    limited = validation_batches(config(data, workers=2), seed=9, batch_size=4, limit=6)
+    for _ in range(2):
+        assert [batch["position"].tolist() for batch in limited] == [[0, 1, 2, 3], [4, 5]]
+    limited.close()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("local", [1, 2, 3, 5])
+@pytest.mark.parametrize("total", range(4, 40))
+def test_validation_gives_every_rank_as_many_batches(total, local, world):
+    ranks = [list(ValidationPositions(total, local * world, rank, world)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert all(0 < len(batch) <= local for batches in ranks for batch in batches)
+    seen = sorted(position for batches in ranks for batch in batches for position in batch)
+    assert seen == list(range(total - (total % world if local == 1 else 0)))
+    for step in range(total // (local * world)):                  # full global batches keep their positions
+        for rank in range(world):
+            start = step * local * world
+            if len(ranks[rank][step]) == local:
+                assert ranks[rank][step] == list(range(start + rank, start + local * world, world))
+
+
+def test_without_captions(tmp_path):
+    with ShardWriter(tmp_path / "d", 4) as writer:
+        for number in range(6):
+            writer.write(png(number), "png", [])
+    settings = {"train": str(tmp_path / "d"), "image_size": SIZE, "workers": 0}
+    batch = next(iter(train_batches(DataConfig(caption="none", **settings), seed=0, batch_size=6)))
+    assert sorted(batch["image"][:, 0, 0, 0].tolist()) == list(range(6))
+    assert "caption" not in batch and "text" not in batch
+    with pytest.raises(UserError, match="empty_caption.*caption=none"):
+        next(iter(train_batches(DataConfig(**settings), seed=0, batch_size=6)))
+
+
+def damaged_set(folder):
+    """Nine samples a shard; of shard 0, numbers 2, 3 and 8 are bad, each in its own way."""
+    with ShardWriter(folder, 9) as writer:
+        for number in range(18):
+            image = {2: png(2)[:-30], 3: b"<html>"}.get(number, png(number))
+            writer.write(image, "png", ["" if number == 8 else f"caption {number}"])
+    return folder
+
+
+def test_bad_samples_are_replaced_by_the_next_good_one_and_counted(tmp_path, caplog):
+    settings = {"train": str(damaged_set(tmp_path / "d")), "validation": str(tmp_path / "d"), "image_size": SIZE,
+                "max_bad_fraction": 1.0}
+    for workers in (0, 2):
+        loader = validation_batches(DataConfig(workers=workers, **settings), seed=0, batch_size=6)
+        batches = list(loader)
+        assert all("skipped" not in batch for batch in batches)
+        numbers = [int(value) for batch in batches for value in batch["image"][:, 0, 0, 0]]
+        assert numbers == [0, 1, 4, 4, 4, 5, 6, 7, 0, *range(9, 18)]          # 8 goes around the end of its shard
+        assert [int(position) for batch in batches for position in batch["position"]] == list(range(18))
+        assert batches[0]["caption"][2] == "caption 4" and batches[0]["key"][2] == "000000004"
+        assert loader.skipped == {"truncated_image": 1, "not_an_image": 1, "empty_caption": 1}
+        loader.close()
+    assert "bad sample replaced: not_an_image" in caplog.text
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path):
+    settings = {"train": str(damaged_set(tmp_path / "d")), "validation": str(tmp_path / "d"), "image_size": SIZE}
+    with pytest.raises(UserError, match=r"3 of 18 samples .*not_an_image 1.*max_bad_fraction=0\.1"):
+        list(validation_batches(DataConfig(workers=0, **settings), seed=0, batch_size=6))
+    seen = 0
+    with pytest.raises(UserError, match="cannot be used"):
+        for batch in train_batches(DataConfig(workers=0, **settings), seed=0, batch_size=6):
+            seen += len(batch["key"])
+    assert 190 < seen < 210                                          # a few samples are no fraction yet
+
+
+def test_a_set_without_a_good_sample_ends(tmp_path):
+    with ShardWriter(tmp_path / "d", 4) as writer:
+        for _ in range(9):
+            writer.write(b"<html>", "png", ["a"])
+    with pytest.raises(UserError, match="no usable sample.*not_an_image"):
+        take(train_batches(DataConfig(train=str(tmp_path / "d"), workers=0), seed=0, batch_size=2), 1)
+
+
+def test_view_batches_keep_rows_and_samples_aligned(tmp_path):
+    settings = DataConfig(train=str(damaged_set(tmp_path / "d")), image_size=SIZE, workers=0, max_bad_fraction=0.5)
+    batches = list(view_batches(settings, seed=0, batch_size=5, views=2))
+    assert [batch["image"].shape for batch in batches][0] == (5, 2, 3, SIZE, SIZE)
+    assert torch.cat([batch["position"] for batch in batches]).tolist() == list(range(18))
+    valid = torch.cat([batch["valid"] for batch in batches])
+    assert (~valid).nonzero().flatten().tolist() == [2, 3]           # a missing caption does not matter here
+    reds = torch.cat([batch["image"] for batch in batches])[:, :, 0, 0, 0]
+    assert reds.tolist() == [[n, n] if n not in (2, 3) else [0, 0] for n in range(18)]
+
+
+def test_views_are_different_crops(tmp_path):
+    ramp = Image.fromarray(np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (8, 64, 3)).copy())
+    buffer = io.BytesIO()
+    ramp.save(buffer, "png")
+    with ShardWriter(tmp_path / "d") as writer:
+        writer.write(buffer.getvalue(), "png", ["a"])
+    settings = DataConfig(train=str(tmp_path / "d"), image_size=8, crop="random", workers=0)
+    image = next(iter(view_batches(settings, seed=0, batch_size=1, views=6)))["image"]
+    assert len(set(image[0, :, 0, 0, 0].tolist())) > 3
+
+
+def test_codes_without_a_picture_are_replaced(data, tmp_path):
+    index = ShardIndex.load(str(data / "train"))
+    with CodesWriter(tmp_path / "codes", index, codec_digest="d", num_codes=1000, grid=(1, 1)) as writer:
+        writer.write(np.arange(COUNT)[:, None, None], np.arange(COUNT) != 4)
+    loader = validation_batches(config(data, images=False, validation_codes=str(tmp_path / "codes")), seed=0,
+                                batch_size=COUNT)
+    assert next(iter(loader))["codes"].flatten().tolist() == [0, 1, 2, 3, 5, 5, *range(6, COUNT)]
+    assert loader.skipped == {"no_codes": 1}
+
+
+def test_a_shard_cut_after_indexing_is_noticed(tmp_path):
+    with ShardWriter(tmp_path / "d", 40) as writer:
+        for number in range(40):
+            writer.write(png(number), "png", ["a"])
+    settings = DataConfig(train=str(tmp_path / "d"), image_size=SIZE, workers=0)
+    loader = train_batches(settings, seed=0, batch_size=8)
+    shard = tmp_path / "d" / "00000.tar"
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(UserError, match="truncated_shard"):
+        take(loader, 60)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_vanished_shard_is_one_clear_line_even_from_a_worker(tmp_path, workers):
+    with ShardWriter(tmp_path / "d", 4) as writer:
+        for number in range(4):
+            writer.write(png(number), "png", ["a"])
+    settings = DataConfig(train=str(tmp_path / "d"), image_size=SIZE, workers=workers)
+    loader = train_batches(settings, seed=0, batch_size=2)
+    (tmp_path / "d" / "00000.tar").unlink()
+    with pytest.raises(UserError) as caught:
+        take(loader, 2)
+    assert "00000.tar cannot be read" in str(caught.value) and "\n" not in str(caught.value)
+    loader.close()
+
+
+def test_workers_outlive_the_signals_of_the_job_and_use_one_thread(data):
+    loader = train_batches(config(data, workers=1), seed=0, batch_size=2)
+    batches = iter(loader)
+    next(batches)
+    worker = loader._loader._iterator._workers[0]
+    for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, name)
+    for _ in range(20):
+        next(batches)
+    assert worker.is_alive()
+    loader.close()
+    assert not worker.is_alive()
+
+
+def test_a_killed_worker_is_an_error(data):
+    loader = train_batches(config(data, workers=1), seed=0, batch_size=2)
+    batches = iter(loader)
+    next(batches)
+    os.kill(loader._loader._iterator._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="killed by signal|exited unexpectedly"):
+        for _ in range(50):
+            next(batches)
+
+
+def test_iterating_leaves_the_global_generator_alone(data):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    take(train_batches(config(data), seed=0, batch_size=2), 2)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_dataset_can_be_sent_to_a_spawned_worker(data):
+    index = ShardIndex.load(str(data / "train"))
+    dataset = ShardDataset(config(data), index, seed=0, training=True,
+                           tokenizer=CaptionTokenizer.load(data / "tokenizer"))
+    expected = dataset.fetch([3, 1, 4])
+    equal(pickle.loads(pickle.dumps(dataset)).fetch([3, 1, 4]), expected)
+
+
+def test_wrong_requests(data, tmp_path):
+    with pytest.raises(UserError, match="12 samples cannot be shared by 5 processes; use one of 1, 2, 3, 4, 6, 12"):
+        train_batches(config(data), seed=0, batch_size=12, world_size=5)
+    with pytest.raises(UserError, match="must be at least 1"):
+        train_batches(config(data), seed=0, batch_size=0)
+    with pytest.raises(UserError, match="data.validation is not set"):
+        validation_batches(config(data, validation=None), seed=0, batch_size=2)
+    with pytest.raises(UserError, match="validation_codes is not"):
+        validation_batches(config(data, images=False, codes=str(data / "codes")), seed=0, batch_size=2)
+    with pytest.raises(UserError, match="2 samples, fewer than the 4 processes"):
+        validation_batches(config(data), seed=0, batch_size=4, world_size=4, limit=2)
+    with pytest.raises(UserError, match="no tokenizer"):
+        train_batches(config(data, tokenizer=str(tmp_path)), seed=0, batch_size=2)
+    with pytest.raises(TypeError, match="endless"):
+        len(train_batches(config(data), seed=0, batch_size=2))
+
+
+@pytest.mark.parametrize("wrong", [{"crop": "top"}, {"bpe_dropout": 2}, {"image_size": 0}, {"workers": -1},
+                                   {"caption": "none", "tokenizer": "t"}, {"caption": "none", "images": False},
+                                   {"unknown": 1}])
+def test_impossible_configs(wrong):
+    with pytest.raises(ValidationError):
+        DataConfig(train="x", **wrong)

@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+"""Train the text tokenizer (lower-case byte-level BPE) on the captions of shards.
+
+    python tools/train_tokenizer.py data/shapes/train --out data/shapes/tokenizer --vocab-size 16384
+
+The folder it writes is read by ``data.tokenizer`` of a config and by ``transformers.PreTrainedTokenizerFast``.
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dalle.data.index import ShardIndex
+from dalle.data.tokenizer import CaptionTokenizer, shard_captions
+from dalle.errors import UserError, run_command
+
+CAPTIONS_MEASURED = 10_000
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", help="a folder, a glob or a brace range; several joined by '::'")
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write")
+    parser.add_argument("--vocab-size", type=int, default=16_384, help="entries at most, unfilled id included")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    started = time.perf_counter()
+    index = ShardIndex.load(options.shards)
+    tokenizer = CaptionTokenizer.train_from_shards(index, options.vocab_size)
+    measured = itertools.islice(shard_captions(index), CAPTIONS_MEASURED)
+    lengths = [tokenizer.count(caption) for caption in measured]
+    if not lengths:
+        raise UserError(f"{options.shards} holds no usable caption; a sample's captions are KEY.txt, one a line")
+    tokenizer.save(options.out)
+    print(f"{options.out}: {tokenizer.vocab_size} entries in {time.perf_counter() - started:.1f} s; tokens a caption: "
+          f"median {np.median(lengths):.0f}, 99% {np.percentile(lengths, 99):.0f}, longest {max(lengths)}")
+    if tokenizer.vocab_size < options.vocab_size:
+        print(f"the captions hold no more than that; {options.vocab_size} were asked for")
+
+
+if __name__ == "__main__":
+    run_command(main)
