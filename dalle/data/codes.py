@@ -9,7 +9,7 @@ import os
 from collections import Counter, OrderedDict
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -35,23 +35,39 @@ def file_names(index: ShardIndex) -> list[str]:
             for number, shard in enumerate(index.shards)]
 
 
+def codes_digest(folder: str | Path) -> str:
+    """The digest of the codec that made the codes in ``folder``."""
+    return str(_read_description(Path(folder)).get("codec_digest"))
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION_FILE
+    try:
+        description = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"no cached codes in {folder} ({DESCRIPTION_FILE} is missing); "
+                        "make them with tools/cache_codes.py") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {MAKE}") from None
+    if not isinstance(description, dict):
+        raise UserError(f"{path} is damaged (no JSON object); {MAKE}")
+    return description
+
+
 class CachedCodes:
     """The codes in ``folder``, checked to belong to the shards of ``index``; picklable."""
 
     def __init__(self, folder: str | Path, index: ShardIndex):
         self.folder = Path(folder)
         path = self.folder / DESCRIPTION_FILE
+        description = _read_description(self.folder)
         try:
-            description = json.loads(path.read_bytes())
             self.codec_digest = str(description["codec_digest"])
             self.num_codes = int(description["num_codes"])
             self.grid: tuple[int, int] = (int(description["grid"][0]), int(description["grid"][1]))
             self.views = int(description["views"])
             fingerprint = str(description["fingerprint"])
-        except FileNotFoundError:
-            raise UserError(f"no cached codes in {folder} ({DESCRIPTION_FILE} is missing); "
-                            "make them with tools/cache_codes.py") from None
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {MAKE}") from None
         if fingerprint != index.fingerprint:
             raise UserError(f"the codes in {folder} belong to other shards than {index.shards[0].folder} holds now "

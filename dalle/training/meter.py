@@ -1,0 +1,104 @@
+"""Figures between two log lines. Nothing here waits for the device until a line is due."""
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets
+PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+              "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+class Meter:
+    """Collects figures as tensors and times as floats; :meth:`read` turns them into numbers, in one transfer."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0                                     # seconds for data
+        self._figures: dict[str, list[Tensor]] = defaultdict(list)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._figures.clear()
+        self.waited = self._paused = 0.0
+        self._began = time.perf_counter()
+        self.steps = 0
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        self._figures[name].append(value.detach() if isinstance(value, Tensor) else torch.tensor(float(value)))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is time waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here (validation, previews, saving) is not training time."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
+
+    def read(self) -> tuple[dict[str, tuple[float, int]], float, float]:
+        """(name -> (sum, count) of its finite values, seconds of training, seconds of waiting); starts over."""
+        flat = [value.reshape(()).float() for values in self._figures.values() for value in values]
+        numbers = iter(_to_list(flat))
+        sums = {}
+        for name, values in self._figures.items():
+            finite = [number for number in (next(numbers) for _ in values) if abs(number) < float("inf")]
+            sums[name] = (sum(finite), len(finite))
+        seconds = time.perf_counter() - self._began - self._paused
+        waited = self.waited
+        self._reset()
+        return sums, max(seconds, 1e-9), waited
+
+
+def _to_list(values: list[Tensor]) -> list[float]:
+    """Numbers of 0-d tensors that may live on two devices, each device read once."""
+    numbers: dict[int, float] = {}
+    for device in {value.device for value in values}:
+        here = [index for index, value in enumerate(values) if value.device == device]
+        numbers.update(zip(here, torch.stack([values[index] for index in here]).tolist(), strict=True))
+    return [numbers[index] for index in range(len(values))]
+
+
+def average(parts: list[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
+    """The mean of every figure over all ranks' (sum, count)."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    totals = {name: [sum(part.get(name, (0.0, 0))[index] for part in parts) for index in (0, 1)] for name in names}
+    return {name: total / count if count else float("nan") for name, (total, count) in totals.items()}
+
+
+def memory_gigabytes(device: torch.device) -> float:
+    """Most memory used so far: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def speeds(samples_per_second: float, task: Any, device: torch.device, world_size: int) -> dict[str, float]:
+    """Samples/s, tokens/s where the task has tokens, and the share of the devices' peak where both sides are known."""
+    figures = {"samples_per_second": samples_per_second}
+    if task.tokens_per_sample:
+        figures["tokens_per_second"] = samples_per_second * task.tokens_per_sample
+    peak = peak_flops(device)
+    if task.flops_per_sample and peak:
+        figures["mfu"] = samples_per_second * task.flops_per_sample / (peak * world_size)
+    return figures

@@ -1,0 +1,133 @@
+"""How a player's weights move: one config section, and the optimiser built from it."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from dalle.config import Section
+from dalle.training.schedules import learning_rate_factor
+
+
+class OptimizerConfig(Section):
+    """One player's optimiser, learning-rate schedule, clipping and weight average."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(default=3e-4, gt=0, description="peak learning rate of AdamW")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="not applied to embeddings and tensors below two axes")
+    clip: float = Field(default=1.0, ge=0, description="largest norm of the player's gradient; 0 turns clipping off")
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    final_fraction: float = Field(default=0.0, ge=0, le=1, description="last learning rate as a share of the peak")
+    muon_lr: float = Field(default=0.02, gt=0, description="peak learning rate of Muon, for the block matrices")
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    muon_scaling: Literal["original", "match_rms_adamw"] = "original"
+    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the weight average; 0 keeps none")
+    ema_every: int = Field(default=1, ge=1, description="update the average every so many steps")
+
+    def factor(self, step: int, steps: int) -> float:
+        """What every peak learning rate is multiplied by at ``step`` of ``steps``."""
+        return learning_rate_factor(step, steps, self.warmup, self.schedule, self.final_fraction)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon on the block matrices and AdamW on everything else, as one optimiser over all parameter groups.
+
+    Muon orthogonalises the momentum of a matrix (Jordan et al., 2024), which makes no sense for embeddings, heads,
+    gains and biases. ``found_inf`` (a 0-d tensor on the device, 1 to leave everything as it is) is honoured by both.
+    """
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+        self.muon, self.adamw = muon, adamw
+        self.found_inf: torch.Tensor | None = None
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        # the same dictionaries, so that a learning rate set here is the one that the parts read
+        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        if closure is not None:
+            raise ValueError("MuonWithAdamW takes no closure")
+        self.adamw.found_inf = self.found_inf
+        # torch.optim.Muon has no device-side skip; its momentum would be spoilt by one bad gradient for good
+        if self.found_inf is None or not self.found_inf.item():
+            self.muon.step()
+        self.adamw.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.muon.load_state_dict(state_dict["muon"])
+        self.adamw.load_state_dict(state_dict["adamw"])
+        self._share_groups()
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimiser over the trainable parameters of ``module``.
+
+    AdamW is the fused one: fastest on every device, and it can skip a non-finite step on the device (``found_inf``).
+    With ``muon``, the module's ``matrix_parameters()`` lists the names of the 2-D weights that Muon moves.
+    Every group keeps its peak learning rate as ``peak_lr``. Raises ``ValueError`` when there is nothing to train, or
+    when Muon is asked for and the module does not say which matrices it is for.
+    """
+    matrices = set(_matrix_names(module)) if config.name == "muon" else set()
+    undecayed = _embedding_parameters(module)
+    muon_matrices, decayed, plain = [], [], []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name in matrices:
+            muon_matrices.append(parameter)
+        elif parameter.ndim < 2 or id(parameter) in undecayed:
+            plain.append(parameter)
+        else:
+            decayed.append(parameter)
+    if not (muon_matrices or decayed or plain):
+        raise ValueError(f"{type(module).__name__} has no trainable parameters")
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    # an empty AdamW is not allowed; without other parameters Muon stands alone
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True) if groups else None
+    if not muon_matrices:
+        optimizer: torch.optim.Optimizer = adamw
+    else:
+        muon = torch.optim.Muon(muon_matrices, lr=config.muon_lr, weight_decay=config.weight_decay,
+                                momentum=config.muon_momentum, adjust_lr_fn=config.muon_scaling)
+        if adamw is None:
+            raise ValueError(f"{type(module).__name__} lists all its parameters for Muon; heads and gains need AdamW")
+        optimizer = MuonWithAdamW(muon, adamw)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Scale every group's peak learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def _matrix_names(module: nn.Module) -> list[str]:
+    if not hasattr(module, "matrix_parameters"):
+        raise ValueError(f"optimizer 'muon' needs {type(module).__name__}.matrix_parameters(); use 'adamw'")
+    names = module.matrix_parameters()
+    unknown = set(names) - {name for name, _ in module.named_parameters()}
+    if unknown:
+        raise ValueError(f"matrix_parameters() lists {sorted(unknown)[0]!r}, which {type(module).__name__} lacks")
+    return names
+
+
+def _embedding_parameters(module: nn.Module) -> set[int]:
+    return {id(part.weight) for part in module.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag))}

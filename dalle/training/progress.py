@@ -1,0 +1,59 @@
+"""What a person sees while training: one live line on a terminal, plain lines in a file."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SHOWN = ("loss", "grad_norm", "lr", "samples_per_second", "data_wait")
+
+
+class ProgressLine:
+    """Step, main figures and the time that is left; silent on all ranks but the first."""
+
+    def __init__(self, name: str, start: int, steps: int, shown: bool):
+        self.steps, self._start, self._began = steps, start, time.monotonic()
+        self._shown = shown
+        self._bar: Progress | None = None
+        if shown and sys.stderr.isatty():
+            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                                 TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
+                                 console=Console(stderr=True))
+            self._bar.start()
+            self._row = self._bar.add_task(name, total=steps, completed=start, figures="")
+
+    def advance(self, done: int) -> None:
+        """``done`` steps are finished."""
+        if self._bar is not None:
+            self._bar.update(self._row, completed=done)
+
+    def log(self, done: int, values: Mapping[str, float]) -> None:
+        figures = "  ".join(f"{key} {value:.4g}" for key, value in values.items()
+                            if key in SHOWN or key.endswith("/loss"))
+        if self._bar is not None:
+            self._bar.update(self._row, completed=done, figures=figures)
+        elif self._shown:
+            print(f"step {done}/{self.steps}  {figures}  left {duration(self._remaining(done))}", flush=True)
+
+    def say(self, message: str) -> None:
+        """A line of its own, above the live one."""
+        if self._bar is not None:
+            self._bar.console.print(message, markup=False, highlight=False)
+        elif self._shown:
+            print(message, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _remaining(self, done: int) -> float:
+        return (time.monotonic() - self._began) / max(done - self._start, 1) * (self.steps - done)
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,36 @@
+"""What every run has in common; each task's config adds its model, losses and optimisers."""
+
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from dalle.config import Section
+from dalle.data.loader import DataConfig
+from dalle.training.engine import EngineConfig
+from dalle.training.loop import TrainConfig
+from dalle.training.trackers import LogConfig
+
+
+class RunConfig(Section):
+    """One run: what it is called, its data, and how the loop trains it."""
+
+    task: str
+    name: str = Field(min_length=1, description="the run's folder below `output`")
+    output: str = "runs"
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
+    engine: EngineConfig = EngineConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _inside_output(cls, name: str) -> str:
+        path = Path(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError("a run's name is a relative path inside `output`, without '..'")
+        return name
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output) / self.name

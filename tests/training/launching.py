@@ -1,0 +1,63 @@
+"""Starts a real launcher with two processes on CPU cores and brings back what its jobs left."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+LAUNCH_SECONDS = 280
+
+
+@dataclass
+class Job:
+    """One training in the worker; jobs with the same ``folder`` go on from one another."""
+
+    name: str
+    kind: str
+    task: str = "SingleTask"
+    folder: str = ""
+    optimizer: dict | None = None
+    options: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(jobs: list[Job], out: Path, arguments: list[str]) -> None:
+    """Run ``jobs`` under ``accelerate launch ARGUMENTS`` with two processes."""
+    path = out / "jobs.json"
+    path.write_text(json.dumps([{**vars(job), "out": str(out / (job.folder or job.name))} for job in jobs]))
+    # the repository's own `deepspeed` switch: without a GPU it must be told that it is on a CPU
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+                   "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, "--num_processes", "2",
+               "--main_process_port", str(free_port()), str(HERE / "worker.py"), str(path)]
+    done = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True, timeout=LAUNCH_SECONDS)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def result(out: Path, job: str, folder: str = "", rank: int = 0) -> dict:
+    return json.loads((out / (folder or job) / f"{job}.rank{rank}.json").read_text())
+
+
+def weights(out: Path, folder: str) -> dict[str, Tensor]:
+    """Every player's exported weights, as PLAYER.NAME."""
+    return {f"{path.stem}.{name}": tensor for path in sorted((out / folder / "toy" / "model").glob("*.safetensors"))
+            for name, tensor in load_file(path).items()}
+
+
+def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    assert left.keys() == right.keys() and left
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
