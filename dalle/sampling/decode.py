@@ -1,0 +1,170 @@
+"""Writing image codes after captions with a static key-value cache: sampling, guidance, completion.
+
+A candidate is a pure function of (model, precision, caption, seed, options): its randomness is one number a code from
+its own generator, and work is always done in batches of one fixed shape, filled up where candidates run out, because a
+matrix product of another shape may round differently.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dalle.config import Section
+from dalle.models.transformer import DecodingState, TextToImageTransformer, TransformerConfig, cache_bytes
+
+BATCH_SIZE = {"cpu": 16, "cuda": 64}    # candidates side by side where memory allows
+CPU_CACHE_BYTES = 2 << 30
+PREFILL_ROWS = 4                        # captions run through the model at once
+
+
+class SamplingConfig(Section):
+    """How the next code is chosen. The defaults are the paper's: the model's own distribution."""
+
+    temperature: float = Field(default=1.0, ge=0, description="0 takes the most probable code")
+    top_k: int | None = Field(default=None, ge=1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    guidance: float = Field(default=1.0, ge=0, description="logits = u + guidance (c - u); 1 is off (arXiv 2406.06525)")
+
+    @property
+    def streams(self) -> int:
+        """Sequences decoded for each candidate: guidance needs a second one, without its caption."""
+        return 1 if self.guidance == 1.0 else 2
+
+
+def sample_codes(model: TextToImageTransformer, text: Tensor, seeds: Sequence[int],
+                 options: SamplingConfig | None = None, known_codes: Tensor | None = None,
+                 batch_size: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Codes int64 [n, N], on the model's device, for n = len(seeds) candidates.
+
+    ``text`` [P, T] holds P captions, each with n / P candidates: candidate i continues caption i // (n / P). Each
+    caption is computed once. ``known_codes``, [k] or [P, k] with k < N, are the first codes of every candidate and
+    come back unchanged. ``batch_size`` (default: by device and memory) and ``dtype`` (default: the weights') may change
+    the last bits of the logits; how many candidates are asked for at once does not. Raises ``ValueError`` for sizes
+    that do not fit.
+    """
+    options = options or SamplingConfig()
+    config, device = model.config, model.start.device
+    if len(text) == 0 or len(seeds) % len(text):
+        raise ValueError(f"{len(seeds)} seeds cannot be shared equally by {len(text)} captions")
+    known = _known_codes(known_codes, len(text), config).to(device)
+    text, per_caption = text.to(device), len(seeds) // len(text)
+    batch_size = batch_size or default_batch_size(config, dtype or model.start.dtype, device, options.streams)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+            decoder = model.for_decoding(dtype)
+            drawn = uniforms(seeds, config.num_image_slots).to(device)
+            codes = torch.zeros(len(seeds), config.num_image_slots, dtype=torch.int64, device=device)
+            for candidates, rows, logits, state in _batches(decoder, text, known, per_caption, batch_size, options):
+                numbers = drawn[[candidates[min(place, len(candidates) - 1)] for place in range(batch_size)]]
+                written = _decode(decoder, state.expand(rows), logits[rows], numbers, known.shape[1], options)
+                codes[candidates.start:candidates.stop] = written[:len(candidates)]
+            codes[:, :known.shape[1]] = known.repeat_interleave(per_caption, dim=0)
+    finally:
+        model.train(was_training)
+    return codes.clone()  # an ordinary tensor, not one of inference mode
+
+
+def _known_codes(known: Tensor | None, captions: int, config: TransformerConfig) -> Tensor:
+    if known is None:
+        return torch.empty(captions, 0, dtype=torch.int64)
+    if known.ndim not in (1, 2) or (known.ndim == 2 and len(known) != captions):
+        raise ValueError(f"known_codes {tuple(known.shape)} is neither [k] nor [{captions}, k]")
+    if known.shape[-1] >= config.num_image_slots:
+        raise ValueError(f"{known.shape[-1]} known codes leave nothing to sample of {config.num_image_slots}")
+    return known.expand(captions, -1)
+
+
+def default_batch_size(config: TransformerConfig, dtype: torch.dtype, device: torch.device, streams: int) -> int:
+    """The device's usual batch, halved until its caches take at most half of the device's whole memory.
+
+    It looks at nothing that changes from call to call, so that a seed gives the same picture tomorrow.
+    """
+    is_cuda = device.type == "cuda"
+    budget = torch.cuda.get_device_properties(device).total_memory // 2 if is_cuda else CPU_CACHE_BYTES
+    size = BATCH_SIZE.get(device.type, BATCH_SIZE["cpu"])
+    while size > 1 and size * streams * cache_bytes(config, dtype) > budget:
+        size //= 2
+    return size
+
+
+def uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """Numbers in [0, 1), float64 [len(seeds), count], row i from a generator seeded with ``seeds[i]`` alone.
+
+    Drawn in fp32 on the CPU, so that they are the same on every device and stay below 1 in later products.
+    """
+    rows = [torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).double() if rows else torch.empty(0, count, dtype=torch.float64)
+
+
+def _batches(model: TextToImageTransformer, text: Tensor, known: Tensor, per_caption: int, batch_size: int,
+             options: SamplingConfig) -> Iterator[tuple[range, Tensor, Tensor, DecodingState]]:
+    """(candidates, the rows they go on from, logits, state) for each batch; ``batch_size`` captions a prefill.
+
+    The rows [streams * batch_size] are filled up with copies of the last candidate's.
+    """
+    for first in range(0, len(text) if per_caption else 0, batch_size):
+        captions = range(first, min(first + batch_size, len(text)))
+        logits, state = _prefill(model, text[first:captions.stop], known[first:captions.stop], options.streams)
+        end = captions.stop * per_caption
+        for start in range(first * per_caption, end, batch_size):
+            candidates = range(start, min(start + batch_size, end))
+            rows = torch.tensor([candidates[min(place, len(candidates) - 1)] // per_caption - first
+                                 for place in range(batch_size)], device=text.device)
+            rows = torch.cat([rows + stream * len(captions) for stream in range(options.streams)])
+            yield candidates, rows, logits, state
+
+
+def _prefill(model: TextToImageTransformer, text: Tensor, known: Tensor, streams: int) -> tuple[Tensor, DecodingState]:
+    """Logits and state of p captions, and after them (guidance) of p empty captions; ``PREFILL_ROWS`` at a time."""
+    if streams == 2:
+        text, known = torch.cat([text, torch.zeros_like(text)]), torch.cat([known, known])
+    rows = -(-len(text) // PREFILL_ROWS) * PREFILL_ROWS
+    filled = torch.arange(rows, device=text.device).clamp_(max=len(text) - 1)
+    parts = [model.prefill(text[part], known[part]) for part in filled.split(PREFILL_ROWS)]
+    return torch.cat([logits for logits, _ in parts]), DecodingState.join([state for _, state in parts])
+
+
+def _decode(model: TextToImageTransformer, state: DecodingState, logits: Tensor, numbers: Tensor,
+            first: int, options: SamplingConfig) -> Tensor:
+    """Codes [B, N] from slot ``first`` on (zeros before it), given the logits of that slot and the state before it."""
+    codes = torch.zeros(numbers.shape, dtype=torch.int64, device=numbers.device)
+    last = numbers.shape[1] - 1
+    for slot in range(first, last + 1):
+        codes[:, slot] = choose_codes(guide(logits, options), numbers[:, slot], options)
+        if slot < last:
+            logits = model.decode_step(codes[:, slot].repeat(options.streams), state)
+    return codes
+
+
+def guide(logits: Tensor, options: SamplingConfig) -> Tensor:
+    """u + guidance * (c - u) from [c; u] stacked along the batch; with guidance 1 there is only c."""
+    if options.streams == 1:
+        return logits
+    conditioned, unconditioned = logits.chunk(2)
+    return torch.lerp(unconditioned, conditioned, options.guidance)
+
+
+def choose_codes(logits: Tensor, numbers: Tensor, options: SamplingConfig) -> Tensor:
+    """One code [B] for each row of ``logits`` [B, K] by inverting its distribution at ``numbers`` [B] in [0, 1).
+
+    Filters apply in the usual order: temperature, top-k, top-p. They are written out here because transformers' warpers
+    each sort and scatter anew, at every code.
+    """
+    if options.temperature == 0:
+        return logits.argmax(dim=-1)
+    if options.temperature != 1:
+        logits = logits / options.temperature
+    if options.top_k is not None and options.top_k < logits.shape[-1]:
+        smallest = logits.topk(options.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    if options.top_p is not None and options.top_p < 1:
+        ranked, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        beyond = ranked.cumsum(dim=-1) - ranked >= options.top_p    # the mass before a code already suffices
+        logits = logits.masked_fill(beyond.gather(1, order.argsort(dim=-1)), float("-inf"))
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    target = numbers[:, None].to(cumulative.dtype) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)

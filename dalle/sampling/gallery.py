@@ -1,0 +1,266 @@
+"""What a person looks at: the kept pictures, one sheet of them, ``results.json`` and a page that needs nothing else."""
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from dalle.errors import UserError
+from dalle.sampling.candidates import Candidate, PromptResult
+
+SMALL_PICTURE = 96       # below this side, pixels are shown as squares instead of being blurred
+SHEET_SIDE = 128         # least side of a picture on the sheet
+SHEET_GAP = 12
+CAPTION_LINE = 20
+INK, PAPER = (29, 29, 27), (250, 249, 246)
+
+
+def write_gallery(folder: Path, results: Sequence[PromptResult], keep: int, about: dict[str, Any]) -> Path:
+    """Write ``kept/*.png``, ``grid.png``, ``results.json`` and ``index.html`` into ``folder``; returns the page.
+
+    The first ``keep`` candidates of each caption are kept; the others are on the page, folded away. ``about`` says what
+    made the pictures (``model``, ``reranker``, ``options``, ``seed``).
+    """
+    kept = folder / "kept"
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        for stale in kept.glob("*.png"):
+            stale.unlink()
+        for prompt, result in enumerate(results):
+            for place, candidate in enumerate(result.candidates[:keep]):
+                (kept / picture_name(prompt, place)).write_bytes(png(candidate.image))
+        sheet(results, keep).save(folder / "grid.png")
+        description = json.dumps(describe(results, keep, about), indent=2, ensure_ascii=False)
+        (folder / "results.json").write_text(description + "\n", encoding="utf-8")
+        page = folder / "index.html"
+        page.write_text(render_page(results, keep, about), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the gallery into {folder}: {error.strerror or error}") from error
+    return page
+
+
+def picture_name(prompt: int, place: int) -> str:
+    """The file of the picture at ``place`` (0 the best) of prompt ``prompt``."""
+    return f"{prompt:03d}-{place + 1:02d}.png"
+
+
+def describe(results: Sequence[PromptResult], keep: int, about: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``results.json``; every candidate can be painted again from its codes or its seed."""
+
+    def entry(prompt: int, place: int, candidate: Candidate) -> dict[str, Any]:
+        kept = place < keep
+        return {
+            "candidate": candidate.number,
+            "seed": candidate.seed,
+            "score": candidate.score,
+            "rank": place if results[prompt].ranked else None,
+            "kept": f"kept/{picture_name(prompt, place)}" if kept else None,
+            **candidate.details,
+        }
+
+    prompts = [
+        {
+            "caption": result.caption,
+            "ranked": result.ranked,
+            "candidates": [entry(prompt, place, candidate) for place, candidate in enumerate(result.candidates)],
+        }
+        for prompt, result in enumerate(results)
+    ]
+    return {"version": project_version(), **about, "prompts": prompts}
+
+
+def project_version() -> str | None:
+    """Tessera's version, or ``None`` when it runs from a folder that is not installed."""
+    try:
+        return version("tessera-t2i")
+    except PackageNotFoundError:
+        return None
+
+
+def png(image: Tensor) -> bytes:
+    """uint8 [3, H, W] -> the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    to_pillow(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def to_pillow(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def sheet(results: Sequence[PromptResult], keep: int) -> Image.Image:
+    """The kept pictures as one picture: a row of pictures a caption (wrapped after eight), the caption above it."""
+    height, width = results[0].candidates[0].image.shape[-2:]
+    factor = max(1, math.ceil(SHEET_SIDE / min(height, width)))
+    cell_width, cell_height = width * factor + SHEET_GAP, height * factor + SHEET_GAP
+    shown = [result.candidates[:keep] for result in results]
+    columns = min(8, max(len(candidates) for candidates in shown))
+    font = ImageFont.load_default(size=14)
+    sheet_width = SHEET_GAP + columns * cell_width
+    captions = [wrap_text(result.caption, font, sheet_width - 2 * SHEET_GAP) for result in results]
+    heights = [
+        len(lines) * CAPTION_LINE + SHEET_GAP // 2 + math.ceil(len(candidates) / columns) * cell_height + SHEET_GAP
+        for lines, candidates in zip(captions, shown, strict=True)
+    ]
+    canvas = Image.new("RGB", (sheet_width, SHEET_GAP + sum(heights)), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    top = SHEET_GAP
+    for lines, candidates, block in zip(captions, shown, heights, strict=True):
+        for number, line in enumerate(lines):
+            draw.text((SHEET_GAP, top + number * CAPTION_LINE), line, fill=INK, font=font)
+        pictures_top = top + len(lines) * CAPTION_LINE + SHEET_GAP // 2
+        for place, candidate in enumerate(candidates):
+            picture = to_pillow(candidate.image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+            row, column = divmod(place, columns)
+            canvas.paste(picture, (SHEET_GAP + column * cell_width, pictures_top + row * cell_height))
+        top += block
+    return canvas
+
+
+def wrap_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 3) -> list[str]:
+    """``text`` in at most ``most`` lines no wider than ``width`` pixels; the last ends in an ellipsis if it was cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    cut = len(lines) > most
+    lines = lines[:most]
+    for index, line in enumerate(lines):
+        ends = "…" if cut and index == len(lines) - 1 else ""
+        while line and font.getlength(line + ends) > width:
+            line, ends = line[:-1], "…"
+        lines[index] = line + ends
+    return lines
+
+
+def render_page(results: Sequence[PromptResult], keep: int, about: dict[str, Any]) -> str:
+    """A page with its pictures inside, without scripts or anything to fetch; every caption is escaped."""
+    side = min(results[0].candidates[0].image.shape[-2:])
+    sections = "\n".join(render_prompt(number, result, keep) for number, result in enumerate(results, start=1))
+    total = sum(len(result.candidates) for result in results)
+    summary = f"{count(len(results), 'caption')}, {count(total, 'picture')}"
+    rows = "\n".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts(about))
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Tessera: {summary}</title>
+<style>{STYLE}</style>
+</head>
+<body class="{'small' if side < SMALL_PICTURE else 'large'}">
+<header>
+<h1>Tessera</h1>
+<p>{summary}</p>
+</header>
+<main>
+{sections}
+</main>
+<footer>
+<dl>
+{rows}
+</dl>
+</footer>
+</body>
+</html>
+"""
+
+
+def render_prompt(number: int, result: PromptResult, keep: int) -> str:
+    """One caption: its kept pictures open, the rest folded away."""
+    kept, rest = result.candidates[:keep], result.candidates[keep:]
+    order = "best first" if result.ranked else "unranked, in order of their seeds"
+    pictures = "\n".join(
+        render_picture(candidate, result.caption, place + 1 if result.ranked else None)
+        for place, candidate in enumerate(kept)
+    )
+    folded = ""
+    if rest:
+        others = "\n".join(
+            render_picture(candidate, result.caption, keep + place + 1 if result.ranked else None)
+            for place, candidate in enumerate(rest)
+        )
+        folded = (f"<details>\n<summary>the other {len(rest)}</summary>\n"
+                  f"<div class=\"pictures rest\">\n{others}\n</div>\n</details>")
+    return f"""<section>
+<h2><span class="number">{number}</span>{html.escape(result.caption)}</h2>
+<p class="order">{len(kept)} of {len(result.candidates)}, {order}</p>
+<div class="pictures">
+{pictures}
+</div>
+{folded}
+</section>"""
+
+
+def render_picture(candidate: Candidate, caption: str, place: int | None) -> str:
+    """One picture with its place and score; the seed shows when the pointer rests on it."""
+    data = base64.b64encode(png(candidate.image)).decode("ascii")
+    text = html.escape(caption, quote=True)
+    label = f"candidate {candidate.number}"
+    if place is not None:
+        label = f"<b>{place}</b><span>{candidate.score:.3f}</span>"
+    return (f"<figure title=\"candidate {candidate.number}, seed {candidate.seed}\">"
+            f"<img alt=\"{text}\" src=\"data:image/png;base64,{data}\"><figcaption>{label}</figcaption></figure>")
+
+
+def facts(about: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """``about`` as rows of the footer; nested settings are joined by a dot, absent ones left out."""
+    rows: list[tuple[str, str]] = []
+    for name, value in about.items():
+        if isinstance(value, dict):
+            rows += facts(value, f"{prefix}{name}.")
+        elif value is not None:
+            rows.append((f"{prefix}{name}", str(value)))
+    return rows
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #faf9f6; --ink: #1d1d1b; --soft: #77746c; --line: #e4e1d8; --card: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #161615; --ink: #ecebe6; --soft: #96938a; --line: #302f2c; --card: #1f1f1d; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 78rem; padding: 2.5rem 1.5rem 3rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+header { display: flex; align-items: baseline; gap: 1rem; }
+h1 { margin: 0; font-size: 1.05rem; letter-spacing: .14em; text-transform: uppercase; }
+header p, .order, figcaption, summary, footer { color: var(--soft); font-size: .85rem; }
+header p, .order { margin: 0; }
+section { margin-top: 1.75rem; padding-top: 1.5rem; border-top: 1px solid var(--line); }
+h2 { margin: 0; font-size: 1.3rem; line-height: 1.35; font-weight: 600; overflow-wrap: anywhere; }
+.number { display: inline-block; min-width: 1.8em; color: var(--soft); font-weight: 400;
+  font-variant-numeric: tabular-nums; }
+.order { margin-bottom: 1rem; }
+.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(8.25rem, 1fr)); }
+.large .pictures { grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); }
+.pictures.rest { gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(5.25rem, 1fr)); padding-top: .9rem; }
+figure { margin: 0; padding: .35rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
+img { display: block; width: 100%; height: auto; border-radius: .35rem; }
+.small img { image-rendering: pixelated; }
+figcaption { display: flex; justify-content: space-between; padding: .3rem .2rem 0;
+  font-variant-numeric: tabular-nums; }
+figcaption b { color: var(--ink); }
+.rest figcaption { font-size: .72rem; }
+details { margin-top: 1rem; }
+summary { cursor: pointer; width: fit-content; }
+summary:hover { color: var(--ink); }
+footer { margin-top: 2.5rem; padding-top: 1.25rem; border-top: 1px solid var(--line); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.25rem; margin: 0; }
+dd { margin: 0; color: var(--ink); overflow-wrap: anywhere; }
+@media print { details { display: none; } }
+"""

@@ -1,0 +1,312 @@
+"""What makes pictures from captions, behind one interface; rerank, galleries and judges know only that."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor
+
+from dalle.data.tokenizer import CaptionTokenizer
+from dalle.errors import UserError
+from dalle.models.base import CONFIG_FILE, WEIGHTS_FILE, PretrainedModel, read_description
+from dalle.models.dvae import DiscreteVAE
+from dalle.models.transformer import TextToImageTransformer
+from dalle.sampling.decode import SamplingConfig, sample_codes
+
+EXPORT_FOLDER = "model"    # of a run folder
+DECODE_BATCH = 16          # codec pictures at a time; always filled up, so that no picture depends on its company
+
+CODECS: dict[str, type[PretrainedModel]] = {DiscreteVAE.model_type: DiscreteVAE}
+
+
+Model = TypeVar("Model", bound=PretrainedModel)
+
+
+class Generator(Protocol):
+    """A model that paints captions. The same seed, caption and model give the same picture, alone or in any batch."""
+
+    image_size: int
+    identity: dict[str, Any]    # what goes into results.json: kind, path, digest
+
+    def generate(self, captions: list[str], seeds: list[int], **options: Any) -> Tensor:
+        """One picture for each (caption, seed): uint8 [N, 3, H, W]."""
+        ...
+
+    def generate_with_details(
+        self, captions: list[str], seeds: list[int], **options: Any
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """The pictures, and for each what it was made of (for the transformer: its ``codes``)."""
+        ...
+
+    def caption_warnings(self, captions: list[str]) -> list[str]:
+        """A line for every caption that the model cannot take whole."""
+        ...
+
+
+class TransformerGenerator:
+    """The exported folder of a transformer run: transformer, tokenizer and codec.
+
+    Options of every call: ``temperature``, ``top_k``, ``top_p``, ``guidance`` (see ``SamplingConfig``) and
+    ``batch_size``, the number of pictures decoded side by side (none: sized to the memory).
+    """
+
+    def __init__(
+        self,
+        transformer: TextToImageTransformer,
+        tokenizer: CaptionTokenizer,
+        codec: DiscreteVAE,
+        identity: dict[str, Any] | None = None,
+    ):
+        check_codec(transformer, codec)
+        if tokenizer.vocab_size > transformer.config.num_text_tokens:
+            raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the transformer "
+                            f"{transformer.config.num_text_tokens}: they are not from the same run")
+        self.transformer = transformer.eval()
+        self.codec = codec.eval()
+        self.tokenizer = tokenizer
+        self.identity = identity or {"kind": transformer.model_type}
+        self.image_size: int = codec.config.image_size
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> "TransformerGenerator":
+        """Read an export folder; the codec stays in fp32, where its last layer's rounding would be seen."""
+        transformer = load_model(TextToImageTransformer, folder, device).to(dtype)
+        codec = load_codec(folder / "codec", device)
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        return cls(transformer, tokenizer, codec, identify(folder, codec=folder / "codec"))
+
+    @property
+    def rows(self) -> int:
+        """Rows of codes in a picture."""
+        return self.codec.grid[0]
+
+    def caption_warnings(self, captions: list[str]) -> list[str]:
+        return truncation_warnings(captions, self.tokenizer, self.transformer.config.text_length, "prompt")
+
+    def generate(self, captions: list[str], seeds: list[int], **options: Any) -> Tensor:
+        return self.generate_with_details(captions, seeds, **options)[0]
+
+    @torch.no_grad()
+    def generate_with_details(
+        self, captions: list[str], seeds: list[int], known_codes: Tensor | None = None,
+        batch_size: int | None = None, **options: Any,
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """uint8 [N, 3, H, W] and N dicts with ``codes``; ``known_codes`` [k] are the first codes of all of them."""
+        if len(captions) != len(seeds):
+            raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds: one seed a picture is needed")
+        sampling = sampling_config(options)
+        codes = torch.empty(len(seeds), self.codec.grid[0] * self.codec.grid[1], dtype=torch.int64)
+        # Captions with equally many pictures go together: the decoder computes each caption once for all its pictures.
+        for members in equal_groups(captions):
+            text = self._encode([captions[group[0]] for group in members])
+            flat = [index for group in members for index in group]
+            sampled = sample_codes(self.transformer, text, [seeds[index] for index in flat], sampling,
+                                   known_codes=known_codes, batch_size=batch_size)
+            codes[flat] = sampled.cpu()
+        images = self._paint(codes)
+        return images, [{"codes": row.tolist()} for row in codes]
+
+    @torch.no_grad()
+    def complete(
+        self, captions: list[str], seeds: list[int], image: Tensor, rows: int, **options: Any
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Keep the first ``rows`` rows of codes of ``image`` (uint8 [3, H, W]) and paint the rest below them.
+
+        The kept part is what the codec makes of it, not the original pixels. Returns what ``generate_with_details``
+        does; raises ``UserError`` when no row would be kept, or none painted.
+        """
+        height, width = self.codec.grid
+        if not 0 < rows < height:
+            raise UserError(f"--rows {rows} is out of range: this model paints {height} rows of codes, "
+                            f"so 1 to {height - 1} of them can be kept")
+        device = next(self.codec.parameters()).device
+        pixels = fit_picture(image, self.image_size).to(device)
+        known = self.codec.encode(pixels[None])[0, : rows * width]
+        return self.generate_with_details(captions, seeds, known_codes=known, **options)
+
+    def _encode(self, captions: list[str]) -> Tensor:
+        length = self.transformer.config.text_length
+        ids = np.stack([self.tokenizer.encode(caption, length) for caption in captions])
+        return torch.from_numpy(ids).to(next(self.transformer.parameters()).device)
+
+    def _paint(self, codes: Tensor) -> Tensor:
+        """Codes [N, h*w] -> uint8 [N, 3, H, W], in batches of one size: another size may round differently."""
+        device = next(self.codec.parameters()).device
+        images = torch.empty(len(codes), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for start in range(0, len(codes), DECODE_BATCH):
+            part = codes[start : start + DECODE_BATCH]
+            filled = torch.cat([part, part[-1:].expand(DECODE_BATCH - len(part), -1)]).to(device)
+            images[start : start + len(part)] = to_bytes(self.codec.decode(filled))[: len(part)].cpu()
+        return images
+
+
+GENERATORS: dict[str, Callable[[Path, torch.device | str, torch.dtype], Generator]] = {
+    TextToImageTransformer.model_type: TransformerGenerator.load,
+}
+
+
+def load_generator(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Generator:
+    """The generator of a run folder (which has ``model/``) or of a model folder; ``UserError`` for anything else."""
+    folder = model_folder(path)
+    kind = model_kind(folder)
+    if kind not in GENERATORS:
+        raise UserError(f"{path} holds a {kind!r} model; sampling needs a generator: {', '.join(sorted(GENERATORS))}")
+    return GENERATORS[kind](folder, device, dtype)
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder with the ``config.json``: ``path`` itself or its ``model/``; a ``UserError`` lists what is near."""
+    path = Path(path)
+    for folder in (path / EXPORT_FOLDER, path):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    if path.is_dir():
+        raise UserError(f"{path} holds no model: neither {EXPORT_FOLDER}/{CONFIG_FILE} nor {CONFIG_FILE} is there; "
+                        "has its training exported one?")
+    near = neighbours(path)
+    raise UserError(f"{path} does not exist; " + (f"models near it: {', '.join(near)}" if near else "train one first"))
+
+
+def neighbours(path: Path) -> list[str]:
+    """Folders with a model beside ``path``, or below the nearest parent that exists."""
+    parent = path.parent
+    while not parent.is_dir() and parent != parent.parent:
+        parent = parent.parent
+    places = [*parent.glob(f"*/{EXPORT_FOLDER}/{CONFIG_FILE}"), *parent.glob(f"*/*/{EXPORT_FOLDER}/{CONFIG_FILE}")]
+    return sorted(str(place.parent.parent) for place in places)[:8]
+
+
+def model_kind(folder: Path) -> str:
+    """The ``model_type`` written in a model folder."""
+    try:
+        kind = read_description(folder).get("model_type")
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if not isinstance(kind, str):
+        raise UserError(f"{folder / CONFIG_FILE} does not say which kind of model it describes (model_type)")
+    return kind
+
+
+def load_model(kind: type[Model], folder: Path, device: torch.device | str) -> Model:
+    """``kind.from_pretrained`` with a user's one line for a folder that is incomplete or damaged."""
+    try:
+        return kind.from_pretrained(folder, device)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"cannot load {folder}: {one_line(error)}") from error
+
+
+def load_codec(folder: Path, device: torch.device | str) -> DiscreteVAE:
+    """The codec of an export folder, of any kind in ``CODECS``."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{folder.parent} has no {folder.name}/: export the transformer again, its codec belongs there")
+    kind = model_kind(folder)
+    if kind not in CODECS:
+        raise UserError(f"{folder} holds a {kind!r}, not a codec: {', '.join(sorted(CODECS))}")
+    return load_model(CODECS[kind], folder, device)
+
+
+def load_tokenizer(folder: Path) -> CaptionTokenizer:
+    """The tokenizer that was saved with a model."""
+    if not folder.is_dir():
+        raise UserError(f"{folder.parent} has no {folder.name}/: export the model again, its tokenizer belongs there")
+    return CaptionTokenizer.load(folder)
+
+
+def check_codec(transformer: TextToImageTransformer, codec: DiscreteVAE) -> None:
+    """``UserError`` when the codec does not speak the transformer's codes."""
+    config = transformer.config
+    if tuple(codec.grid) != tuple(config.grid):
+        raise UserError(f"the codec paints {codec.grid[0]} x {codec.grid[1]} codes, the transformer writes "
+                        f"{config.grid[0]} x {config.grid[1]}: use the codec that the transformer was trained with")
+    if codec.num_codes != config.num_codes:
+        raise UserError(f"the codec has {codec.num_codes} codes, the transformer {config.num_codes}: "
+                        "use the codec that the transformer was trained with")
+
+
+def sampling_config(options: dict[str, Any]) -> SamplingConfig:
+    """The typed options; ``UserError`` names the one that is unknown or out of range."""
+    try:
+        return SamplingConfig(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "options"
+        raise UserError(f"--{name.replace('_', '-')}: {first['msg']} (got {first.get('input')!r})") from error
+
+
+def truncation_warnings(captions: Sequence[str], tokenizer: CaptionTokenizer, length: int, what: str) -> list[str]:
+    """One line for each different caption of more than ``length`` tokens."""
+    counts = {caption: tokenizer.count(caption) for caption in captions}
+    return [
+        f"the {what} \"{shorten(caption)}\" has {count} tokens, this model reads {length}: "
+        f"the first {length} are kept"
+        for caption, count in counts.items() if count > length
+    ]
+
+
+def equal_groups(captions: Sequence[str]) -> list[list[list[int]]]:
+    """Indices of each caption's pictures, put together where captions have equally many."""
+    by_caption: dict[str, list[int]] = {}
+    for index, caption in enumerate(captions):
+        by_caption.setdefault(caption, []).append(index)
+    by_size: dict[int, list[list[int]]] = {}
+    for indices in by_caption.values():
+        by_size.setdefault(len(indices), []).append(indices)
+    return list(by_size.values())
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """float in [0, 1] -> uint8, rounded."""
+    return (pixels.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def fit_picture(image: Tensor, size: int) -> Tensor:
+    """uint8 [3, H, W] -> float [3, size, size] in [0, 1]: shorter side resized (antialiased), centre kept."""
+    height, width = image.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[None, :, top : top + side, left : left + side].float() / 255
+    if side == size:
+        return square[0]
+    return F.interpolate(square, (size, size), mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
+
+
+def read_picture(path: str | Path) -> Tensor:
+    """An image file as uint8 [3, H, W]; ``UserError`` when it is missing or cannot be read."""
+    from dalle.data.decode import BadSample, decode_image
+
+    try:
+        picture: Image.Image = decode_image(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read the picture {path}: {error.strerror or error}") from error
+    except BadSample as error:
+        raise UserError(f"{path} is not a picture that can be read: {error}") from error
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def identify(folder: Path, **parts: Path) -> dict[str, Any]:
+    """Kind, path and digest of a model folder (and of named parts), so that a result says what made it."""
+    identity = {"kind": model_kind(folder), "path": str(folder), "digest": file_digest(folder / WEIGHTS_FILE)}
+    identity.update({f"{name}_digest": file_digest(part / WEIGHTS_FILE) for name, part in parts.items()})
+    return identity
+
+
+def file_digest(path: Path) -> str:
+    """The first 16 hex digits of a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def shorten(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

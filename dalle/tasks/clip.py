@@ -1,0 +1,171 @@
+"""Training CLIP or SigLIP on captioned pictures: one player, one phase, a loss that couples the whole global batch.
+
+Half of the pictures may be replaced by their dVAE reconstruction, so that the model learns to judge what a transformer
+will paint: pictures out of the codec's decoder, not photographs.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dalle.config import Section
+from dalle.data.tokenizer import CaptionTokenizer
+from dalle.errors import UserError
+from dalle.models.clip import ClipArchitecture, ClipConfig, ClipModel, ClipOutput, contrastive_loss
+from dalle.models.dvae import DiscreteVAE
+from dalle.training.optimizers import OptimizerConfig
+from dalle.training.run import RunConfig
+from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
+
+POOLS = (64, 1000)
+RANKS = (1, 5)
+RECONSTRUCTION_STREAM = 0xC11B   # keeps this choice apart from every other use of (seed, position)
+
+
+class ClipLossConfig(Section):
+    """Which contrastive loss, and how much of the batch is seen through the codec."""
+
+    kind: Literal["clip", "siglip"] = "clip"
+    reconstructions: float = Field(0.0, ge=0, le=1, description="share of pictures replaced by their reconstruction")
+    codec: str | None = Field(None, description="run or model folder of the discrete VAE that reconstructs")
+
+    @model_validator(mode="after")
+    def _codec_is_given(self) -> "ClipLossConfig":
+        if self.reconstructions > 0 and self.codec is None:
+            raise ValueError("reconstructions need a codec: set loss.codec to a discrete VAE's run folder")
+        return self
+
+
+class ClipRun(RunConfig):
+    """A CLIP run: the towers, how they move and what they are asked."""
+
+    task: Literal["clip"] = "clip"
+    model: ClipArchitecture
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: ClipLossConfig = ClipLossConfig()
+
+    @model_validator(mode="after")
+    def _pieces_fit(self) -> "ClipRun":
+        if self.data.tokenizer is None:
+            raise ValueError("CLIP reads captions: set data.tokenizer to a tokenizer folder")
+        if not self.data.images:
+            raise ValueError("CLIP looks at pictures: set data.images to true")
+        return self
+
+
+class ClipTask(Task):
+    """The contrastive objective of CLIP (arXiv 2103.00020, figure 3) or SigLIP (arXiv 2303.15343, eq. 1)."""
+
+    splits_batch = False    # every pair of the batch is a negative of every other
+
+    def __init__(self, config: ClipRun):
+        self.config = config
+        self.tokenizer = CaptionTokenizer.load(config.data.tokenizer)
+        model_config = ClipConfig(
+            **config.model.model_dump(),
+            text_length=config.data.text_length,
+            num_text_tokens=self.tokenizer.vocab_size,
+            siglip=config.loss.kind == "siglip",
+        )
+        model = ClipModel(model_config)
+        self.players = {"clip": Player(model, config.optimizer)}
+        self.frozen = {"codec": load_codec(config.loss.codec)} if config.loss.reconstructions > 0 else {}
+        self.phases = [Phase("contrast", player="clip", loss=self.contrast)]
+        self.tokens_per_sample = model_config.text_length + 2
+        self.flops_per_sample = model.training_flops()
+
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+        """Put reconstructions in the place of the pictures that this batch's positions choose."""
+        if self.config.loss.reconstructions == 0:
+            return batch
+        chosen = chosen_positions(batch["position"], self.config.seed, self.config.loss.reconstructions)
+        chosen = chosen.to(batch["image"].device)
+        if not chosen.any():
+            return batch
+        images = batch["image"].clone()
+        codec = networks.bare("codec")
+        codes = batch["codes"][chosen] if "codes" in batch else codec.encode(images[chosen].float() / 255)
+        pixels = codec.decode(codes).float()
+        images[chosen] = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+        return {**batch, "image": images}
+
+    def contrast(self, networks: Networks, batch: Batch, step: int) -> Loss:
+        """The symmetric cross-entropy over the global batch, or SigLIP's sigmoids."""
+        output = ClipOutput(*networks["clip"](batch["image"], batch["text"]))
+        loss = contrastive_loss(self.config.loss.kind, networks.rank, networks.world_size)
+        with full_precision(output.image_features.device):
+            total = loss(*output)
+        parts = {"contrast": total.detach(), "logit_scale": output.logit_scale.detach()}
+        if output.logit_bias is not None:
+            parts["logit_bias"] = output.logit_bias.detach()
+        return Loss(total, parts)
+
+    @torch.no_grad()
+    def validate(self, networks: Networks, batches: Iterable[Batch]) -> dict[str, Mean]:
+        """Recall@1 and @5 in pools of 64 and of 1,000 consecutive samples, the mean of both directions.
+
+        A pool never spans two processes and an incomplete last pool is left out, so that the figure is always "in N".
+        Where no pool is whole, the figure is absent.
+        """
+        model = networks.bare("clip")
+        with full_precision(model.image_mean.device):
+            pairs = [(model.encode_image(batch["image"]), model.encode_text(batch["text"])) for batch in batches]
+            return pooled_recalls(pairs)
+
+    def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:
+        """``config.json``, ``model.safetensors`` and ``tokenizer/``: all that a reranker needs."""
+        self.players["clip"].module.save_pretrained(folder, states["clip"])
+        self.tokenizer.save(Path(folder) / "tokenizer")
+
+
+def pooled_recalls(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Mean]:
+    """``recall@k_in_N`` over whole pools of N rows of the (image, text) features, in their order."""
+    figures: dict[str, Mean] = {}
+    if not pairs:
+        return figures
+    images = torch.cat([image for image, _ in pairs]).float()
+    texts = torch.cat([text for _, text in pairs]).float()
+    for pool in POOLS:
+        for start in range(0, len(images) - pool + 1, pool):
+            similarity = images[start : start + pool] @ texts[start : start + pool].T
+            for k in RANKS:
+                figures.setdefault(f"recall@{k}_in_{pool}", Mean()).add(recall(similarity, k), count=pool)
+    return figures
+
+
+def recall(similarity: Tensor, k: int) -> float:
+    """Mean over both directions of the share of rows (columns) whose partner is among the ``k`` most similar.
+
+    ``similarity`` [N, N] has the pairs on its diagonal; a tie counts against the partner.
+    """
+    partner = similarity.diagonal()
+    off_diagonal = ~torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    better_captions = ((similarity >= partner[:, None]) & off_diagonal).sum(dim=1)
+    better_images = ((similarity >= partner[None, :]) & off_diagonal).sum(dim=0)
+    hits = (better_captions < k).double().mean() + (better_images < k).double().mean()
+    return float(hits / 2)
+
+
+def chosen_positions(positions: Tensor, seed: int, share: float) -> Tensor:
+    """bool [b]: which samples are replaced; a pure function of the run's seed and each sample's position."""
+    draws = [np.random.default_rng((RECONSTRUCTION_STREAM, seed, position)).random() for position in positions.tolist()]
+    return torch.tensor([draw < share for draw in draws], dtype=torch.bool)
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """No autocast: in bf16, cosines tie and logits of up to 100 are rounded to steps of 0.5."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def load_codec(path: str) -> DiscreteVAE:
+    """The discrete VAE of a run or model folder, as a user names it in a config."""
+    folder = Path(path) / "model" if (Path(path) / "model").is_dir() else Path(path)
+    try:
+        return DiscreteVAE.from_pretrained(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"loss.codec: {error}; give the run folder of a trained discrete VAE") from error

@@ -1,0 +1,179 @@
+"""Sampling: determinism of each candidate, filters, guidance, completion."""
+
+import pytest
+import torch
+
+from dalle.models.transformer import TextToImageTransformer, TransformerConfig
+from dalle.sampling.decode import (
+    SamplingConfig,
+    choose_codes,
+    default_batch_size,
+    guide,
+    sample_codes,
+    uniforms,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> TextToImageTransformer:
+    torch.manual_seed(0)
+    model = TextToImageTransformer(TransformerConfig(
+        dim=32, depth=3, heads=2, text_length=5, num_text_tokens=20, grid=(3, 4), num_codes=33, token_shift=True,
+        conv_kernel=3, dropout=0.1))
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def text() -> torch.Tensor:
+    return torch.tensor([[3, 5, 0, 0, 0], [7, 1, 2, 19, 4], [0, 0, 0, 0, 0]])
+
+
+OPTIONS = [SamplingConfig(), SamplingConfig(temperature=0.7, guidance=2.5, top_k=9), SamplingConfig(top_p=0.8)]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_candidate_does_not_depend_on_the_split(model, text, options, dtype):
+    seeds = list(range(100, 116))
+    whole = sample_codes(model, text[:1], seeds, options, dtype=dtype, batch_size=16)
+    for split in (1, 3, 8, 16):
+        parts = [sample_codes(model, text[:1], seeds[start:start + split], options, dtype=dtype, batch_size=16)
+                 for start in range(0, 16 if split > 1 else 4, split)]
+        together = torch.cat(parts)
+        assert torch.equal(together, whole[:len(together)])
+    assert len(whole.unique(dim=0)) > 1
+
+
+def test_a_candidate_does_not_depend_on_its_company(model, text):
+    seeds = list(range(12))
+    together = sample_codes(model, text, seeds, OPTIONS[1], batch_size=5)
+    for caption in range(3):
+        own = slice(4 * caption, 4 * caption + 4)
+        alone = sample_codes(model, text[caption:caption + 1], seeds[own], OPTIONS[1], batch_size=5)
+        assert torch.equal(alone, together[own])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, None])
+def test_many_captions_in_any_batch_size(model, text, batch_size):
+    many = text.repeat(4, 1)
+    codes = sample_codes(model, many, list(range(12)), batch_size=batch_size)
+    assert codes.shape == (12, 12)
+    assert torch.equal(codes, sample_codes(model, many, list(range(12)), batch_size=16))
+
+
+def test_sampling_is_the_models_own_distribution_step_by_step(model, text):
+    """The cached loop against one without a cache: full forward, softmax, inverse of the distribution."""
+    model.eval()
+    numbers = uniforms([5], 12)[0]
+    codes = torch.zeros(1, 12, dtype=torch.long)
+    with torch.no_grad():
+        for slot in range(12):
+            cumulative = model(text[1:2], codes)[1][0, slot].double().softmax(-1).cumsum(-1)
+            codes[0, slot] = int((cumulative <= numbers[slot] * cumulative[-1]).sum())
+    assert torch.equal(sample_codes(model, text[1:2], [5]), codes)
+
+
+def test_guidance_of_one_is_no_guidance(model, text):
+    conditioned = sample_codes(model, text, [1, 2, 3], SamplingConfig(temperature=0.9))
+    assert torch.equal(sample_codes(model, text, [1, 2, 3], SamplingConfig(temperature=0.9, guidance=1)), conditioned)
+    assert not torch.equal(sample_codes(model, text, [1, 2, 3], SamplingConfig(guidance=6)), conditioned)
+
+
+def test_guidance_of_zero_forgets_the_caption(model, text):
+    free = SamplingConfig(guidance=0)
+    assert torch.equal(sample_codes(model, text[:1], [4], free), sample_codes(model, text[2:3], [4], free))
+
+
+def test_guide_is_the_formula():
+    logits = torch.tensor([[1.0, 2.0], [0.5, 0.0]])
+    torch.testing.assert_close(guide(logits, SamplingConfig(guidance=3)), torch.tensor([[2.0, 6.0]]))
+    assert guide(logits, SamplingConfig()) is logits
+
+
+def test_known_codes_are_kept_and_the_rest_continues_them(model, text):
+    known = torch.tensor([3, 1, 4, 1, 5])
+    codes = sample_codes(model, text, list(range(6)), known_codes=known)
+    assert torch.equal(codes[:, :5], known.expand(6, 5))
+    assert len(codes[:2, 5:].unique(dim=0)) == 2
+
+
+def test_completing_a_sample_with_its_own_seed_gives_the_sample(model, text):
+    whole = sample_codes(model, text, [1, 2, 3], SamplingConfig(guidance=2))
+    again = sample_codes(model, text, [1, 2, 3], SamplingConfig(guidance=2), known_codes=whole[:, :7])
+    assert torch.equal(again, whole)
+
+
+def test_temperature_zero_takes_the_best(model, text):
+    codes = sample_codes(model, text[:1], [0, 1], SamplingConfig(temperature=0))
+    assert torch.equal(codes[0], codes[1])
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(text[:1], codes[:1])[1].argmax(-1), codes[:1])
+
+
+PROBABILITIES = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+
+
+def chosen(options: SamplingConfig, count: int = 2000) -> list[float]:
+    numbers = torch.arange(count, dtype=torch.float64).add(0.5) / count
+    codes = choose_codes(PROBABILITIES.log().expand(count, -1), numbers, options)
+    return (codes.bincount(minlength=4) / count).tolist()
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    (SamplingConfig(), [0.1, 0.4, 0.2, 0.3]),
+    (SamplingConfig(top_k=2), [0, 4 / 7, 0, 3 / 7]),
+    (SamplingConfig(top_p=0.69), [0, 4 / 7, 0, 3 / 7]),
+    (SamplingConfig(top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9]),
+    (SamplingConfig(top_p=0.01), [0, 1, 0, 0]),
+    (SamplingConfig(temperature=0.5), [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
+    (SamplingConfig(temperature=0), [0, 1, 0, 0]),
+    (SamplingConfig(top_k=99, top_p=1.0), [0.1, 0.4, 0.2, 0.3]),
+])
+def test_filters_against_hand_computed_shares(options, expected):
+    assert chosen(options) == pytest.approx(expected, abs=2e-3)
+
+
+def test_the_largest_number_never_leaves_the_vocabulary():
+    logits = torch.tensor([[0.0, 0.0, -1e4, float("-inf")]])
+    assert choose_codes(logits, torch.tensor([1 - 2**-24], dtype=torch.float64), SamplingConfig()).item() == 1
+
+
+def test_numbers_belong_to_their_seed():
+    assert torch.equal(uniforms([3, 9], 5)[1], uniforms([9], 5)[0])
+    assert float(uniforms([1], 1000).mean()) == pytest.approx(0.5, abs=0.05)
+
+
+def test_training_mode_and_random_state_are_left_alone(model, text):
+    model.train()
+    before = torch.get_rng_state()
+    codes = sample_codes(model, text, [1, 2, 3])
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not codes.is_inference()
+    model.eval()
+
+
+def test_batch_size_follows_the_memory(model):
+    assert default_batch_size(model.config, torch.float32, CPU, streams=1) == 16
+    giant = TransformerConfig(dim=3968, depth=64, heads=62, text_length=256, num_text_tokens=16_384, grid=(32, 32),
+                              num_codes=8192)
+    assert default_batch_size(giant, torch.bfloat16, CPU, streams=1) == 1
+
+
+def test_no_seeds_no_codes(model, text):
+    assert sample_codes(model, text, []).shape == (0, 12)
+
+
+@pytest.mark.parametrize(("seeds", "known", "message"), [
+    ([1, 2], None, "cannot be shared equally"),
+    ([1, 2, 3], torch.zeros(12, dtype=torch.long), "leave nothing to sample"),
+    ([1, 2, 3], torch.zeros(2, 4, dtype=torch.long), "neither"),
+])
+def test_sizes_that_do_not_fit_are_refused(model, text, seeds, known, message):
+    with pytest.raises(ValueError, match=message):
+        sample_codes(model, text, seeds, known_codes=known)
