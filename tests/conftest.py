@@ -1,0 +1,101 @@
+"""A tiny main job that the tests of the commands share: data, tokenizer, and the three configs, at 16 pixels."""
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Command:
+    """A script of ``launch`` or ``tools``, called in this process as its command line would be."""
+
+    path: str
+
+    def __call__(self, *arguments: object) -> int:
+        name = Path(self.path).stem + "_command"
+        spec = importlib.util.spec_from_file_location(name, ROOT / self.path)
+        module = importlib.util.module_from_spec(spec)
+        argv = sys.argv
+        sys.argv = [self.path, *map(str, arguments)]
+        try:
+            spec.loader.exec_module(module)
+            return module.main() or 0
+        finally:
+            sys.argv = argv
+
+
+@dataclass
+class Workshop:
+    """Where the tiny job lies. ``config(task)`` writes a YAML with everything in ``runs`` below ``folder``."""
+
+    folder: Path
+
+    def config(self, task: str, runs: Path, **sections: dict) -> Path:
+        tree = self._tree(task, runs)
+        for name, section in sections.items():
+            if isinstance(section, dict):
+                tree[name] = {**tree.get(name, {}), **section}
+            else:
+                tree[name] = section
+        runs.mkdir(parents=True, exist_ok=True)
+        path = runs / f"{task}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    def _tree(self, task: str, runs: Path) -> dict:
+        data, codec = self.folder / "data", self.folder / "runs" / "dvae"
+        tree = {
+            "task": task, "name": task, "output": str(runs),
+            "data": {"train": str(data / "train"), "validation": str(data / "validation"), "image_size": 16,
+                     "workers": 0},
+            "train": {"steps": 4, "batch_size": 8, "precision": "fp32", "log_every": 1, "validate_every": 4,
+                      "preview_every": 4, "save_every": 2},
+            "optimizer": {"lr": 1e-3, "ema": 0.9},
+        }
+        if task == "dvae":
+            tree["data"] |= {"caption": "none"}
+            tree["model"] = {"preset": "tiny"}
+            return tree
+        tree["data"] |= {"tokenizer": str(data / "tokenizer"), "text_length": 12, "bpe_dropout": 0.1,
+                         "caption_dropout": 0.1}
+        if task == "transformer":
+            tree["codec"] = str(codec)
+            tree["model"] = {"dim": 32, "depth": 3, "heads": 2, "token_shift": True, "attention": "dalle"}
+        else:
+            tree["model"] = {"embed_dim": 16, "vision": {"image_size": 16, "patch_size": 4, "width": 32, "layers": 1,
+                             "head_width": 16}, "text": {"width": 32, "heads": 2, "layers": 1}}
+            tree["loss"] = {"reconstructions": 0.5, "codec": str(codec)}
+        return tree
+
+
+train = Command("launch/train.py")
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory) -> Workshop:
+    """Data, tokenizer and a discrete VAE trained for four steps."""
+    from dalle.data.index import ShardIndex
+    from dalle.data.shapes import ShapesConfig, make_shapes
+    from dalle.data.tokenizer import CaptionTokenizer
+
+    torch.set_num_threads(1)
+    shop = Workshop(tmp_path_factory.mktemp("workshop"))
+    data = shop.folder / "data"
+    make_shapes(ShapesConfig(count=96, validation=24, size=16, samples_per_shard=32), data)
+    CaptionTokenizer.train_from_shards(ShardIndex.load(str(data / "train")), 300).save(data / "tokenizer")
+    assert train(shop.config("dvae", shop.folder / "runs")) == 0
+    return shop
+
+
+@pytest.fixture(scope="session")
+def commands() -> dict[str, Command]:
+    """The commands a person runs, by name."""
+    scripts = [*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")]
+    return {path.stem: Command(str(path.relative_to(ROOT))) for path in scripts}

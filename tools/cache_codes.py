@@ -1,0 +1,77 @@
+#!/usr/bin/env python
+"""Encode every picture of a set of shards once, so that the transformer does not run the codec every epoch.
+
+    python tools/cache_codes.py --codec runs/quickstart/dvae --data data/shapes/train --out data/shapes/codes/train
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from dalle.data.codes import DESCRIPTION_FILE, CachedCodes, CodesWriter
+from dalle.data.index import ShardIndex
+from dalle.data.loader import DataConfig, view_batches
+from dalle.errors import UserError, run_command
+from dalle.models.base import WEIGHTS_FILE
+from dalle.sampling.generator import file_digest, load_codec, model_folder
+
+SECONDS_BETWEEN_LINES = 10
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--codec", required=True, help="a dVAE's run folder, or the folder it was exported to")
+    parser.add_argument("--data", required=True, help="shards: a folder, a glob or a brace range")
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write")
+    parser.add_argument("--views", type=int, default=1, help="random crops of each picture to encode (default 1)")
+    parser.add_argument("--crop", default="center", choices=["none", "center", "random", "dvae", "transformer"])
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random crops")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def already_cached(out: Path, index: ShardIndex, digest: str, views: int) -> bool:
+    """Whether ``out`` holds these codes; a :class:`UserError` when it holds others."""
+    if not (out / DESCRIPTION_FILE).is_file():
+        return False
+    cached = CachedCodes(out, index)
+    if (cached.codec_digest, cached.views) == (digest, views):
+        return True
+    raise UserError(f"{out} holds the codes of another codec or another number of views; give another --out or delete it")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    folder = model_folder(arguments.codec)
+    codec = load_codec(folder, arguments.device)
+    digest = file_digest(folder / WEIGHTS_FILE)
+    index = ShardIndex.load(arguments.data)
+    if already_cached(arguments.out, index, digest, arguments.views):
+        print(f"{arguments.out}: already made with this codec")
+        return
+    data = DataConfig(train=arguments.data, image_size=codec.config.image_size, crop=arguments.crop, workers=0)
+    loader = view_batches(data, seed=arguments.seed, batch_size=max(1, arguments.batch_size // arguments.views),
+                          views=arguments.views)
+    started = spoken = time.monotonic()
+    done = 0
+    with CodesWriter(arguments.out, index, codec_digest=digest, num_codes=codec.num_codes, grid=codec.grid,
+                     views=arguments.views) as writer:
+        for batch in loader:
+            images = batch["image"].flatten(0, 1).to(arguments.device).float() / 255     # [b * views, 3, S, S]
+            codes = codec.encode(images).view(len(batch["valid"]), arguments.views, -1)
+            writer.write(codes.cpu().numpy(), batch["valid"].numpy())
+            done += len(codes)
+            if time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
+                spoken = time.monotonic()
+                print(f"encoded {done} of {index.num_samples} pictures", flush=True)
+    seconds = time.monotonic() - started
+    left_out = ", ".join(f"{reason} {count}" for reason, count in sorted(loader.skipped.items())) or "none"
+    print(f"{arguments.out}: {done} pictures x {arguments.views} views, {codec.grid[0]}x{codec.grid[1]} codes of "
+          f"{codec.num_codes}, in {seconds:.1f} s; pictures without codes: {left_out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
