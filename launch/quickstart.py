@@ -128,7 +128,8 @@ def figures(runs: Path) -> list[tuple[str, str]]:
     clip = last_values(runs / "clip/log.jsonl", "validation/")
     rows = [
         ("codec: PSNR of held-out reconstructions", f"{dvae['validation/psnr']:.1f} dB"),
-        ("codec: codes in use", f"{dvae['validation/codes_used']:.0f} (perplexity {dvae['validation/perplexity']:.0f})"),
+        ("codec: codes in use",
+         f"{dvae['validation/codes_used']:.0f} (perplexity {dvae['validation/perplexity']:.0f})"),
         ("transformer: validation loss", f"{transformer['validation/bits_per_image_token']:.2f} bits per image token"),
         ("CLIP: recall@1 in 64", f"{100 * clip['validation/recall@1_in_64']:.1f} %"),
     ]

@@ -21,8 +21,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("config", help="a YAML file, such as configs/quickstart/transformer.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes on top of the file")
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH",
-                        help="auto: go on from the run's newest good checkpoint (default); none: start over; or a checkpoint")
-    parser.add_argument("--stop-after", type=int, metavar="STEP", help="end, with a checkpoint, once so many steps are done")
+                        help="auto: go on from the newest good checkpoint (default); none: start over; or a checkpoint")
+    parser.add_argument("--stop-after", type=int, metavar="STEP",
+                        help="end, with a checkpoint, once so many steps are done")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes and the plan, and stop")
     return parser.parse_args()

@@ -40,7 +40,8 @@ def already_cached(out: Path, index: ShardIndex, digest: str, views: int) -> boo
     cached = CachedCodes(out, index)
     if (cached.codec_digest, cached.views) == (digest, views):
         return True
-    raise UserError(f"{out} holds the codes of another codec or another number of views; give another --out or delete it")
+    raise UserError(f"{out} holds the codes of another codec or another number of views; "
+                    "give another --out or delete it")
 
 
 def main() -> None:

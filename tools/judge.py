@@ -4,8 +4,8 @@
     python tools/judge.py --model runs/quickstart/transformer --rerank runs/quickstart/clip \\
         --data data/shapes/validation --captions 200 --candidates 16 --out runs/quickstart/judge.json
 
-A picture is right when the multiset of (colour, shape) that the judge reads equals the caption's. "unranked" is the mean
-over all pictures, "best by CLIP" over each caption's highest-ranked one, "oracle" asks whether any of them is right.
+A picture is right when the multiset of (colour, shape) that the judge reads equals the caption's. "unranked" is the
+mean over all pictures, "best by CLIP" over each caption's highest-ranked one, "oracle" asks whether any is right.
 """
 
 import argparse

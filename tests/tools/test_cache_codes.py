@@ -31,7 +31,8 @@ def test_rows_are_the_codecs_codes(workshop, cached):
     images = [batch["image"] for batch in validation_batches(
         DataConfig(train=spec, validation=spec, image_size=16, workers=0), seed=0, batch_size=16)]
     expected = codec.encode(torch.cat(images).float() / 255).numpy()
-    found = np.stack([codes.row(shard, sample) for shard, info in enumerate(index.shards) for sample in range(info.count)])
+    found = np.stack([codes.row(shard, sample)
+                      for shard, info in enumerate(index.shards) for sample in range(info.count)])
     assert (found == expected).mean() > 0.99     # a rounding of another batch size may tip a code on its edge
 
 
