@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="end, with a checkpoint, once so many steps are done")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes and the plan, and stop")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> int:
@@ -41,10 +41,13 @@ def main() -> int:
     import torch
 
     from dalle.data.loader import train_batches, validation_batches
+    from dalle.training.allocator import keep_freed_memory
     from dalle.training.engine import create_engine
     from dalle.training.loop import Trainer
 
     engine = create_engine(config)
+    if engine.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)             # the same first weights on every rank and at every start
     task = TASKS[config.task](config)
     if arguments.dry_run:
@@ -63,7 +66,7 @@ def main() -> int:
     trainer = Trainer(task, config, engine, train_loader,
                       validation_loader if config.data.validation else None,
                       resume=arguments.resume, stop_after=arguments.stop_after)
-    return trainer.run().exit_status
+    return engine.leave(trainer.run().exit_status)
 
 
 def print_plan(task, config) -> None:

@@ -121,7 +121,8 @@ def check_resumable(path: Path, saved: Mapping[str, Any], config: Mapping[str, A
                     layout: Mapping[str, Any], players: list[str]) -> None:
     """Raise :class:`UserError`, with the difference shown, when a run may not go on from the checkpoint ``saved``."""
     if saved["config"].get("task") != config.get("task"):
-        raise UserError(f"{path} is a checkpoint of the task {saved['config'].get('task')!r}, not {config.get('task')!r}")
+        raise UserError(f"{path} is a checkpoint of the task {saved['config'].get('task')!r}, "
+                        f"not {config.get('task')!r}")
     differences = [*different_settings(saved["config"], config),
                    *(f"data {key}: {saved['data'].get(key)!r} -> {value!r}" for key, value in identity.items()
                      if saved["data"].get(key) != value)]
@@ -178,7 +179,7 @@ def sync(path: Path) -> None:
 
 
 def replace_folder(temporary: Path, place: Path) -> None:
-    """Put the folder ``temporary`` where ``place`` was; a reader finds the old one, the new one, or, for an instant, none."""
+    """Put the folder ``temporary`` where ``place`` was; a reader finds the old, the new or, for an instant, none."""
     old = place.with_name(f".{place.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():

@@ -1,4 +1,4 @@
-"""The engine: how losses become steps on one process, under DDP or under DeepSpeed. The loop and the tasks see only this.
+"""The engine: how losses become steps on one process, under DDP or DeepSpeed. Loop and tasks see only this.
 
 ``engine*.py`` are the only files that know accelerate and deepspeed. What goes through a wrapper and what through the
 bare module differs from backend to backend, and the wrong choice is sometimes silent; here it is made once, and the
@@ -9,12 +9,14 @@ non-finite loss or gradient on any rank skips the player's step on all of them. 
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import psutil
 import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
@@ -59,7 +61,7 @@ class Member:
 
 @dataclass
 class Outcome:
-    """One player's step: the gradient norm before clipping and 1.0 where the step was skipped, both 0-d on the device."""
+    """One player's step: gradient norm before clipping, and 1.0 where the step was skipped; both 0-d on the device."""
 
     grad_norm: Tensor
     skipped: Tensor
@@ -273,6 +275,10 @@ class Engine:
     def close(self) -> None:
         """Leave the process group."""
 
+    def leave(self, status: int) -> int:
+        """The last call of a command, after :meth:`close`: what its process ends with."""
+        return status
+
     # -- state
 
     def save_player(self, name: str, folder: Path) -> None:
@@ -358,6 +364,39 @@ def wants_cpu() -> bool:
     return is_set("ACCELERATE_USE_CPU") or os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
 
 
+def asked_for_more_processes() -> bool:
+    """Whether this is the one process that ``accelerate launch --num_processes N`` starts where there is no GPU.
+
+    Without a GPU and without ``--multi_gpu``, accelerate prepares the environment of N processes, then starts one.
+    """
+    return ("ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+            and "WORLD_SIZE" not in os.environ)
+
+
+def relaunch() -> NoReturn:
+    """Become torchrun with as many processes as ``accelerate launch`` was asked for; its command line says how many."""
+    asked = asked_processes(psutil.Process().parent().cmdline())
+    if asked is None:
+        raise UserError("accelerate launch started one process where several were asked for: on CPU cores give it "
+                        "--config_file launch/engines/ddp.yaml --num_processes N")
+    print(f"accelerate launch starts one process where there is no GPU; starting {asked} with torchrun", flush=True)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)      # torchrun finds a free port of its own
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                              str(asked), *sys.argv])
+
+
+def asked_processes(command: list[str]) -> int | None:
+    """The value of ``--num_processes`` in a launcher's command line."""
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        option, equals, value = word.replace("-", "_").partition("=")
+        if option == "__num_processes":
+            number = value if equals else following
+            return int(number) if number.isdecimal() else None
+    return None
+
+
 def create_engine(config: "RunConfig") -> Engine:
     """The engine that the launcher's environment asks for; before loaders and networks, since it knows the rank."""
     if is_set("ACCELERATE_USE_FSDP"):
@@ -366,10 +405,8 @@ def create_engine(config: "RunConfig") -> Engine:
         from dalle.training.engine_deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine.start(config)
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        # accelerate launch --num_processes N, or with --cpu, on a machine without GPUs: it starts one process, silently
-        raise UserError("accelerate launch started one process where several were asked for: on CPU cores give it "
-                        "--config_file launch/engines/ddp.yaml (or --multi_gpu) and no --cpu")
+    if asked_for_more_processes():
+        relaunch()
     if launched_size() > 1:
         from dalle.training.engine_ddp import DistributedEngine
 

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from dalle.errors import UserError
 from dalle.training.ema import Average, full_access
 from dalle.training.engine import (
-    AVERAGE, Engine, Member, Outcome, launched_size, poisoned, settings_kept, unshared, wants_cpu,
+    AVERAGE,
+    Engine,
+    Member,
+    Outcome,
+    launched_size,
+    poisoned,
+    settings_kept,
+    unshared,
+    wants_cpu,
 )
 from dalle.training.engine_ddp import GroupEngine
 from dalle.training.task import Task
@@ -69,11 +77,11 @@ class DeepSpeedEngine(GroupEngine):
     def check(self, task: Task) -> None:
         super().check(task)
         if self.stage == 3 and len(task.players) > 1 and not self.options.allow_zero3_players:
-            raise UserError(f"ZeRO-3 with {len(task.players)} players costs more than it saves on networks of this size: "
+            raise UserError(f"ZeRO-3 with {len(task.players)} players costs more than it saves on networks this small: "
                             "launch with DDP or ZeRO-1/2, or set engine.allow_zero3_players=true")
         muon = [name for name, player in task.players.items() if player.optimizer.name == "muon"]
         if muon:
-            raise UserError(f"player {muon[0]!r} uses Muon, which needs whole matrices and ZeRO splits them: launch with "
+            raise UserError(f"player {muon[0]!r} uses Muon, which needs the matrices that ZeRO splits: launch with "
                             "DDP, or set the optimizer's name to adamw")
 
     def wrap(self, member: Member, folder: Path) -> None:
@@ -82,6 +90,9 @@ class DeepSpeedEngine(GroupEngine):
         settings = self.settings(member)
         if self.is_main:
             (folder / f"deepspeed_{member.name}.json").write_text(json.dumps(settings, indent=2) + "\n")
+        for parameter in member.module.parameters():
+            # flattened anyway; DeepSpeed refuses channels_last, even in 1x1 convolutions, which `contiguous()` leaves
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         member.wrapper, *_ = deepspeed.initialize(model=member.module, optimizer=member.optimizer, config=settings,
                                                   dist_init_required=False)
         member.wrapper.checkpoint_engine.load = load_without_code

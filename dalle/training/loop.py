@@ -18,7 +18,13 @@ from torch import Tensor
 from dalle.config import Section, to_yaml
 from dalle.errors import UserError
 from dalle.training.checkpoint import (
-    FORMAT, STATE, CheckpointStore, check_resumable, read_state, replace_folder, write_json,
+    FORMAT,
+    STATE,
+    CheckpointStore,
+    check_resumable,
+    read_state,
+    replace_folder,
+    write_json,
 )
 from dalle.training.meter import Meter, average, memory_gigabytes, speeds
 from dalle.training.progress import ProgressLine
@@ -378,9 +384,9 @@ class SkipCounter:
             self._streaks[phase.name] = self._streaks[phase.name] + 1 if skipped else 0
             if self._streaks[phase.name] >= self.allowed:
                 raise UserError(
-                    f"player {phase.player!r}, phase {phase.name!r}: loss or gradient was not finite {self.allowed} times "
-                    f"in a row up to step {step}; the weights are those of before. Lower its learning rate, or look at "
-                    "the data")
+                    f"player {phase.player!r}, phase {phase.name!r}: loss or gradient was not finite {self.allowed} "
+                    f"times in a row up to step {step}; the weights are those of before. "
+                    "Lower its learning rate, or look at the data")
         self._pending.clear()
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from dalle.training.optimizers import OptimizerConfig
@@ -46,10 +45,13 @@ class Networks(Protocol):
         """The player or frozen network to call, forward only; the engine chose wrapper or module."""
 
     def penalty(self, name: str) -> Callable[..., Any]:
-        """The callable for a forward that is differentiated twice (R1, gradient penalties)."""
+        """The callable for a forward whose outputs the loss itself differentiates (R1, penalties, adaptive weights)."""
 
     def bare(self, name: str) -> nn.Module:
         """The plain module, for calls without gradient (sampling a preview, encoding a validation batch)."""
+
+    def mean(self, value: Tensor) -> Tensor:
+        """``value`` averaged over the ranks, without gradient (an adaptive weight); every rank must ask."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Task:
         return {}
 
     def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:
-        """Write ``folder`` (config.json, model.safetensors, tokenizer, ...) from each player's ``states`` (EMA if on)."""
+        """Write ``folder`` (config.json, model.safetensors, tokenizer...) from each player's ``states`` (EMA if on)."""
         raise TypeError(f"{type(self).__name__} does not say how it is exported")
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ class WandbTracker:
 
         self._wandb, self._send_images = wandb, config.images
         id_file = folder / "wandb_id"
-        identity = id_file.read_text().strip() if id_file.is_file() else wandb.util.generate_id()
+        identity = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
         id_file.write_text(identity + "\n")
         options = {"project": config.wandb_project, "entity": config.wandb_entity, "tags": list(config.wandb_tags),
                    "name": name, "id": identity, "resume": "allow", "dir": str(folder), "config": dict(settings),

@@ -63,19 +63,24 @@ def losses(run: Path) -> list[float]:
 
 
 def launch_two(config: Path, *overrides: str) -> None:
-    """``accelerate launch`` with two CPU processes."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    """``accelerate launch --num_processes 2`` on a machine without GPUs."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2",
                str(ROOT / "launch/train.py"), str(config), *overrides]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def processes(run: Path) -> int:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return next(line["processes"] for line in lines if line.get("event") == "start")
 
 
 @pytest.mark.parametrize("task", ["transformer", "clip"])
 def test_two_processes_equal_one(task, workshop, train, tmp_path):
     assert train(workshop.config(task, tmp_path / "one")) == 0
     launch_two(workshop.config(task, tmp_path / "two"))
+    assert (processes(tmp_path / "one" / task), processes(tmp_path / "two" / task)) == (1, 2)
     one, two = losses(tmp_path / "one" / task), losses(tmp_path / "two" / task)
     assert len(one) == 4
     assert two == pytest.approx(one, abs=1e-5)

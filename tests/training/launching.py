@@ -13,7 +13,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-LAUNCH_SECONDS = 280
+LAUNCH_SECONDS = 600    # the first DeepSpeed start on a machine compiles its CPU collective
 
 
 @dataclass
@@ -61,3 +61,8 @@ def weights(out: Path, folder: str) -> dict[str, Tensor]:
 def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     assert left.keys() == right.keys() and left
     return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def mean_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    assert left.keys() == right.keys() and left
+    return sum(float((left[name] - right[name]).abs().sum()) for name in left) / sum(map(Tensor.numel, left.values()))

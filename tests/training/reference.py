@@ -31,28 +31,38 @@ def move(module: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor
     optimizer.step()
 
 
-def single(steps: int) -> dict[str, nn.Module]:
+def autocast(bf16: bool) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+
+
+def single(steps: int, bf16: bool = False) -> dict[str, nn.Module]:
     net = toys.seeded(lambda: toys.Block())
     optimizer = adamw(net, 1e-2, (0.9, 0.95), 0.1)
     for step in range(steps):
         x = toys.global_batch(step)
-        loss = (net(x) - x.mean(dim=1, keepdim=True)).square().mean()
+        with autocast(bf16):
+            loss = (net(x).float() - x.mean(dim=1, keepdim=True)).square().mean()
         move(net, optimizer, loss, learning_rate(step, steps, 1e-2), clip=1.0)
     return {"net": net}
 
 
-def gan(steps: int) -> dict[str, nn.Module]:
+def gan(steps: int, bf16: bool = False) -> dict[str, nn.Module]:
     g, d = toys.seeded(lambda: toys.Block(out=6)), toys.seeded(lambda: toys.Block(out=1))
     half = toys.seeded(lambda: nn.Linear(6, 6))
     g_optimizer, d_optimizer = adamw(g, 1e-2, (0.5, 0.9), 0.01), adamw(d, 1e-2, (0.5, 0.9), 0.01)
     for step in range(steps):
         x, lr = toys.global_batch(step), learning_rate(step, steps, 1e-2)
-        noise = half(x).detach()
-        loss = (1 - d(x)).relu().mean() + (1 + d(g(noise).detach())).relu().mean()
+        with autocast(bf16):
+            noise = half(x).detach()
+            loss = (1 - d(x)).relu().mean() + (1 + d(g(noise).detach())).relu().mean()
         move(d, d_optimizer, loss, lr, clip=0.7)
         if step % 2 == 0:
             real = x.clone().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(d(real).sum(), real, create_graph=True)
-            move(d, d_optimizer, gradient.square().sum(dim=1).mean(), lr, clip=0.7)
-        move(g, g_optimizer, -d(g(noise)).mean(), lr, clip=0.7)
+            with autocast(bf16):
+                (gradient,) = torch.autograd.grad(d(real).sum(), real, create_graph=True)
+                penalty = gradient.square().sum(dim=1).mean()
+            move(d, d_optimizer, penalty, lr, clip=0.7)
+        with autocast(bf16):
+            loss = -d(g(noise)).mean()
+        move(g, g_optimizer, loss, lr, clip=0.7)
     return {"g": g, "d": d}

@@ -16,13 +16,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import reference
-from launching import ROOT, Job, largest_difference, launch, result, weights
+from launching import ROOT, Job, largest_difference, launch, mean_difference, result, weights
 from toys import GanTask, SingleTask, ToyLoader, toy_run
 
 from dalle.training.engine import create_engine
 from dalle.training.loop import Trainer
 
-EXACT, BF16 = 2e-6, 2e-2
+EXACT = 2e-6
+BF16_MEAN = 2e-4      # AdamW turns a rounded tiny gradient into a full step, so single weights may differ by one
 EMA = {"lr": 1e-2, "ema": 0.8, "warmup": 1}
 
 
@@ -36,7 +37,8 @@ def jobs_of(kind: str) -> list[Job]:
             Job("second", kind, folder="halves", optimizer=EMA, settings={"micro_batch_size": 2}),
             Job("nan", kind, task="NanOnOneRank", settings={"save_every": 0})]
     if kind != "zero3":
-        jobs += [Job("gan", kind, task="GanTask"), Job("gan_two", kind, task="GanTask", settings={"micro_batch_size": 2}),
+        jobs += [Job("gan", kind, task="GanTask"),
+                 Job("gan_two", kind, task="GanTask", settings={"micro_batch_size": 2}),
                  Job("gan_bf16", kind, task="GanTask", settings={"precision": "bf16"})]
     else:
         jobs += [Job("refused", kind, task="GanTask"),
@@ -85,15 +87,25 @@ def test_both_processes_worked_as_one_world(out, kind):
 
 
 @ALL
-@pytest.mark.parametrize(("job", "tolerance"), [("one", EXACT), ("two", EXACT), ("bf16", BF16)])
-def test_one_player_equals_plain_torch(out, kind, job, tolerance):
-    assert largest_difference(weights(out, f"{kind}/{job}"), named(reference.single(4))) < tolerance
+@pytest.mark.parametrize("job", ["one", "two"])
+def test_one_player_equals_plain_torch(out, kind, job):
+    assert largest_difference(weights(out, f"{kind}/{job}"), named(reference.single(4))) < EXACT
+
+
+@ALL
+def test_one_player_in_bf16_equals_plain_autocast(out, kind):
+    assert mean_difference(weights(out, f"{kind}/bf16"), named(reference.single(4, bf16=True))) < BF16_MEAN
 
 
 @TWO_PLAYERS
-@pytest.mark.parametrize(("job", "tolerance"), [("gan", EXACT), ("gan_two", EXACT), ("gan_bf16", BF16)])
-def test_two_players_and_a_penalty_equal_plain_torch(out, kind, job, tolerance):
-    assert largest_difference(weights(out, f"{kind}/{job}"), named(reference.gan(4))) < tolerance
+@pytest.mark.parametrize("job", ["gan", "gan_two"])
+def test_two_players_and_a_penalty_equal_plain_torch(out, kind, job):
+    assert largest_difference(weights(out, f"{kind}/{job}"), named(reference.gan(4))) < EXACT
+
+
+@TWO_PLAYERS
+def test_two_players_in_bf16_equal_plain_autocast(out, kind):
+    assert mean_difference(weights(out, f"{kind}/gan_bf16"), named(reference.gan(4, bf16=True))) < BF16_MEAN
 
 
 @ALL
@@ -139,8 +151,8 @@ def test_a_single_process_equals_plain_torch(tmp_path):
 
 def test_a_launcher_that_starts_too_few_processes_is_refused():
     """``accelerate launch --cpu --num_processes 2`` starts one process and says nothing."""
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import toys; from dalle.training.engine import create_engine; "
-            "from dalle.errors import run_command; run_command(lambda: create_engine(toys.toy_run('x')) and 0)")
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import toys; from dalle.errors import run_command; "
+            "from dalle.training.engine import create_engine; run_command(lambda: create_engine(toys.toy_run('x')))")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_MIXED_PRECISION": "no",
                    "MASTER_ADDR": "127.0.0.1"}
     environment.pop("WORLD_SIZE", None)

@@ -68,10 +68,13 @@ class Block(nn.Module):
         super().__init__()
         self.first, self.second, self.head = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, out)
         self.dropout = nn.Dropout(dropout)
+        # strided as the weights of channels_last convolutions are: 3x3 and, contiguous by name only, 1x1
+        self.head.weight.data = self.head.weight.data.t().contiguous().t()
+        self.scale = nn.Parameter(torch.ones(16).as_strided((16, 1), (1, 16)))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.dropout(torch.tanh(self.first(x)))
-        return self.head(torch.tanh(self.second(hidden)))
+        return self.head(torch.tanh(self.second(hidden)) * self.scale[:, 0])
 
     def matrix_parameters(self) -> list[str]:
         return ["second.weight"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import toys
 import torch
+import toys
 
 from dalle.errors import UserError
 from dalle.training.engine import create_engine
@@ -44,6 +44,8 @@ def main() -> None:
         result = train(job)
         Path(job["out"]).mkdir(parents=True, exist_ok=True)
         (Path(job["out"]) / f"{job['name']}.rank{rank}.json").write_text(json.dumps(result))
+    sys.stderr.flush()
+    os._exit(0)     # as `Engine.leave` does: the threads that gloo leaves behind abort some ordinary exits
 
 
 if __name__ == "__main__":
