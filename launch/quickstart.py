@@ -36,7 +36,7 @@ class Stage:
 
 def shapes_stages() -> list[Stage]:
     data, runs = "data/shapes", "runs/quickstart"
-    judged = ["--model", f"{runs}/transformer", "--rerank", f"{runs}/clip", "--temperature", "0.7", "--guidance", "1.5"]
+    judged = ["--model", f"{runs}/transformer", "--rerank", f"{runs}/clip", "--temperature", "0.5", "--guidance", "1.5"]
     return [
         Stage("data", "30,000 pictures of shapes with ten captions each, as tars", [
             "tools/make_shards.py", "shapes", "--out", data, "--count", "30000", "--validation", "1000",
@@ -58,7 +58,7 @@ def emoji_stages() -> list[Stage]:
             "tools/make_shards.py", "emoji", "--out", data, "--size", "64", "--install"], f"{data}/dataset.json"),
         *model_stages(data, "emoji", vocabulary=4096),
         Stage("gallery", "the gallery", [
-            "launch/sample.py", "--model", f"{runs}/transformer", "--rerank", f"{runs}/clip", "--temperature", "0.7",
+            "launch/sample.py", "--model", f"{runs}/transformer", "--rerank", f"{runs}/clip", "--temperature", "0.5",
             "--guidance", "1.5", "--prompts", "configs/emoji/prompts.txt", "--candidates", "16", "--keep", "4",
             "--out", f"{runs}/gallery"], f"{runs}/gallery/index.html"),
     ]

@@ -63,6 +63,7 @@ class TransformerArchitecture(ModelConfig):
     token_shift: bool = False
     dropout: float = Field(default=0.0, ge=0, lt=1)
     zero_init_heads: bool = False
+    embedding_std: float = Field(default=INITIAL_STD, gt=0, description="first scale of the embeddings")
     embedding_gradient: float = Field(default=1.0, gt=0, le=1,
                                       description="share of the gradient that reaches the embeddings (CogView: 0.1)")
     checkpointing: bool = Field(default=False, description="recompute each block in the backward pass")
@@ -164,6 +165,8 @@ class TextToImageTransformer(PretrainedModel):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
+            elif not name.startswith(("blocks.", "norm.", "text_head.", "image_head.")):
+                parameter.normal_(std=self.config.embedding_std)
             elif "norm" not in name:
                 into_residual = name.endswith(("body.out.weight", "body.down.weight"))
                 parameter.normal_(std=INITIAL_STD / math.sqrt(2 * self.config.depth) if into_residual else INITIAL_STD)
