@@ -76,7 +76,7 @@ def processes(run: Path) -> int:
     return next(line["processes"] for line in lines if line.get("event") == "start")
 
 
-@pytest.mark.parametrize("task", ["transformer", "clip"])
+@pytest.mark.parametrize("task", TASKS)
 def test_two_processes_equal_one(task, workshop, train, tmp_path):
     assert train(workshop.config(task, tmp_path / "one")) == 0
     launch_two(workshop.config(task, tmp_path / "two"))
