@@ -15,9 +15,8 @@ from torch import Tensor
 
 from dalle.config import Section
 from dalle.data.tokenizer import CaptionTokenizer
-from dalle.errors import UserError
 from dalle.models.clip import ClipArchitecture, ClipConfig, ClipModel, ClipOutput, contrastive_loss
-from dalle.models.dvae import DiscreteVAE
+from dalle.sampling.generator import load_codec, model_folder
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
@@ -74,7 +73,9 @@ class ClipTask(Task):
         )
         model = ClipModel(model_config)
         self.players = {"clip": Player(model, config.optimizer)}
-        self.frozen = {"codec": load_codec(config.loss.codec)} if config.loss.reconstructions > 0 else {}
+        self.frozen = {}
+        if config.loss.reconstructions > 0:
+            self.frozen["codec"] = load_codec(model_folder(config.loss.codec), "cpu")
         self.phases = [Phase("contrast", player="clip", loss=self.contrast)]
         self.tokens_per_sample = model_config.text_length + 2
         self.flops_per_sample = model.training_flops()
@@ -160,12 +161,3 @@ def chosen_positions(positions: Tensor, seed: int, share: float) -> Tensor:
 def full_precision(device: torch.device) -> torch.autocast:
     """No autocast: in bf16, cosines tie and logits of up to 100 are rounded to steps of 0.5."""
     return torch.autocast(device.type, enabled=False)
-
-
-def load_codec(path: str) -> DiscreteVAE:
-    """The discrete VAE of a run or model folder, as a user names it in a config."""
-    folder = Path(path) / "model" if (Path(path) / "model").is_dir() else Path(path)
-    try:
-        return DiscreteVAE.from_pretrained(folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"loss.codec: {error}; give the run folder of a trained discrete VAE") from error
