@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dalle.config import Section
 from dalle.data.tokenizer import CaptionTokenizer
+from dalle.errors import UserError
 from dalle.models.clip import ClipArchitecture, ClipConfig, ClipModel, ClipOutput, contrastive_loss
 from dalle.sampling.generator import load_codec, model_folder
 from dalle.training.optimizers import OptimizerConfig
@@ -75,7 +76,10 @@ class ClipTask(Task):
         self.players = {"clip": Player(model, config.optimizer)}
         self.frozen = {}
         if config.loss.reconstructions > 0:
-            self.frozen["codec"] = load_codec(model_folder(config.loss.codec), "cpu")
+            try:
+                self.frozen["codec"] = load_codec(model_folder(config.loss.codec), "cpu")
+            except UserError as error:
+                raise UserError(f"loss.codec: {error}") from error
         self.phases = [Phase("contrast", player="clip", loss=self.contrast)]
         self.tokens_per_sample = model_config.text_length + 2
         self.flops_per_sample = model.training_flops()

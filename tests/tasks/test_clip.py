@@ -177,5 +177,5 @@ def test_impossible_configs(folders, changes, words):
 
 
 def test_a_codec_that_is_not_there(folders):
-    with pytest.raises(UserError, match="nowhere does not exist"):
+    with pytest.raises(UserError, match=r"loss\.codec: .*nowhere does not exist"):
         make_task(folders, reconstructions=0.5, codec=str(folders / "nowhere"))
