@@ -18,19 +18,19 @@ find_python() {
 }
 
 install_project() {
-    local extra="$1" wanted stamp=.venv/.tessera-installed
+    local extra="$1" wanted interpreter stamp=.venv/.tessera-installed
     wanted="$(cat pyproject.toml | cksum) $extra"
     if [ -f "$stamp" ] && grep -qxF "$wanted" "$stamp"; then return; fi
     if [ ! -x .venv/bin/python ]; then
         echo "== setup: virtual environment .venv"
-        "$(find_python)" -m venv .venv
+        interpreter="$(find_python)"
+        "$interpreter" -m venv .venv
     fi
     echo "== setup: installing the project and its packages into .venv (about 6 GB, one to three minutes)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}" 2> >(grep -v '^WARNING: Location' >&2)
     echo "$wanted" >> "$stamp"
 }
 
-find_python >/dev/null
 install_project "${1:-}"
 python="$PWD/.venv/bin/python"
 export PATH="$PWD/.venv/bin:$PATH"
