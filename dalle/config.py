@@ -5,6 +5,7 @@
 
 import difflib
 import json
+import reprlib
 import sys
 import types
 import typing
@@ -25,6 +26,9 @@ class Section(BaseModel):
 
 
 Run = TypeVar("Run", bound=Section)
+
+SHORT = reprlib.Repr()      # a few aliases can stand for more values than there is memory
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 200, 200
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -63,12 +67,21 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     try:
-        tree = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
+        tree = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of keys to values, not {type(tree).__name__}")
     return tree
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain data in ``text``. Raises ``yaml.YAMLError`` for all else: PyYAML's own constructors raise whatever
+    Python does for a month 99, a list as a key, a number of 5,000 digits or brackets without end."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -78,7 +91,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise UserError(f"override {override!r} is not of the form key.sub=value")
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not valid YAML") from None
     for part in parts[:-1]:
@@ -97,6 +110,8 @@ def validate(tree: dict[str, Any], runs: Mapping[str, type[Run]], source: str) -
     task = tree.get("task")
     if task is None:
         raise UserError(f"{source}: the key 'task' is missing; it is one of {known}")
+    if not isinstance(task, str):
+        raise UserError(f"{source}: task {SHORT.repr(task)} is not a name; known: {known}")
     if task not in runs:
         raise UserError(f"{source}: task {task!r} is unknown{did_you_mean(str(task), runs)}; known: {known}")
     try:
@@ -118,7 +133,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         return f"the key {key} is missing{more}"
     message = first["msg"].removeprefix("Value error, ")
     given = first["input"]
-    shown = "" if isinstance(given, (dict, BaseModel)) else f", got {given!r}"
+    shown = "" if isinstance(given, (dict, BaseModel)) else f", got {SHORT.repr(given)}"
     return f"{key}: {message[0].lower()}{message[1:]}{shown}{more}"
 
 

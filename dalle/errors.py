@@ -1,22 +1,48 @@
-"""What a user did wrong, said in one line, without a traceback."""
+"""How a command ends: what a user did wrong, said in one line without a traceback, and the exit statuses.
 
+    0    finished
+    2    something in what was given is wrong: starting again will not help
+    75   stopped by a signal, the file ``stop`` or ``train.minutes``, with a checkpoint: start again to go on
+    76   a process of the job was lost or hung: starting again may help
+    130  Ctrl-C; anything else: an unexpected failure
+"""
+
+import os
 import sys
 from collections.abc import Callable
 
 USER_ERROR_STATUS = 2
+EXIT_STOPPED_BY_SIGNAL = 75      # EX_TEMPFAIL
+EXIT_LOST_PROCESS = 76
 
 
 class UserError(Exception):
     """A mistake in what the user gave (a path, a key, a value): the message says what, where and what to do."""
 
 
+class LostProcess(Exception):
+    """Another process of the job (a rank, a loader worker) died or does not answer."""
+
+
+def exit_status(error: Exception) -> int:
+    """What a command ends with after ``error``, a :class:`UserError` or :class:`LostProcess`."""
+    return EXIT_LOST_PROCESS if isinstance(error, LostProcess) else USER_ERROR_STATUS
+
+
+def say_error(error: Exception) -> None:
+    """One line on stderr; with the rank where there are several and the line does not name it."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+    rank = f" (rank {os.environ['RANK']})" if several and not isinstance(error, LostProcess) else ""
+    print(f"error{rank}: {error}", file=sys.stderr, flush=True)
+
+
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's ``main`` and exit: 0 or what it returns, 2 with one line on stderr for a :class:`UserError`."""
+    """Run a command's ``main`` and exit: with what it returns (None is 0), or as the list above says, with one line."""
     try:
         status = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        status = USER_ERROR_STATUS
+    except (UserError, LostProcess) as error:
+        say_error(error)
+        status = exit_status(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         status = 130
