@@ -11,12 +11,16 @@ with the index that is there, and ends with status 1 when a shard is damaged or 
 import argparse
 import os
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from dalle.data.index import ShardIndex, expand_braces, glob_magic, read_table
-from dalle.errors import UserError, run_command
+import numpy as np
 
-DAMAGE = ("truncated_member", "truncated_header", "damaged_header", "data_after_end")
+from dalle.data.index import ShardIndex, ShardInfo, expand_braces, glob_magic, read_table
+from dalle.errors import LostProcess, UserError, run_command
+
+# a tar without its end marker is readable, but a cut between two members looks just the same
+DAMAGE = ("truncated_member", "truncated_header", "damaged_header", "no_end_marker", "data_after_end")
 ROWS_SHOWN = 10
 
 
@@ -42,7 +46,11 @@ def folders_of(spec: str) -> list[Path]:
 
 def index_folder(folder: Path, workers: int, check: bool) -> tuple[ShardIndex, bool]:
     """Walk the folder's shards; write the index, or compare with it. Returns (index, does the saved index fit)."""
-    index = ShardIndex.build(sorted(folder.glob("*.tar")), workers)
+    try:
+        index = ShardIndex.build(sorted(folder.glob("*.tar")), workers)
+    except BrokenProcessPool:
+        raise LostProcess(f"a process that read the headers of {folder} was killed; if the memory ran out, "
+                          "start again with fewer --workers") from None
     if not index.shards:
         raise UserError(f"{folder} holds no .tar shard")
     if not check:
@@ -53,13 +61,27 @@ def index_folder(folder: Path, workers: int, check: bool) -> tuple[ShardIndex, b
         print(f"{folder} has no index")
         return index, False
     if saved == index.shards:
-        return index, True
+        return index, offsets_fit(folder, saved, index)
     known = {shard.name: shard for shard in saved}
     names = {shard.name for shard in index.shards}
     differing = [shard.name for shard in index.shards if known.get(shard.name) != shard]
     differing += [f"{name} (missing)" for name in sorted(set(known) - names)]
     print(f"the index of {folder} does not fit: {', '.join(differing[:ROWS_SHOWN])}")
     return index, False
+
+
+def offsets_fit(folder: Path, saved: list[ShardInfo], index: ShardIndex) -> bool:
+    """Whether the saved offsets are those of the shards; prints which are not."""
+    stored, sound = ShardIndex(saved), True
+    for number, shard in enumerate(saved):
+        try:
+            if np.array_equal(stored.members(number), index.members(number)):
+                continue
+            print(f"the index of {folder} does not fit: the offsets of {shard.name} are others")
+        except UserError as error:
+            print(error)
+        sound = False
+    return sound
 
 
 def report(folder: Path, index: ShardIndex) -> bool:

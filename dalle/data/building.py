@@ -89,7 +89,7 @@ def _made_before(out: Path, recipe: dict[str, Any], force: bool) -> dict[str, An
     try:
         record = json.loads((out / RECORD).read_text(encoding="utf-8"))
         before = record["recipe"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{out} holds files but no {RECORD} that says what they are; use another --out") from None
     if before == recipe:
         return record

@@ -47,7 +47,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"no cached codes in {folder} ({DESCRIPTION_FILE} is missing); "
                         "make them with tools/cache_codes.py") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {MAKE}") from None
     if not isinstance(description, dict):
         raise UserError(f"{path} is damaged (no JSON object); {MAKE}")
@@ -103,7 +103,7 @@ class CachedCodes:
         expected = (int(self._counts[shard]), self.views, self.length)
         try:
             # a plain view: a memmap would pay for its subclass at every row
-            codes = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+            codes = np.lib.format.open_memmap(path, mode="r").view(np.ndarray)      # no pickles, no archives
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"the codes {path} cannot be read ({error}); {MAKE}") from None
         if codes.shape != expected or codes.dtype != codes_dtype(self.num_codes):

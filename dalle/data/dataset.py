@@ -1,4 +1,4 @@
-"""Positions of the reading order to batches: one fetch a batch, with bad samples replaced and counted.
+"""Samples to batches: what is read, how a sample is made, and the exact tier, which fetches positions of the order.
 
 A position always gives the same sample with the same randomness, whichever rank or worker asks: its random numbers come
 from :func:`dalle.data.order.sample_rng`, and a bad sample is replaced by the next good one behind it in its shard.
@@ -6,11 +6,12 @@ from :func:`dalle.data.order.sample_rng`, and a bad sample is replaced by the ne
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field, model_validator
 from torch.utils.data import Dataset
 
@@ -32,10 +33,20 @@ LOG_EVERY = 1000                 # of the bad samples of one reason, the first i
 
 
 class DataConfig(Section):
-    """What is read and how. ``train``: a folder of shards, a glob, a brace range, or several joined by ``::``."""
+    """What is read and how. ``train``: a folder of shards, a glob, a brace range, or several joined by ``::``.
+
+    ``tier``: ``exact`` reads local shards in an order that any resume continues to the sample; ``resampled`` and
+    ``sequential`` read them front to back, from URLs too (:mod:`dalle.data.streaming`). Validation is always exact.
+    """
 
     train: str
     validation: str | None = None
+    tier: Literal["exact", "resampled", "sequential"] = "exact"
+    on_missing: Literal["refuse", "skip"] = "refuse"      # a shard that cannot be had: stop, or train without it
+    allow_pipe: bool = False                              # pipe: URLs run a shell command
+    read_timeout: float = Field(30.0, gt=0)               # s of silence from a server or a pipe before another attempt
+    read_retries: int = Field(4, ge=0)                    # in a row: 1, 2, 4, ... s apart
+    shuffle_buffer: int = Field(1000, ge=1)               # samples, as stored, that wait in each worker (resampled)
     image_size: int = Field(256, ge=1)
     crop: Crop = "center"
     flip: bool = False
@@ -60,6 +71,9 @@ class DataConfig(Section):
             raise ValueError("caption is none, but a tokenizer is set; choose caption random or first")
         if self.caption == "none" and not self.images and not self.codes:
             raise ValueError("images is false, caption is none and codes is not set: nothing would be read")
+        if self.tier != "exact" and self.codes:
+            raise ValueError(f"codes belong to an index, which tier {self.tier} does not use; set tier to exact, "
+                             "or leave codes out and let the codec run")
         return self
 
 
@@ -82,23 +96,100 @@ class Sample(NamedTuple):
     image: np.ndarray | None     # uint8 [S, S, 3]
 
 
-class ShardDataset(Dataset):
+class SampleMaker:
+    """Captions, codes and pictures to samples and batches, the same way in every tier."""
+
+    def __init__(self, config: DataConfig, *, seed: int, training: bool, tokenizer: CaptionTokenizer | None,
+                 codes: CachedCodes | None):
+        self.config, self.seed, self.training = config, seed, training
+        self.tokenizer, self.codes = tokenizer, codes
+        self._crop: Crop = config.crop if training or config.crop == "none" else "center"
+        self._bpe_dropout = config.bpe_dropout if training else 0.0
+        self._caption_dropout = config.caption_dropout if training else 0.0
+        self._ids: dict[tuple[int, int, int], np.ndarray] = {}
+        self._logged: Counter[str] = Counter()
+
+    def _make(self, position: int, record: Record, place: tuple[int, int] | None,
+              picture: Callable[[], bytes]) -> Sample:
+        """One sample with the randomness of ``position``. The order of the draws is part of what a seed means.
+
+        ``place``: (shard, index), by which ids are remembered and codes found; None where there is no index.
+        """
+        rng = sample_rng(self.seed, position) if self.training else None
+        number = 0
+        if self.training and self.config.caption == "random" and len(record.captions) > 1:
+            number = int(rng.integers(len(record.captions)))
+        text = None
+        if self.tokenizer is not None:
+            dropped = self._caption_dropout > 0 and rng.random() < self._caption_dropout
+            text = np.empty(0, np.int64) if dropped else self._encode(record.captions[number], rng,
+                                                                      place and (*place, number))
+        codes = None
+        if self.codes is not None:
+            view = int(rng.integers(self.codes.views)) if self.training and self.codes.views > 1 else 0
+            codes = self.codes.row(*place, view)
+        image = self._square(picture(), rng) if self.config.images else None
+        return Sample(record, record.captions[number] if record.captions else None, text, codes, image)
+
+    def _encode(self, caption: str, rng: np.random.Generator | None,
+                remember: tuple[int, int, int] | None) -> np.ndarray:
+        """The caption's ids, at most T of them; remembered where no dropout makes them differ from time to time."""
+        if self._bpe_dropout:
+            ids = self.tokenizer.token_ids(caption, self._bpe_dropout, rng)
+            return np.array(ids[:self.config.text_length], dtype=np.int64)
+        ids = self._ids.get(remember) if remember else None
+        if ids is None:
+            ids = np.array(self.tokenizer.token_ids(caption)[:self.config.text_length], dtype=np.int32)
+            if remember:
+                self._ids[remember] = ids
+        return ids
+
+    def _square(self, data: bytes, rng: np.random.Generator | None) -> np.ndarray:
+        config = self.config
+        image = decode_picture(data, config, self._crop)
+        return to_square(image, config.image_size, self._crop, config.flip and self.training, rng)
+
+    def _note(self, what: str, bad: BadSample, key: bytes, place: str) -> None:
+        if self._logged[bad.reason] % LOG_EVERY == 0:
+            log.warning("%s: %s, key %s, %s (%d such so far)", what, bad, key_text(key), place,
+                        self._logged[bad.reason] + 1)
+        self._logged[bad.reason] += 1
+
+    def _collate(self, positions: Sequence[int], samples: list[Sample], skipped: Counter[str]) -> Batch:
+        batch: Batch = {
+            "key": [sample.record.key for sample in samples],
+            "position": torch.tensor(positions, dtype=torch.int64),
+            "class_id": torch.tensor([sample.record.class_id for sample in samples], dtype=torch.int64),
+            "skipped": dict(skipped),
+        }
+        if self.config.caption != "none":
+            batch["caption"] = [sample.caption for sample in samples]
+        if self.tokenizer is not None:
+            text = np.zeros((len(samples), self.config.text_length), dtype=np.int64)
+            for row, sample in zip(text, samples, strict=True):
+                row[:len(sample.text)] = sample.text
+            batch["text"] = torch.from_numpy(text)
+        if self.codes is not None:
+            batch["codes"] = torch.from_numpy(np.stack([sample.codes for sample in samples]).astype(np.int64))
+        if self.config.images:
+            batch["image"] = image_tensor([sample.image for sample in samples])
+        if not self.training:
+            batch["meta"] = [sample.record.meta for sample in samples]
+        return batch
+
+
+class ShardDataset(SampleMaker, Dataset):
     """A map from positions to samples; :meth:`__getitems__` makes a whole batch where the worker is."""
 
     def __init__(self, config: DataConfig, index: ShardIndex, *, seed: int, training: bool,
                  tokenizer: CaptionTokenizer | None = None, codes: CachedCodes | None = None):
-        self.config, self.index, self.seed, self.training = config, index, seed, training
-        self.tokenizer, self.codes = tokenizer, codes
+        super().__init__(config, seed=seed, training=training, tokenizer=tokenizer, codes=codes)
+        self.index = index
         self.order: Order | SequentialOrder = (
             Order(index.counts, seed, config.lanes, config.window) if training else SequentialOrder(index.counts))
-        self._crop: Crop = config.crop if training or config.crop == "none" else "center"
-        self._bpe_dropout = config.bpe_dropout if training else 0.0
-        self._caption_dropout = config.caption_dropout if training else 0.0
         self._reader = ShardReader(index)
         self._records: dict[tuple[int, int], Record] = {}
-        self._ids: dict[tuple[int, int, int], np.ndarray] = {}
         self._bad: dict[tuple[int, int], tuple[str, str]] = {}     # reason and detail, so that none is decoded twice
-        self._logged: Counter[str] = Counter()
 
     def __getitem__(self, position: int) -> Batch:
         return self.__getitems__([position])
@@ -124,7 +215,8 @@ class ShardDataset(Dataset):
         try:
             return self._draw(position, shard, index)
         except BadSample as bad:
-            self._note(bad, shard, index)
+            self._note("bad sample replaced", bad, bytes(self._reader.row(shard, index)["key"]),
+                       f"sample {index} of {self.index.shards[shard].path}")
             skipped[bad.reason] += 1
             first = bad
         for replacement in self._behind(shard, index):
@@ -148,29 +240,15 @@ class ShardDataset(Dataset):
                     return
 
     def _draw(self, position: int, shard: int, index: int) -> Sample:
-        """One sample with the randomness of ``position``. The order of the draws is part of what a seed means."""
         known = self._bad.get((shard, index))
         if known is not None:
             raise BadSample(*known)
         try:
-            record = self._record(shard, index)
-            rng = sample_rng(self.seed, position) if self.training else None
-            number = 0
-            if self.training and self.config.caption == "random" and len(record.captions) > 1:
-                number = int(rng.integers(len(record.captions)))
-            text = None
-            if self.tokenizer is not None:
-                dropped = self._caption_dropout > 0 and rng.random() < self._caption_dropout
-                text = np.empty(0, np.int64) if dropped else self._encode(record, shard, index, number, rng)
-            codes = None
-            if self.codes is not None:
-                view = int(rng.integers(self.codes.views)) if self.training and self.codes.views > 1 else 0
-                codes = self.codes.row(shard, index, view)
-            image = self._image(shard, index, rng) if self.config.images else None
+            return self._make(position, self._record(shard, index), (shard, index),
+                              lambda: image_bytes(self._reader, shard, index))
         except BadSample as bad:
             self._bad[shard, index] = (bad.reason, bad.detail)
             raise
-        return Sample(record, record.captions[number] if record.captions else None, text, codes, image)
 
     def _record(self, shard: int, index: int) -> Record:
         record = self._records.get((shard, index))
@@ -186,51 +264,6 @@ class ShardDataset(Dataset):
             self._ids.clear()
         self._records[shard, index] = record
         return record
-
-    def _encode(self, record: Record, shard: int, index: int, number: int,
-                rng: np.random.Generator | None) -> np.ndarray:
-        """The caption's ids, at most T of them; remembered where no dropout makes them differ from time to time."""
-        if self._bpe_dropout:
-            ids = self.tokenizer.token_ids(record.captions[number], self._bpe_dropout, rng)
-            return np.array(ids[:self.config.text_length], dtype=np.int64)
-        ids = self._ids.get((shard, index, number))
-        if ids is None:
-            ids = np.array(self.tokenizer.token_ids(record.captions[number])[:self.config.text_length], dtype=np.int32)
-            self._ids[shard, index, number] = ids
-        return ids
-
-    def _image(self, shard: int, index: int, rng: np.random.Generator | None) -> np.ndarray:
-        config = self.config
-        image = read_image(self._reader, shard, index, config, self._crop)
-        return to_square(image, config.image_size, self._crop, config.flip and self.training, rng)
-
-    def _note(self, bad: BadSample, shard: int, index: int) -> None:
-        if self._logged[bad.reason] % LOG_EVERY == 0:
-            log.warning("bad sample replaced: %s, sample %d of %s (%d such so far)", bad, index,
-                        self.index.shards[shard].path, self._logged[bad.reason] + 1)
-        self._logged[bad.reason] += 1
-
-    def _collate(self, positions: Sequence[int], samples: list[Sample], skipped: Counter[str]) -> Batch:
-        batch: Batch = {
-            "key": [sample.record.key for sample in samples],
-            "position": torch.tensor(positions, dtype=torch.int64),
-            "class_id": torch.tensor([sample.record.class_id for sample in samples], dtype=torch.int64),
-            "skipped": dict(skipped),
-        }
-        if self.config.caption != "none":
-            batch["caption"] = [sample.caption for sample in samples]
-        if self.tokenizer is not None:
-            text = np.zeros((len(samples), self.config.text_length), dtype=np.int64)
-            for row, sample in zip(text, samples, strict=True):
-                row[:len(sample.text)] = sample.text
-            batch["text"] = torch.from_numpy(text)
-        if self.codes is not None:
-            batch["codes"] = torch.from_numpy(np.stack([sample.codes for sample in samples]).astype(np.int64))
-        if self.config.images:
-            batch["image"] = image_tensor([sample.image for sample in samples])
-        if not self.training:
-            batch["meta"] = [sample.record.meta for sample in samples]
-        return batch
 
 
 class ViewDataset(Dataset):
@@ -261,20 +294,24 @@ class ViewDataset(Dataset):
     def _views(self, position: int, shard: int, index: int, skipped: Counter[str]) -> list[np.ndarray] | None:
         config = self.config
         try:
-            image = read_image(self._reader, shard, index, config, config.crop)
+            image = decode_picture(image_bytes(self._reader, shard, index), config, config.crop)
         except BadSample as bad:
-            log.warning("no codes for a bad sample: %s, sample %d of %s", bad, index, self.index.shards[shard].path)
+            log.warning("no codes for a bad sample: %s, key %s, sample %d of %s", bad,
+                        key_text(bytes(self._reader.row(shard, index)["key"])), index, self.index.shards[shard].path)
             skipped[bad.reason] += 1
             return None
         return [to_square(image, config.image_size, config.crop, config.flip,
                           sample_rng(self.seed, position * self.views + view)) for view in range(self.views)]
 
 
-def read_image(reader: ShardReader, shard: int, index: int, config: DataConfig, crop: Crop):
-    """The decoded picture of a sample (PIL, RGB)."""
-    data = read_member(reader, shard, reader.row(shard, index), "image")
-    draft_side = needed_side(config.image_size, crop) if config.jpeg_draft else None
-    return decode_image(data, config.max_pixels, draft_side)
+def image_bytes(reader: ShardReader, shard: int, index: int) -> bytes:
+    """The picture of a sample as it is stored."""
+    return read_member(reader, shard, reader.row(shard, index), "image")
+
+
+def decode_picture(data: bytes, config: DataConfig, crop: Crop) -> Image.Image:
+    """The decoded picture (RGB), by the configured limits."""
+    return decode_image(data, config.max_pixels, needed_side(config.image_size, crop) if config.jpeg_draft else None)
 
 
 def image_tensor(squares: list[np.ndarray]) -> torch.Tensor:

@@ -169,4 +169,7 @@ def sample_captions(reader: ShardReader, shard: int, row: np.void, meta: dict[st
     caption = meta.get("caption")
     if not isinstance(caption, str):
         raise BadSample("no_caption")
-    return decode_captions(caption.encode("utf-8", "replace"))
+    try:
+        return decode_captions(caption.encode("utf-8"))
+    except UnicodeEncodeError as error:             # JSON can spell half of a surrogate pair
+        raise BadSample("caption_encoding", f"half a character at {error.start}") from None

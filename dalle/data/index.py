@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,9 @@ PARTS = ("image", "text", "json")
 LONGEST_KEY = 255
 READ_ATTEMPTS = 3
 Read = TypeVar("Read")
+Part = TypeVar("Part")
+MISSING_SHARD = "missing_shard"      # the name that training without a shard is counted by
+NO_PROBLEMS: dict[str, int] = {}
 REBUILD = "run `python tools/index_shards.py {folder}` to index the folder again"
 
 
@@ -64,10 +67,14 @@ def member_dtype(key_length: int) -> np.dtype:
 
 
 class ShardIndex:
-    """The shards of one data set, in order. ``fingerprint`` changes with names, counts, sizes and digests."""
+    """The shards of one data set, in order. ``fingerprint`` changes with names, counts, sizes and digests.
 
-    def __init__(self, shards: Sequence[ShardInfo], members: dict[int, np.ndarray] | None = None):
+    ``missing``: how many shards were left out because they are gone.
+    """
+
+    def __init__(self, shards: Sequence[ShardInfo], members: dict[int, np.ndarray] | None = None, missing: int = 0):
         self.shards = list(shards)
+        self.missing = missing
         self._in_memory = members or {}
 
     @cached_property
@@ -99,7 +106,7 @@ class ShardIndex:
         path = Path(shard.folder) / INDEX_FOLDER / f"{shard.stem}.npy"
         advice = REBUILD.format(folder=shard.folder)
         try:
-            rows = np.load(path, allow_pickle=False)
+            rows = np.array(np.lib.format.open_memmap(path, mode="r"))      # no pickles, no archives
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"the index of {shard.path} cannot be read ({error}); {advice}") from None
         if rows.dtype.names != member_dtype(1).names or rows.shape != (shard.count,):
@@ -118,18 +125,20 @@ class ShardIndex:
         return ShardIndex([info for info, _ in scanned], {number: rows for number, (_, rows) in enumerate(scanned)})
 
     @staticmethod
-    def load(spec: str) -> "ShardIndex":
+    def load(spec: str, on_missing: Literal["refuse", "skip"] = "refuse") -> "ShardIndex":
         """The index of ``spec``: a folder, a glob, a brace range ``{00000..00009}.tar``, several joined by ``::``.
 
         Shards without an index are walked now (with a log line) and the index is kept if the folder is writable.
         Raises :class:`UserError` for a missing shard, an index that disagrees with the files, a spec that is no path.
+        ``on_missing="skip"``: an index without the missing shards, another data set with another fingerprint and
+        order, as if they had never been there.
         """
-        parts = [_load_part(part.strip()) for part in str(spec).split("::")]
+        parts = [_load_part(part.strip(), on_missing == "skip") for part in str(spec).split("::")]
         index = _joined(parts)
-        paths = Counter((shard.folder, shard.name) for shard in index.shards)
-        twice = next((path for path, times in paths.items() if times > 1), None)
-        if twice:
-            raise UserError(f"data {spec!r} names the shard {Path(*twice)} twice; give every shard once")
+        paths = [shard[:2] for shard in index.shards]
+        if len(set(paths)) < len(paths):
+            (name, folder), _ = Counter(paths).most_common(1)[0]
+            raise UserError(f"data {spec!r} names the shard {Path(folder, name)} twice; give every shard once")
         if not index.num_samples:
             found = ", ".join(f"{reason} {count}" for reason, count in index.problems.items())
             raise UserError(f"data {spec!r}: its {len(index.shards)} shards hold no sample with a picture"
@@ -192,7 +201,7 @@ def _rows(walk: Iterable[Member], problems: Counter[str]) -> list[tuple]:
         if key is None:
             problems["not_a_sample"] += sum(1 for _ in group)
             continue
-        parts = _parts(((extension, member) for _, extension, member in group), problems)
+        parts = member_parts(((extension, member) for _, extension, member in group), problems)
         if not parts:
             problems["other_members"] += 1
         elif key in seen:
@@ -212,9 +221,9 @@ def _rows(walk: Iterable[Member], problems: Counter[str]) -> list[tuple]:
     return rows
 
 
-def _parts(group: Iterable[tuple[str, Member]], problems: Counter[str]) -> dict[str, tuple[str, Member]]:
+def member_parts(group: Iterable[tuple[str, Part]], problems: Counter[str]) -> dict[str, tuple[str, Part]]:
     """The picture, caption and JSON of one key: part -> (extension, member)."""
-    parts: dict[str, tuple[str, Member]] = {}
+    parts: dict[str, tuple[str, Part]] = {}
     for extension, member in group:
         part = "image" if extension in IMAGE_EXTENSIONS else {"txt": "text", "json": "json"}.get(extension)
         if part is None:
@@ -241,8 +250,10 @@ def split_name(name: bytes) -> tuple[bytes | None, str]:
 
 
 def key_text(key: bytes) -> str:
-    """A key as text for logs and batches; it is data from the shard, never part of a path."""
-    return key.decode("utf-8", "backslashreplace")
+    """A key as printable text for logs and batches; it is data from the shard, never part of a path."""
+    text = key.decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
 
 
 def _joined(parts: list[ShardIndex]) -> ShardIndex:
@@ -250,22 +261,24 @@ def _joined(parts: list[ShardIndex]) -> ShardIndex:
     for part in parts:
         members.update({start + number: rows for number, rows in part._in_memory.items()})
         start += len(part.shards)
-    return ShardIndex([shard for part in parts for shard in part.shards], members)
+    return ShardIndex([shard for part in parts for shard in part.shards], members, sum(part.missing for part in parts))
 
 
-def _load_part(spec: str) -> ShardIndex:
+def _load_part(spec: str, skip_missing: bool) -> ShardIndex:
     """The index of one folder, glob or brace range."""
     if re.match(r"pipe:|[a-z0-9+]+://|https?:", spec, re.IGNORECASE):
         raise UserError(f"data {spec!r}: the exact reading order needs local tar files, and nothing is run or fetched "
-                        "for it; copy the shards to a local or shared folder and give that")
+                        "for it; copy the shards to a local or shared folder and give that, or train with "
+                        "data.tier=resampled")
     if not spec:
         raise UserError("the data spec is empty; give a folder of .tar shards, a glob or a brace range")
     parts = []
     for (folder, is_file), paths in groupby(expand_braces(spec), key=_place):
         if is_file:
-            parts.append(_load_folder(Path(folder or "."), {os.path.basename(path) for path in paths}, spec))
+            parts.append(_load_folder(Path(folder or "."), {os.path.basename(path) for path in paths}, spec,
+                                      skip_missing))
         else:
-            parts += [_load_pattern(path, spec) for path in paths]
+            parts += [_load_pattern(path, spec, skip_missing) for path in paths]
     return _joined(parts)
 
 
@@ -275,15 +288,15 @@ def _place(path: str) -> tuple[str, bool]:
     return folder, name.endswith(".tar") and not glob_magic(name) and not os.path.isdir(path)
 
 
-def _load_pattern(path: str, spec: str) -> ShardIndex:
+def _load_pattern(path: str, spec: str, skip_missing: bool) -> ShardIndex:
     if os.path.isdir(path):
-        return _load_folder(Path(path), "*.tar", spec)
+        return _load_folder(Path(path), "*.tar", spec, skip_missing)
     folder, pattern = os.path.split(path)
     if glob_magic(folder):
         raise UserError(f"data {spec!r}: only the file name may hold wildcards; join several folders with '::'")
     if not glob_magic(pattern):
         raise UserError(f"data {spec!r}: there is no folder {path}; give a folder of .tar shards, a glob or a range")
-    return _load_folder(Path(folder or "."), pattern, spec)
+    return _load_folder(Path(folder or "."), pattern, spec, skip_missing)
 
 
 def glob_magic(text: str) -> bool:
@@ -307,45 +320,54 @@ def expand_braces(text: str) -> list[str]:
     return [text[:match.start()] + choice + tail for choice in choices for tail in tails]
 
 
-def _load_folder(folder: Path, wanted: str | set[str], spec: str) -> ShardIndex:
+def _load_folder(folder: Path, wanted: str | set[str], spec: str, skip_missing: bool) -> ShardIndex:
     """The shards of ``folder`` that are in the set ``wanted`` or match the pattern, by its saved index or a walk."""
     if not folder.is_dir():
         raise UserError(f"data {spec!r}: there is no folder {folder}; check the path")
     folder = folder.absolute()
-    on_disk = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".tar")}
-
-    def matches(name: str) -> bool:
-        return fnmatch.fnmatchcase(name, wanted) if isinstance(wanted, str) else name in wanted
-
-    present = sorted(name for name in on_disk if matches(name))
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".tar")}
+    matches = wanted.__contains__ if isinstance(wanted, set) else re.compile(fnmatch.translate(wanted)).match
+    present = {name: size for name, size in sizes.items() if matches(name)}
     absent = sorted(wanted - set(present)) if isinstance(wanted, set) else []
-    if absent:
+    if absent and not skip_missing:
         raise UserError(f"data {spec!r}: the shard {folder / absent[0]} does not exist"
-                        f"{f' (and {len(absent) - 1} more)' if len(absent) > 1 else ''}; check the range")
+                        f"{f' (and {len(absent) - 1} more)' if len(absent) > 1 else ''}; check the range, "
+                        "or set data.on_missing=skip to train without it")
     table = read_table(folder)
     if table is None:
         if not present:
             raise UserError(f"data {spec!r}: no .tar shard there; give a folder of shards, a glob or a brace range")
-        return _index_now(folder, present, everything=len(present) == len(on_disk))
-    shards = [shard for shard in table if matches(shard.name)]
-    _compare(folder, shards, {name: on_disk[name] for name in present})
-    if not shards:
-        raise UserError(f"data {spec!r}: no shard matches; {folder} holds {len(table)} shards")
-    return ShardIndex(shards)
+        index = _index_now(folder, sorted(present), everything=len(present) == len(sizes))
+    else:
+        index = ShardIndex(_compared(folder, [shard for shard in table if matches(shard.name)], present, skip_missing))
+        absent = sorted({*absent, *(shard.name for shard in table if matches(shard.name))} - set(present))
+        if not index.shards:
+            raise UserError(f"data {spec!r}: no shard matches; {folder} holds {len(table)} shards, {len(absent)} of "
+                            "those wanted are missing")
+    if absent:
+        log.warning("training without %d missing shards of %s: %s%s", len(absent), folder, ", ".join(absent[:10]),
+                    ", ..." if len(absent) > 10 else "")
+    index.missing = len(absent)
+    return index
 
 
-def _compare(folder: Path, shards: list[ShardInfo], on_disk: dict[str, int]) -> None:
-    """Refuse an index that does not describe the files: training on less, or on other bytes, must not go unseen."""
+def _compared(folder: Path, shards: list[ShardInfo], present: dict[str, int], skip_missing: bool) -> list[ShardInfo]:
+    """``shards`` without those that may be missing; refuses an index that does not describe the files ``present``,
+    since training on less, or on other bytes, must not go unseen."""
     advice = REBUILD.format(folder=folder)
+    if skip_missing:
+        shards = [shard for shard in shards if shard.name in present]
     for shard in shards:
-        if shard.name not in on_disk:
-            raise UserError(f"the shard {shard.path} is in the index but missing on disk; bring it back, or {advice}")
-        if on_disk[shard.name] != shard.size:
-            raise UserError(f"the shard {shard.path} has {on_disk[shard.name]} bytes, "
-                            f"its index says {shard.size}; {advice}")
-    extra = sorted(set(on_disk) - {shard.name for shard in shards})
-    if extra:
+        size = present.get(shard.name)
+        if size is None:
+            raise UserError(f"the shard {shard.path} is in the index but missing on disk; bring it back, set "
+                            f"data.on_missing=skip to train without it, or {advice}")
+        if size != shard.size:
+            raise UserError(f"the shard {shard.path} has {size} bytes, its index says {shard.size}; {advice}")
+    if len(present) > len(shards):
+        extra = sorted(set(present) - {shard.name for shard in shards})
         raise UserError(f"the shard {folder / extra[0]} is not in the index of its folder; {advice}")
+    return shards
 
 
 def _index_now(folder: Path, names: list[str], everything: bool) -> ShardIndex:
@@ -366,15 +388,19 @@ def read_table(folder: Path) -> list[ShardInfo] | None:
         table = json.loads(path.read_bytes())
         if table["version"] != VERSION:
             raise ValueError(f"its version is {table['version']}, this program reads {VERSION}")
-        shards = [ShardInfo(str(row["name"]), str(folder), int(row["count"]), int(row["size"]), str(row["digest"]),
-                            dict(row.get("problems", {}))) for row in table["shards"]]
-        if any("/" in shard.name or shard.count < 0 for shard in shards):
+        rows, place = table["shards"], str(folder)
+        shards = [ShardInfo(row["name"], place, row["count"], row["size"], row["digest"],
+                            dict(row["problems"]) if "problems" in row else NO_PROBLEMS) for row in rows]
+        if any(type(name) is not str or type(count) is not int or "/" in name or count < 0
+               for name, _, count, *_ in shards):
             raise ValueError("a shard's name or count is impossible")
+        if any(type(number) is not int for shard in shards for number in shard.problems.values()):
+            raise ValueError("a problem's count is no number")
         if ShardIndex(shards).fingerprint != table["fingerprint"]:
             raise ValueError("its fingerprint does not fit its shards")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); {REBUILD.format(folder=folder)}") from None
     return shards
 

@@ -1,10 +1,11 @@
-"""Batches for one rank, by the reading order: endless for training, one pass for validation.
+"""Batches for one rank: endless for training, one pass for validation.
 
 A batch of b = batch_size / world_size samples is a dict: ``image`` uint8 [b, 3, S, S], ``text`` int64 [b, T] (0:
 unfilled; all 0: the caption was dropped), ``codes`` int64 [b, N], ``caption`` list of str, ``key`` list of str,
 ``position`` int64 [b], ``class_id`` int64 [b] (-1: none), and in validation ``meta``, a list of dicts. What is not
 configured is absent.
-Rank r of R gets the positions tB + r, tB + r + R, ... of batch t, so any R that divides B sees the same global batches.
+Rank r of R gets the positions tB + r, tB + r + R, ... of batch t. In the exact tier a position is a sample, so any R
+that divides B sees the same global batches; in the others (:mod:`dalle.data.streaming`) it is a running number.
 """
 
 import atexit
@@ -12,18 +13,22 @@ import itertools
 import logging
 import os
 import signal
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from multiprocessing.connection import wait
+from types import FrameType
 
 import torch
 from torch.utils.data import DataLoader
 
 from dalle.data.codes import CachedCodes
 from dalle.data.dataset import Batch, DataConfig, ShardDataset, ViewDataset, advice
-from dalle.data.index import ShardIndex
+from dalle.data.index import MISSING_SHARD, ShardIndex
+from dalle.data.streaming import StreamDataset
 from dalle.data.tokenizer import CaptionTokenizer
-from dalle.errors import UserError
+from dalle.errors import LostProcess, UserError
 
 __all__ = ["Batch", "DataConfig", "Loader", "train_batches", "validation_batches", "view_batches"]
 
@@ -31,6 +36,7 @@ log = logging.getLogger(__name__)
 
 MIN_SEEN = 200               # samples before the fraction of bad ones is judged
 PREFETCHED_BATCHES = 4       # a worker
+SECONDS_TO_DIE = 2           # of a worker, after its connection broke
 SECONDS_AFTER_SIGTERM = 30   # what Slurm grants, too
 
 
@@ -73,16 +79,25 @@ class ValidationPositions:
 
 
 class Loader:
-    """Iterate for batches; ``skipped`` counts the replaced bad samples of this rank by reason, so far."""
+    """Iterate for batches; ``skipped`` counts this rank's bad samples (replaced, or passed over in a stream) and
+    missing shards by reason, so far. ``identity`` is what must be the same data at a resume.
 
-    def __init__(self, dataset: ShardDataset | ViewDataset, positions: Iterable[list[int]], *, finite: bool):
+    ``positions``: what to fetch from a map of positions; None for a :class:`StreamDataset`, which makes batches itself.
+    """
+
+    def __init__(self, dataset: ShardDataset | ViewDataset | StreamDataset,
+                 positions: Iterable[list[int]] | None = None, *, finite: bool = False):
         config = dataset.config
-        self.index: ShardIndex = dataset.index
+        self.index: ShardIndex | None = getattr(dataset, "index", None)
         self.tokenizer: CaptionTokenizer | None = dataset.tokenizer
         self.codes: CachedCodes | None = dataset.codes
-        self.samples_per_epoch: int = dataset.order.samples_per_epoch
+        self.samples_per_epoch: int | None = dataset.order.samples_per_epoch if self.index else None
+        self.identity = {"fingerprint": self.index.fingerprint if self.index else dataset.fingerprint}
+        if self.tokenizer is not None:
+            self.identity["tokenizer"] = self.tokenizer.digest
         self.skipped: Counter[str] = Counter()
         self._seen = 0
+        self._place = self.index.shards[0].folder if self.index else dataset.place
         self._max_bad_fraction = config.max_bad_fraction
         self._positions = positions
         self._finite = finite
@@ -90,22 +105,54 @@ class Loader:
         if workers:
             # the library warns at every fork unless told; a worker encodes one caption at a time anyway
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        fetched = {"batch_size": None} if positions is None else {"batch_sampler": positions}
         self._loader = DataLoader(
-            dataset, batch_sampler=positions, num_workers=workers, collate_fn=_as_fetched, worker_init_fn=_start_worker,
+            dataset, **fetched, num_workers=workers, collate_fn=_as_fetched, worker_init_fn=_start_worker,
             persistent_workers=workers > 0, prefetch_factor=PREFETCHED_BATCHES if workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(0))     # otherwise each pass would draw from the global generator
         if workers:
             atexit.register(_close, weakref.ref(self))
+        self._waiting = False        # for a batch: the only time when a worker's death may be raised
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
+        for batch in self._fetched():
             if "error" in batch:
                 raise UserError(batch["error"])
             self._account(batch)
             yield batch
         if self._finite:
             self._judge()
+
+    def _fetched(self) -> Iterator[Batch]:
+        """What the workers make. One that died is named, whatever its end did to the connection."""
+        batches = iter(self._loader)
+        if self._loader.num_workers and threading.current_thread() is threading.main_thread():
+            _WATCHED.add(self)
+            signal.signal(signal.SIGCHLD, _on_child_end)
+        while True:
+            self._check_workers()
+            self._waiting = True
+            try:
+                batch = next(batches, None)
+            except (RuntimeError, OSError, EOFError):
+                self._check_workers(SECONDS_TO_DIE)
+                raise
+            finally:
+                self._waiting = False
+            if batch is None:
+                return
+            yield batch
+
+    def _check_workers(self, seconds: float = 0) -> None:
+        """Raise :class:`LostProcess` when a worker is dead, or is within ``seconds``."""
+        workers = getattr(self._loader._iterator, "_workers", [])
+        if workers and seconds:      # the connection may break before the process has ended
+            wait([worker.sentinel for worker in workers], seconds)
+        for number, worker in enumerate(workers):
+            if worker.exitcode is not None:
+                raise LostProcess(f"{death_of(number, worker.pid, worker.exitcode)}; start again to go on from the "
+                                  "last checkpoint")
 
     def __len__(self) -> int:
         """Batches in a pass; endless loaders have no length."""
@@ -122,15 +169,15 @@ class Loader:
 
     def _account(self, batch: Batch) -> None:
         self.skipped.update(batch.pop("skipped"))
-        self._seen += len(batch["position"])
+        self._seen += batch.pop("read", len(batch["position"]))
         if self._seen >= MIN_SEEN:
             self._judge()
 
     def _judge(self) -> None:
-        bad = self.skipped.total()
+        bad = self.skipped.total() - self.skipped[MISSING_SHARD]      # whether to go on without a shard is on_missing's
         if bad > self._max_bad_fraction * self._seen:
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.skipped.most_common())
-            raise UserError(f"{bad} of {self._seen} samples in {self.index.shards[0].folder} cannot be used "
+            raise UserError(f"{bad} of {self._seen} samples in {self._place} cannot be used "
                             f"({reasons}), above data.max_bad_fraction={self._max_bad_fraction}; "
                             f"{advice(self.skipped)}")
 
@@ -142,10 +189,16 @@ def train_batches(config: DataConfig, *, seed: int, batch_size: int, rank: int =
     Raises :class:`UserError` for data that cannot be used, and when ``world_size`` does not divide ``batch_size``.
     """
     check_split(batch_size, world_size)
-    index = ShardIndex.load(config.train)
+    if config.tier != "exact":
+        return Loader(StreamDataset(config, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size,
+                                    start_step=start_step, tokenizer=_tokenizer(config)))
+    index = ShardIndex.load(config.train, config.on_missing)
     dataset = ShardDataset(config, index, seed=seed, training=True, tokenizer=_tokenizer(config),
                            codes=CachedCodes(config.codes, index) if config.codes else None)
-    return Loader(dataset, TrainPositions(batch_size, rank, world_size, start_step), finite=False)
+    loader = Loader(dataset, TrainPositions(batch_size, rank, world_size, start_step))
+    if index.missing and rank == 0:                # the ranks' counts are added up
+        loader.skipped[MISSING_SHARD] = index.missing
+    return loader
 
 
 def validation_batches(config: DataConfig, *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1,
@@ -156,7 +209,7 @@ def validation_batches(config: DataConfig, *, seed: int, batch_size: int, rank: 
     if config.codes and not config.validation_codes and not config.images:
         raise UserError("data.codes is set but data.validation_codes is not; make them with tools/cache_codes.py")
     check_split(batch_size, world_size)
-    index = ShardIndex.load(config.validation)
+    index = ShardIndex.load(config.validation, config.on_missing)
     total = index.num_samples if limit is None else min(limit, index.num_samples)
     if total < world_size:
         raise UserError(f"validation has {total} samples, fewer than the {world_size} processes; use more samples "
@@ -201,6 +254,24 @@ def _start_worker(worker: int) -> None:
     # not ignored for good: multiprocessing ends a worker that hangs with this signal
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(SECONDS_AFTER_SIGTERM))
+
+
+_WATCHED: "weakref.WeakSet[Loader]" = weakref.WeakSet()
+
+
+def _on_child_end(number: int, frame: FrameType | None) -> None:
+    """In place of the library's handler, which raises at whatever line the program happens to be."""
+    for loader in list(_WATCHED):
+        if loader._waiting:
+            loader._check_workers()
+
+
+def death_of(number: int, pid: int, exitcode: int) -> str:
+    """How a loader worker ended, in words."""
+    if exitcode >= 0:
+        return f"loader worker {number} (process {pid}) ended early with status {exitcode}"
+    return (f"loader worker {number} (process {pid}) was killed by signal {-exitcode}; if memory ran out, lower "
+            "data.workers")
 
 
 def _close(reference: "weakref.ref[Loader]") -> None:

@@ -24,9 +24,22 @@ def sample_rng(seed: int, position: int) -> np.random.Generator:
 
 def _permutation(length: int, *key: int) -> np.ndarray:
     """int64 or int32 [length]: the permutation of ``key``, the same on every machine."""
-    source = np.random.Philox(np.random.SeedSequence(key))
-    order = np.argsort(source.random_raw(length), kind="stable")
+    order = stable_argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(length))
     return order.astype(np.int32) if length < 2**31 else order
+
+
+def stable_argsort(values: np.ndarray) -> np.ndarray:
+    """``np.argsort(values, kind="stable")`` of uint64 random numbers, several times faster.
+
+    Sorts the upper bits with each number's place in the lower ones; where upper bits coincide, numpy's own decides.
+    """
+    places = np.uint64((1 << len(values).bit_length()) - 1)
+    packed = (values & ~places) | np.arange(len(values), dtype=np.uint64)
+    packed.sort()
+    upper = packed & ~places
+    if (upper[1:] == upper[:-1]).any():
+        return np.argsort(values, kind="stable")
+    return (packed & places).astype(np.int64)
 
 
 class _Epoch(NamedTuple):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 BLOCK = 512
 HEADER_AND_FIRST_BLOCK = 2 * BLOCK
 LONGEST_EXTENSION_HEADER = 1 << 20      # a name record above 1 MB is not a name
+MOST_DIGITS = 20                        # of a pax size: larger than any file, and int() refuses thousands of digits
 TAIL_CHECKED = 1 << 16                  # bytes after the end marker that are searched for a second archive
 REGULAR = b"0\x007"
 WITHOUT_PAYLOAD = b"123456"             # links, devices, folders and pipes: their size field counts nothing
@@ -144,7 +145,7 @@ def _pax_records(data: bytes) -> dict[str, bytes | int]:
         if key == b"path":
             records["path"] = value
         elif key == b"size" and value.isdigit():
-            records["size"] = int(value)
+            records["size"] = int(value.lstrip(b"0")[:MOST_DIGITS] or b"0")
         elif key.startswith(b"GNU.sparse"):
             records["sparse"] = 1
         position += int(length_text)

@@ -1,11 +1,18 @@
+import itertools
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle.data.order import Order, SequentialOrder, sample_rng
+from dalle.data.loader import TrainPositions, check_split
+from dalle.data.order import Order, SequentialOrder, sample_rng, stable_argsort
+from dalle.errors import UserError
 
 shard_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=25).filter(lambda sizes: sum(sizes) > 0)
 
@@ -44,6 +51,60 @@ def test_any_split_gives_the_same_global_batches(counts, seed, lanes, window, lo
             for place, position in zip(located(worker_orders[step % workers], mine), mine, strict=True):
                 batch[position - step * batch_size] = place
         assert batch == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 7, 2**63, 2**63 + 3, 2**64 - 1]), max_size=40))
+def test_the_fast_sort_is_the_stable_sort(values):
+    values = np.array(values, dtype=np.uint64)
+    np.testing.assert_array_equal(stable_argsort(values), np.argsort(values, kind="stable"))
+
+
+@st.composite
+def stopped_runs(draw):
+    """Shard sizes, an order's settings, a batch size, and runs of some steps each on some processes and workers."""
+    counts = draw(shard_sizes)
+    batch_size = draw(st.integers(1, 24))
+    divisors = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
+    processes = st.sampled_from(divisors) | st.sampled_from(divisors) | st.integers(1, 26)
+    runs = draw(st.lists(st.tuples(processes, st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=7))
+    settings = (draw(st.integers(0, 2**40)), draw(st.integers(1, 40)), draw(st.integers(1, 6)))
+    return counts, settings, batch_size, runs
+
+
+@settings(max_examples=120, deadline=None)
+@given(stopped_runs())
+def test_any_chain_of_stops_and_changes_is_the_uninterrupted_run(case):
+    counts, settings, batch_size, runs = case
+    step, batches = 0, []
+    for processes, workers, steps in runs:
+        if batch_size % processes:
+            divisors = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
+            legal = ", ".join(map(str, divisors))
+            with pytest.raises(UserError, match=f"{processes} processes; use one of {legal} processes"):
+                check_split(batch_size, processes)
+            continue
+        check_split(batch_size, processes)
+        shares = [one_rank(counts, settings, TrainPositions(batch_size, rank, processes, step), workers, steps)
+                  for rank in range(processes)]
+        batches += [[place for group in zip(*parts, strict=True) for place in group]
+                    for parts in zip(*shares, strict=True)]
+        step += steps                                            # all that a checkpoint holds
+    reference = Order(np.array(counts), *settings)
+    assert batches == [[reference(t * batch_size + place) for place in range(batch_size)] for t in range(step)]
+    line = [place for batch in batches for place in batch]
+    total = sum(counts)
+    for epoch in range(len(line) // total):
+        assert sorted(line[epoch * total:(epoch + 1) * total]) == [(epoch, *sample) for sample in every_sample(counts)]
+    rest = line[len(line) // total * total:]
+    assert len(set(rest)) == len(rest)
+
+
+def one_rank(counts, settings, positions, workers, steps):
+    """The samples of one rank's batches, each found by the worker whose turn it is, as new as after a start."""
+    orders = [Order(np.array(counts), *settings) for _ in range(max(1, workers))]
+    return [located(orders[number % len(orders)], mine)
+            for number, mine in enumerate(itertools.islice(positions, steps))]
 
 
 def test_against_the_definition_written_out_by_loops():
@@ -119,3 +180,13 @@ def test_sample_rng_depends_on_seed_and_position_only():
     draw = {(seed, position): sample_rng(seed, position).random() for seed in range(3) for position in (0, 1, 2**40)}
     assert len(set(draw.values())) == 9
     assert sample_rng(2, 2**40).random() == draw[2, 2**40]
+
+
+def test_the_benchmark_runs(tmp_path):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "tools/bench/order.py", "--shards", "9", "--samples", "300", "--folder", str(tmp_path)]
+    output = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, timeout=120, check=True,
+                            capture_output=True, text=True).stdout
+    lines = output.splitlines()
+    assert "9 shards x 300 samples = 2,700" in lines[0] and len(lines) == 8
+    assert all(line.endswith("MB") for line in lines[2:])
