@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -113,11 +114,22 @@ def run_stage(stage: Stage, console: Console) -> float:
     return time.time() - started
 
 
+def read_json(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{path} is damaged; delete it, and its stage is run again") from None
+
+
+def read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
 def last_values(log: Path, prefix: str) -> dict[str, float]:
     """The newest value of every figure in a run's JSONL log whose name starts with ``prefix``."""
     values = {}
-    for line in log.read_text().splitlines():
-        values.update({key: value for key, value in json.loads(line).items() if key.startswith(prefix)})
+    for line in read_text(log).splitlines():
+        values.update({key: value for key, value in read_json(log, line).items() if key.startswith(prefix)})
     return values
 
 
@@ -135,7 +147,7 @@ def figures(runs: Path) -> list[tuple[str, str]]:
     ]
     judged = runs / "judge.json"
     if judged.is_file():
-        result = json.loads(judged.read_text())
+        result = read_json(judged, read_text(judged))
         rows += [
             ("judge: every colour and shape right, unranked", f"{100 * result['unranked']:.1f} %"),
             (f"judge: the same, best of {result['candidates']} by CLIP", f"{100 * result['best_by_clip']:.1f} %"),
@@ -164,7 +176,7 @@ def main() -> None:
     make_stages, runs = STAGES[dataset]
     console = Console(highlight=False)
     times = runs / "stages.json"
-    seconds: dict[str, float] = json.loads(times.read_text()) if times.is_file() else {}
+    seconds: dict[str, float] = read_json(times, read_text(times)) if times.is_file() else {}
     if "TESSERA_STARTED" in os.environ and "setup" not in seconds:
         seconds["setup"] = time.time() - int(os.environ["TESSERA_STARTED"])
     for stage in make_stages():

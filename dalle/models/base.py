@@ -66,7 +66,10 @@ class PretrainedModel(nn.Module):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise ValueError(f"{folder / CONFIG_FILE}: {where}: {first['msg']}") from error
-        model = cls(config)
+        try:
+            model = cls(config)
+        except (RuntimeError, ValueError, TypeError, KeyError, ArithmeticError, MemoryError) as error:
+            raise ValueError(f"{folder / CONFIG_FILE} describes a model that cannot be built: {error}") from error
         try:
             state = load_file(folder / WEIGHTS_FILE)
         except SafetensorError as error:
@@ -85,8 +88,10 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no saved model in {folder}: {CONFIG_FILE} is missing")
     try:
         description = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(description, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return description

@@ -7,8 +7,8 @@ pretrained open_clip model, with the tokenizer and the preprocessing that belong
 import difflib
 import json
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -36,6 +36,11 @@ CLIP_LOG_SCALE = math.log(1 / 0.07)
 SIGLIP_LOG_SCALE = math.log(10)
 SIGLIP_BIAS = -10.0
 LOCAL_FOLDER_CONFIG = "open_clip_config.json"
+TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language"}
+
+# How torch, safetensors and open_clip fail on a file that is anything else.
+NOT_PLAIN_WEIGHTS = (UnpicklingError, SafetensorError, EOFError, KeyError, TypeError, AttributeError, StopIteration,
+                     UnicodeDecodeError, IndexError)
 
 # Set by the caption ids and the model config, never by hand.
 RESERVED_TEXT_FIELDS = {"context_length", "vocab_size", "pad_id", "eos_id"}
@@ -312,10 +317,12 @@ def load_open_clip(name: str, weights: str | None, device: str | torch.device = 
         known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise ValueError(f"open_clip has no weights {weights!r} for {name}; known: {known}")
     try:
-        model = open_clip.create_model(name, pretrained=weights, precision="fp32", device=device, pretrained_text=False)
-    except (UnpicklingError, SafetensorError) as error:   # torch's own text advises to run what the file holds
+        with no_code_from_hubs():
+            model = open_clip.create_model(
+                name, pretrained=weights, precision="fp32", device=device, pretrained_text=False)
+            return OpenClipScorer(model, open_clip.get_tokenizer(name))
+    except NOT_PLAIN_WEIGHTS as error:   # torch's own text advises to run what the file holds
         raise ValueError(f"{weights} is not a plain weights file") from error
-    return OpenClipScorer(model, open_clip.get_tokenizer(name))
 
 
 def load_open_clip_folder(folder: str | Path, device: str | torch.device = "cpu") -> OpenClipScorer:
@@ -328,13 +335,38 @@ def load_open_clip_folder(folder: str | Path, device: str | torch.device = "cpu"
         raise ValueError(f"{folder} holds no {LOCAL_FOLDER_CONFIG}")
     name = f"local-dir:{folder}"
     try:
-        model = open_clip.create_model(
-            name, precision="fp32", device=device, pretrained_text=False, require_pretrained=True)
-        return OpenClipScorer(model, open_clip.get_tokenizer(name))
+        check_tokenizer_options(folder)
+        with no_code_from_hubs():
+            model = open_clip.create_model(
+                name, precision="fp32", device=device, pretrained_text=False, require_pretrained=True)
+            return OpenClipScorer(model, open_clip.get_tokenizer(name))
     except (UnpicklingError, SafetensorError) as error:
         raise ValueError(f"{folder} holds weights that are not plain ones") from error
-    except (OSError, RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except Exception as error:      # whatever a damaged or hostile folder leads open_clip and transformers to
         raise ValueError(f"{folder} is not a usable open_clip folder: {first_line(error)}") from error
+
+
+def check_tokenizer_options(folder: Path) -> None:
+    """``ValueError`` for options of the folder's tokenizer beyond the known ones: one of them runs code beside it."""
+    description = json.loads((folder / LOCAL_FOLDER_CONFIG).read_text(encoding="utf-8"))
+    options = description.get("model_cfg", {}).get("text_cfg", {}).get("tokenizer_kwargs", {})
+    unknown = sorted(set(options) - TOKENIZER_OPTIONS)
+    if unknown:
+        raise ValueError(f"tokenizer_kwargs.{unknown[0]} of {LOCAL_FOLDER_CONFIG} is not allowed; "
+                         f"allowed: {', '.join(sorted(TOKENIZER_OPTIONS))}")
+
+
+@contextmanager
+def no_code_from_hubs() -> Iterator[None]:
+    """Refuse models and tokenizers that bring Python of their own; transformers would ask on the terminal."""
+    from transformers import dynamic_module_utils
+
+    asked_for = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = asked_for
 
 
 def _looks_like_a_path(weights: str) -> bool:

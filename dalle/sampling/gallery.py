@@ -128,6 +128,7 @@ def sheet(results: Sequence[PromptResult], keep: int) -> Image.Image:
 def wrap_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 3) -> list[str]:
     """``text`` in at most ``most`` lines no wider than ``width`` pixels; the last ends in an ellipsis if it was cut."""
     lines = [""]
+    text = text[: most * width]            # a character takes a pixel; what is left would be cut letter by letter
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width or not lines[-1]:
