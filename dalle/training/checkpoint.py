@@ -2,29 +2,42 @@
 
     checkpoints/step_00012000/
         manifest.json          every other file with its size and sha256; written last
-        state.json             step, samples, config, data identity, layout, versions
-        PLAYER/                what the engine saves of each player
+        state.json             step, samples, config, data identity, versions
+        PLAYER/                weights-RRRRR.safetensors, optimizer-..., average-...: whole tensors by parameter name
+
+A reader does not care which rank wrote a tensor, so any engine resumes any checkpoint with any number of processes.
+Nothing in a checkpoint is code: safetensors and JSON only.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from dalle.errors import UserError
 
 MANIFEST, STATE = "manifest.json", "state.json"
-FORMAT = 1
+FORMAT = 2
 PREFIX = "step_"
+WEIGHTS, OPTIMIZER, AVERAGE = "weights", "optimizer", "average"
+STATE_TYPES = {"step": int, "players": list, "config": dict, "data": dict, "excluded_batches": list, "rollbacks": int,
+               "usual_losses": dict}
+Entries = dict[str, dict[str, Any]]           # file below the checkpoint -> its size and sha256
 
 # What a resume must leave alone: with another of these the weights or the order of the samples would mean nothing.
 # The data's own identity (fingerprints, digests) is compared apart, so that its files may move.
 MUST_MATCH = ("task", "seed", "model", "data", "train.batch_size")
 MAY_CHANGE = ("data.train", "data.validation", "data.tokenizer", "data.codes", "data.validation_codes",
-              "data.workers", "data.max_bad_fraction")
+              "data.workers", "data.max_bad_fraction", "data.on_missing", "data.allow_pipe",
+              "data.read_timeout", "data.read_retries", "data.shuffle_buffer")
 
 
 class CheckpointStore:
@@ -36,35 +49,65 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         return self.folder / f"{PREFIX}{step:08d}"
 
-    def begin(self, step: int) -> Path:
-        """An empty folder to write the checkpoint of ``step`` into; a reader does not see it yet."""
-        temporary = self.folder / f".{self.path(step).name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    def begin(self, step: int, needed: int = 0) -> Path:
+        """An empty folder to write the checkpoint of ``step`` into; a reader does not see it yet.
+
+        Raises ``OSError`` (ENOSPC) when the disk has less than ``needed`` bytes left.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(f".{PREFIX}*"):         # of a save or a deletion that did not end
+            shutil.rmtree(left, ignore_errors=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"no room: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+        temporary = self.temporary(step)
+        temporary.mkdir()
         return temporary
 
-    def commit(self, temporary: Path, step: int) -> Path:
-        """Publish what was written into ``temporary``, then delete all but the newest ``keep_last``."""
-        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-        entries = {path.relative_to(temporary).as_posix(): {"size": path.stat().st_size, "sha256": digest(path)}
-                   for path in files}
-        write_json(temporary / MANIFEST, {"format": FORMAT, "files": entries})
-        for path in [*files, temporary / MANIFEST, *(folder for folder in temporary.rglob("*") if folder.is_dir())]:
-            sync(path)
-        sync(temporary)
+    def temporary(self, step: int) -> Path:
+        return self.folder / f".{self.path(step).name}.tmp"
+
+    def commit(self, temporary: Path, step: int, written: Entries | None = None) -> Path:
+        """Publish what was written into ``temporary``, then delete all but the newest ``keep_last``.
+
+        ``written`` are the entries of files that are hashed and synced already.
+        """
+        entries = dict(written or {})
+        files = {path.relative_to(temporary).as_posix(): path for path in sorted(temporary.rglob("*"))
+                 if path.is_file()}
+        for name in files.keys() - entries.keys():
+            entries[name] = entry(files[name])
+            sync(files[name])
+        absent = sorted(entries.keys() - files.keys())
+        if absent:
+            raise OSError(errno.ENOENT, f"{absent[0]} was written by another process and is not there: "
+                                        "the run folder must be on storage that all nodes share")
+        write_json(temporary / MANIFEST, {"format": FORMAT, "files": dict(sorted(entries.items()))})
+        sync(temporary / MANIFEST)
+        for folder in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
+            sync(folder)
         place = self.path(step)
-        shutil.rmtree(place, ignore_errors=True)      # the same step again, or one that did not verify
+        if place.exists() and find_fault(place) is None:
+            shutil.rmtree(temporary)                         # the same step of the same run, whole already
+            return place
+        self._delete(place)
         temporary.rename(place)
         sync(self.folder)
-        self._prune()
+        for path in self.all()[self.keep_last:]:
+            self._delete(path)
         return place
 
-    def discard(self, temporary: Path) -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
+    def discard(self, step: int) -> None:
+        """Remove what an unfinished save of ``step`` left."""
+        shutil.rmtree(self.temporary(step), ignore_errors=True)
 
-    def _prune(self) -> None:
-        for path in self.all()[self.keep_last:]:
-            shutil.rmtree(path, ignore_errors=True)   # one that cannot be deleted costs space, not the run
+    def _delete(self, path: Path) -> None:
+        """Out of sight first, so that no reader meets half of it; what cannot be deleted costs space, not the run."""
+        if path.exists():
+            doomed = path.with_name(f".{path.name}.deleted")
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def clear(self) -> None:
         """Delete every checkpoint of the run."""
@@ -92,16 +135,70 @@ def find_fault(path: Path) -> str | None:
     """What is wrong with the checkpoint at ``path``, or None: every file present, of its size, with its hash."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
-        for name, entry in files.items():
-            if (path / name).stat().st_size != entry["size"]:
-                return f"{name} has {(path / name).stat().st_size} bytes instead of {entry['size']}"
-            if digest(path / name) != entry["sha256"]:
+        for name, expected in files.items():
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                return f"{MANIFEST} names a file outside the checkpoint: {name!r}"
+            if (path / name).stat().st_size != expected["size"]:
+                return f"{name} has {(path / name).stat().st_size} bytes instead of {expected['size']}"
+            if digest(path / name) != expected["sha256"]:
                 return f"{name} is damaged (its sha256 differs)"
+        unlisted = {file.relative_to(path).as_posix() for file in path.glob("*/*.safetensors")} - files.keys()
+        if unlisted:
+            return f"{min(unlisted)} is not in {MANIFEST}"
+        if STATE not in files:
+            return f"{MANIFEST} does not list {STATE}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(path)} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     return None
+
+
+class SavedPlayer:
+    """One player in a checkpoint: tensors by section and key, read when they are asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._places: dict[str, dict[str, Any]] = {WEIGHTS: {}, OPTIMIZER: {}, AVERAGE: {}}
+        for path in sorted(folder.glob("*.safetensors")):
+            section = path.name.partition("-")[0]
+            if section in self._places:
+                try:
+                    file = safe_open(path, framework="pt", device="cpu")
+                except SafetensorError as error:
+                    raise ValueError(f"{path.name} is not a safetensors file: {error}") from None
+                self._places[section].update(dict.fromkeys(file.keys(), file))
+        if not self._places[WEIGHTS]:
+            raise ValueError(f"no weights in {folder}")
+
+    def keys(self, section: str) -> list[str]:
+        return list(self._places[section])
+
+    def tensor(self, section: str, key: str) -> Tensor:
+        """Raises ``KeyError`` for what was not saved."""
+        return self._places[section][key].get_tensor(key)
+
+    def section(self, section: str) -> dict[str, Tensor]:
+        return {key: file.get_tensor(key) for key, file in self._places[section].items()}
+
+    def model_state(self, averaged: bool = True) -> dict[str, Tensor]:
+        """What the model's ``load_state_dict`` takes: the weights, with their averages in place where there are any."""
+        return self.section(WEIGHTS) | (self.section(AVERAGE) if averaged else {})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write ``tensors`` (on the CPU, none sharing memory) and sync them; their manifest entry. Raises ``OSError``."""
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:          # a full disk, too, comes as this
+        raise OSError(errno.EIO, f"{path.name} cannot be written: {error}") from error
+    written = entry(path)
+    sync(path)
+    return written
+
+
+def entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": digest(path)}
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -111,14 +208,27 @@ def read_state(path: Path) -> dict[str, Any]:
     fault = find_fault(path)
     if fault is not None:
         raise UserError(f"the checkpoint {path} cannot be used: {fault}")
-    state = json.loads((path / STATE).read_text())
+    try:
+        state = dict(json.loads((path / STATE).read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"the checkpoint {path} cannot be used: {STATE} cannot be read ({error})") from None
     if state.get("format") != FORMAT:
-        raise UserError(f"the checkpoint {path} has format {state.get('format')}, this version reads {FORMAT}")
+        raise UserError(f"the checkpoint {path} has format {state.get('format')}, this version reads {FORMAT}; "
+                        "--resume none starts over")
+    return state
+
+
+def read_run_state(path: Path) -> dict[str, Any]:
+    """:func:`read_state` of a run's checkpoint, with all that a resume takes from it."""
+    state = read_state(path)
+    wrong = [key for key, kind in STATE_TYPES.items() if not isinstance(state.get(key), kind)]
+    if wrong or state["step"] < 0:
+        raise UserError(f"the checkpoint {path} cannot be used: {STATE} has no usable {[*wrong, 'step'][0]!r}")
     return state
 
 
 def check_resumable(path: Path, saved: Mapping[str, Any], config: Mapping[str, Any], identity: Mapping[str, Any],
-                    layout: Mapping[str, Any], players: list[str]) -> None:
+                    players: list[str]) -> None:
     """Raise :class:`UserError`, with the difference shown, when a run may not go on from the checkpoint ``saved``."""
     if saved["config"].get("task") != config.get("task"):
         raise UserError(f"{path} is a checkpoint of the task {saved['config'].get('task')!r}, "
@@ -128,19 +238,17 @@ def check_resumable(path: Path, saved: Mapping[str, Any], config: Mapping[str, A
                      if saved["data"].get(key) != value)]
     if differences:
         raise UserError(f"{path} cannot be resumed, what must stay has changed: {'; '.join(differences)}. "
-                        "Undo the change, or give the run another name")
+                        "Undo the change, give the run another name, or start over with --resume none")
     if saved["players"] != players:
         raise UserError(f"{path} holds the players {', '.join(saved['players'])}, the task has {', '.join(players)}")
-    if saved["layout"] != dict(layout):
-        raise UserError(f"{path} was saved as {describe(saved['layout'])}, this run is {describe(layout)}: "
-                        "launch it as it was saved")
 
 
 def different_settings(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """``key: old -> new`` for every setting that a resume may not change and that has changed."""
     old, new = dict(flatten(saved)), dict(flatten(config))
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and is_under(key, MUST_MATCH) and not is_under(key, MAY_CHANGE)]
+    # a setting that the saved config does not know is newer than it and was not in force
+    return [f"{key}: {old[key]!r} -> {new.get(key)!r}" for key in sorted(old)
+            if old[key] != new.get(key) and is_under(key, MUST_MATCH) and not is_under(key, MAY_CHANGE)]
 
 
 def is_under(key: str, roots: tuple[str, ...]) -> bool:
@@ -153,11 +261,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def describe(layout: Mapping[str, Any]) -> str:
-    processes = f" on {layout['world_size']} processes" if "world_size" in layout else ""
-    return f"{layout['format']}{processes}"
 
 
 def digest(path: Path) -> str:

@@ -68,6 +68,16 @@ class Average:
                     parameter.copy_(values[name])
         return previous
 
+    @property
+    def is_split(self) -> bool:
+        """Whether each parameter's average lives on one rank only."""
+        return self._owners > 1
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters whose average this rank keeps."""
+        return list(self._values)
+
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's part of the average, by parameter name."""
         return dict(self._values)

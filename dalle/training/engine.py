@@ -19,19 +19,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import psutil
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dalle.config import Section
 from dalle.errors import UserError
+from dalle.training.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.ema import Average
-from dalle.training.optimizers import OptimizerConfig, build_optimizer, set_learning_rate
+from dalle.training.optimizers import OptimizerConfig, build_optimizer, optimizer_parts, set_learning_rate
+from dalle.training.slurm import adopt_slurm
 from dalle.training.task import Batch, Phase, Task
 
 if TYPE_CHECKING:
     from dalle.training.run import RunConfig
 
-WEIGHTS, OPTIMIZER, AVERAGE = "weights.safetensors", "optimizer.pt", "average.safetensors"
+MOST_WRITERS = 8      # ranks that share the writing of a checkpoint, spread over the job
+Snapshot = dict[str, dict[str, Tensor]]     # section -> key -> tensor on the CPU
 
 
 class EngineConfig(Section):
@@ -42,7 +44,9 @@ class EngineConfig(Section):
     offload_parameters: bool = Field(default=False, description="ZeRO-3: parameters in host memory")
     bucket_elements: int = Field(default=50_000_000, ge=1, description="ZeRO: elements exchanged at once")
     allow_zero3_players: bool = Field(default=False, description="ZeRO-3 for a task of several players")
-    timeout_minutes: float = Field(default=10, gt=0, description="a collective that takes longer ends the run")
+    timeout_minutes: float = Field(default=10, gt=0, description="a first step, a batch of validation, a preview or "
+                                   "a save that takes longer ends the run as hung")
+    step_timeout_minutes: float = Field(default=5, gt=0, description="the same for every later step")
 
 
 @dataclass
@@ -57,6 +61,10 @@ class Member:
     average: Average | None = None
     wrapper: Any = None       # what DDP or DeepSpeed put around the module
     is_open: bool = True      # whether ``trainable`` has requires_grad on
+
+    def named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        chosen = {id(parameter) for parameter in self.trainable}
+        return ((name, parameter) for name, parameter in self.module.named_parameters() if id(parameter) in chosen)
 
 
 @dataclass
@@ -96,7 +104,8 @@ class Engine:
     """One process; the base of the others. Used in this order: prepare, then for every phase begin, backward, step."""
 
     kind = "single"
-    splits_parameters = False
+    splits_parameters = False       # `evaluation` is a collective: every rank enters it, for previews, too
+    evaluates_in_step = False       # and so is each forward in it
 
     def __init__(self, config: "RunConfig", device: torch.device, rank: int = 0, world_size: int = 1):
         self.device, self.rank, self.world_size = device, rank, world_size
@@ -106,15 +115,11 @@ class Engine:
                                                           world_size)
         self.members: dict[str, Member] = {}
         self.active: Member | None = None
+        self._pinned: dict[str, Tensor] = {}
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        """What a checkpoint of this engine can be loaded into: equal layouts, nothing else."""
-        return {"format": "full"}
 
     # -- before the first step
 
@@ -244,9 +249,9 @@ class Engine:
         """Every rank's ``value``, in rank order, on every rank."""
         return [value]
 
-    def largest(self, value: int) -> int:
-        """The largest of the ranks' small integers: one cheap agreement a step."""
-        return value
+    def largest(self, *values: int) -> tuple[int, ...]:
+        """The largest over the ranks of each of some small integers: one cheap agreement a step."""
+        return values
 
     def mean(self, value: Tensor) -> Tensor:
         return value.detach()
@@ -281,34 +286,100 @@ class Engine:
 
     # -- state
 
-    def save_player(self, name: str, folder: Path) -> None:
-        """Write everything about a player that evolves into ``folder``; called on every rank."""
-        member = self.members[name]
-        if not self.is_main:
-            return
-        save_file(unshared(member.module.state_dict()), folder / WEIGHTS)
-        torch.save(member.optimizer.state_dict(), folder / OPTIMIZER)
-        if member.average is not None:
-            save_file(unshared(member.average.state_dict()), folder / AVERAGE)
+    def snapshot(self, name: str) -> Snapshot:
+        """Copies, on the CPU, of what this rank writes of a player's state; called on every rank.
 
-    def load_player(self, name: str, folder: Path) -> None:
-        """Read what :meth:`save_player` wrote; raises ``ValueError`` or ``RuntimeError`` where it does not fit."""
+        All that evolves is in it once: the ranks of :attr:`writers` share the tensors by size.
+        """
         member = self.members[name]
-        member.module.load_state_dict(load_file(folder / WEIGHTS))
-        saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-        with settings_kept(member.optimizer):
-            member.optimizer.load_state_dict(saved)
-        self.load_average(member, folder / AVERAGE)
+        copies: Snapshot = {WEIGHTS: {}, OPTIMIZER: {}, AVERAGE: {}}
+        shares = dict.fromkeys(self.writers, 0)
+        for section, key, tensor in self.whole_state(member):
+            writer = min(shares, key=shares.__getitem__)
+            shares[writer] += tensor.nbytes
+            if writer == self.rank:
+                copies[section][key] = self.host_copy(f"{name}/{section}/{key}", tensor)
+        if member.average is not None and member.average.is_split:
+            copies[AVERAGE] = {key: value.to("cpu", copy=True) for key, value in member.average.state_dict().items()}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return copies
 
-    def load_average(self, member: Member, path: Path) -> None:
-        if member.average is not None and path.is_file():   # an average switched on at a resume starts at the weights
-            member.average.load_state_dict(load_file(path, device=str(self.device)))
-        elif member.average is not None:
+    @property
+    def writers(self) -> list[int]:
+        count = min(self.world_size, MOST_WRITERS)
+        return [index * self.world_size // count for index in range(count)]
+
+    def whole_state(self, member: Member) -> Iterator[tuple[str, str, Tensor]]:
+        """(section, key, whole tensor) of the member's state, in the same order on all ranks, all of which must ask.
+
+        An average that is split over the ranks by name is not among it.
+        """
+        for key, tensor in member.module.state_dict(keep_vars=True).items():
+            yield WEIGHTS, key, self.whole(tensor).detach()
+        for name, parameter in member.named_trainable():
+            for key, value in self.optimizer_state(member, parameter).items():
+                yield OPTIMIZER, f"{name}/{key}", value.detach()
+        if member.average is not None and not member.average.is_split:
+            for key, value in member.average.state_dict().items():
+                yield AVERAGE, key, self.whole(value).detach()
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A tensor of the module, or of its average, in full; on every rank."""
+        return tensor
+
+    def optimizer_state(self, member: Member, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What the optimiser keeps of one parameter, in full, by its own names; on every rank."""
+        parts = optimizer_parts(member.optimizer)
+        return next((dict(part.state[parameter]) for part in parts if parameter in part.state), {})
+
+    def host_copy(self, key: str, tensor: Tensor) -> Tensor:
+        """A copy on the CPU that the next call with the same key overwrites (pinned memory is slow to come by)."""
+        if tensor.device.type != "cuda":
+            return tensor.to("cpu", copy=True).contiguous()
+        buffer = self._pinned.get(key)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self._pinned[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return buffer.copy_(tensor, non_blocking=True)
+
+    def load_player(self, name: str, saved: SavedPlayer) -> None:
+        """Take over a saved state; raises ``ValueError``, ``KeyError`` or ``RuntimeError`` where it does not fit."""
+        member = self.members[name]
+        self.load_weights(member, saved)
+        self.load_optimizer(member, saved)
+        if member.average is not None and saved.keys(AVERAGE):
+            member.average.load_state_dict({key: saved.tensor(AVERAGE, key) for key in member.average.names})
+        elif member.average is not None:      # one switched on at a resume starts at the weights
             member.average = self.build_average(member)
 
-    def full_state(self, name: str) -> dict[str, Tensor]:
-        """The player's whole state dict on the CPU (on rank 0; the others may get nothing); called on every rank."""
-        return unshared(self.members[name].module.state_dict()) if self.is_main else {}
+    def load_weights(self, member: Member, saved: SavedPlayer) -> None:
+        member.module.load_state_dict(saved.section(WEIGHTS))
+
+    def load_optimizer(self, member: Member, saved: SavedPlayer) -> None:
+        """Learning rates, decay and the like stay as the config built them: only what evolves was saved."""
+        keys = state_keys(saved)
+        moved_by = {parameter: part for part in optimizer_parts(member.optimizer)
+                    for group in part.param_groups for parameter in group["params"]}
+        for name, parameter in member.named_trainable():
+            state = {key: like(parameter, saved.tensor(OPTIMIZER, f"{name}/{key}")) for key in keys.get(name, ())}
+            if state:
+                moved_by[parameter].state[parameter] = state
+
+
+def like(parameter: Tensor, value: Tensor) -> Tensor:
+    """``value`` where the parameter is and, if it has its shape, with its strides: fused optimisers walk raw memory."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def state_keys(saved: SavedPlayer) -> dict[str, list[str]]:
+    """Parameter -> the names of its saved optimiser state."""
+    found: dict[str, list[str]] = {}
+    for key in saved.keys(OPTIMIZER):
+        name, _, state = key.rpartition("/")
+        found.setdefault(name, []).append(state)
+    return found
 
 
 def poisoned(loss: Tensor) -> Tensor:
@@ -322,20 +393,6 @@ def fill_gradients(parameters: list[nn.Parameter]) -> bool:
     for parameter in missing:
         parameter.grad = torch.zeros_like(parameter)
     return bool(missing)
-
-
-@contextmanager
-def settings_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Keep learning rates, decay and the like as the config built them while a state is loaded into ``optimizer``."""
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    yield
-    for group, kept in zip(optimizer.param_groups, settings, strict=True):
-        group.update(kept)
-
-
-def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU copies, no two of which share memory, as safetensors wants them."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
 def split_batch(batch_size: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
@@ -399,14 +456,17 @@ def asked_processes(command: list[str]) -> int | None:
 
 def create_engine(config: "RunConfig") -> Engine:
     """The engine that the launcher's environment asks for; before loaders and networks, since it knows the rank."""
-    if is_set("ACCELERATE_USE_FSDP"):
-        raise UserError("FSDP is not one of the engines: launch with DDP or ZeRO (launch/engines)")
+    adopt_slurm()
     if is_set("ACCELERATE_USE_DEEPSPEED"):
         from dalle.training.engine_deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine.start(config)
     if asked_for_more_processes():
         relaunch()
+    if is_set("ACCELERATE_USE_FSDP"):
+        from dalle.training.engine_fsdp import FSDPEngine
+
+        return FSDPEngine.start(config)
     if launched_size() > 1:
         from dalle.training.engine_ddp import DistributedEngine
 

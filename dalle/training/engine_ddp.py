@@ -38,10 +38,10 @@ class GroupEngine(Engine):
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def largest(self, value: int) -> int:
-        box = torch.tensor(value)
+    def largest(self, *values: int) -> tuple[int, ...]:
+        box = torch.tensor(values)
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
-        return int(box)
+        return tuple(box.tolist())
 
     def mean(self, value: Tensor) -> Tensor:
         value = value.detach().clone()
@@ -127,7 +127,7 @@ class DistributedEngine(GroupEngine):
         average_gradients(member.trainable, self.world_size, self.options.gradient_dtype)
         if self.phase not in self.hooks_suffice:
             hinders = missing or self.went_around or not self.went_through_wrapper
-            self.hooks_suffice[self.phase] = not self.largest(int(hinders))
+            self.hooks_suffice[self.phase] = not self.largest(int(hinders))[0]
 
 
 def average_gradients(parameters: list[nn.Parameter], world_size: int, dtype: str) -> None:

@@ -15,29 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dalle.errors import UserError
+from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.ema import Average, full_access
-from dalle.training.engine import (
-    AVERAGE,
-    Engine,
-    Member,
-    Outcome,
-    launched_size,
-    poisoned,
-    settings_kept,
-    unshared,
-    wants_cpu,
-)
+from dalle.training.engine import Member, Outcome, launched_size, poisoned, state_keys, wants_cpu
 from dalle.training.engine_ddp import GroupEngine
 from dalle.training.task import Task
 
 if TYPE_CHECKING:
     from dalle.training.run import RunConfig
 
-TAG = "zero"
 NEVER = 10**12
 
 
@@ -46,9 +35,8 @@ class DeepSpeedEngine(GroupEngine):
 
     @classmethod
     def start(cls, config: "RunConfig") -> "DeepSpeedEngine":
-        stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-        if stage not in (1, 2, 3):
-            raise UserError(f"ZeRO stage {stage} is not one of 1, 2, 3; without ZeRO, launch with DDP")
+        zero = launched_zero()
+        stage = zero["stage"]
         on_cpu = wants_cpu()
         if on_cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"      # read when deepspeed is first imported
@@ -64,13 +52,11 @@ class DeepSpeedEngine(GroupEngine):
         if not on_cpu:
             torch.cuda.set_device(device)
         engine = cls(config, device, int(os.environ.get("RANK", "0")), launched_size())
-        engine.stage, engine.kind, engine.splits_parameters = stage, f"zero{stage}", stage == 3
+        engine.zero = zero
+        engine.stage, engine.kind = stage, f"zero{stage}"
+        engine.splits_parameters = engine.evaluates_in_step = stage == 3
         engine.open_control_group()
         return engine
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        return {"format": self.kind, "world_size": self.world_size}
 
     # -- before the first step
 
@@ -95,17 +81,18 @@ class DeepSpeedEngine(GroupEngine):
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         member.wrapper, *_ = deepspeed.initialize(model=member.module, optimizer=member.optimizer, config=settings,
                                                   dist_init_required=False)
-        member.wrapper.checkpoint_engine.load = load_without_code
 
     def settings(self, member: Member) -> dict[str, Any]:
         """DeepSpeed's JSON for one player, with no "auto" left for anyone to guess."""
         zero: dict[str, Any] = {
-            "stage": self.stage, "contiguous_gradients": True, "overlap_comm": self.device.type != "cpu",
-            "reduce_bucket_size": self.options.bucket_elements, "allgather_bucket_size": self.options.bucket_elements}
-        if self.options.offload_optimizer:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type != "cpu"}
-        if self.options.offload_parameters and self.stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": self.device.type != "cpu"}
+            "contiguous_gradients": True, "overlap_comm": self.device.type != "cpu",
+            "reduce_bucket_size": self.options.bucket_elements, "allgather_bucket_size": self.options.bucket_elements,
+            **self.zero}
+        offload = {"device": "cpu", "pin_memory": self.device.type != "cpu"}
+        if self.options.offload_optimizer or "offload_optimizer" in zero:
+            zero["offload_optimizer"] = offload | zero.get("offload_optimizer", {})
+        if self.stage == 3 and (self.options.offload_parameters or "offload_param" in zero):
+            zero["offload_param"] = offload | zero.get("offload_param", {})
         return {
             "train_micro_batch_size_per_gpu": self.local_batch // self.accumulation,
             "gradient_accumulation_steps": self.accumulation,
@@ -159,32 +146,114 @@ class DeepSpeedEngine(GroupEngine):
 
     # -- state
 
-    def save_player(self, name: str, folder: Path) -> None:
-        member = self.members[name]
-        member.wrapper.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-        if member.average is not None and (self.stage == 3 or self.is_main):
-            save_file(unshared(member.average.state_dict()), folder / self._average_file())
+    def whole(self, tensor: Tensor) -> Tensor:
+        if self.stage < 3 or not isinstance(tensor, nn.Parameter):
+            return tensor
+        with gathered([tensor], None):
+            return tensor.detach().clone()
 
-    def load_player(self, name: str, folder: Path) -> None:
-        member = self.members[name]
-        with settings_kept(member.wrapper.optimizer):
-            loaded, _ = member.wrapper.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
-        if loaded is None:
-            raise ValueError(f"DeepSpeed finds nothing in {folder}")
-        self.load_average(member, folder / self._average_file())
+    def optimizer_state(self, member: Member, parameter: nn.Parameter) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
 
-    def _average_file(self) -> str:
-        return f"rank{self.rank}_{AVERAGE}" if self.stage == 3 else AVERAGE
+        first = member.wrapper.optimizer.optimizer.state.get(self.partitions(member)[0], {})
+        return {key: value if value.dim() == 0 else safe_get_full_optimizer_state(parameter, key)
+                for key, value in first.items()}
 
-    def full_state(self, name: str) -> dict[str, Tensor]:
+    def whole_state(self, member: Member) -> Iterator[tuple[str, str, Tensor]]:
+        self.link_optimizer_state(member)
+        return super().whole_state(member)
+
+    def link_optimizer_state(self, member: Member) -> None:
+        """Have ZeRO-1/2 look up where each parameter's state lies: by itself it does so after the step of the first
+        parameter group, when the others have no state yet (there is no public way)."""
+        zero = member.wrapper.optimizer
+        if self.stage < 3 and zero.optimizer.state:
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def partitions(self, member: Member) -> list[Tensor]:
+        """The flat fp32 tensors that the optimiser really moves: this rank's part of every group."""
+        zero = member.wrapper.optimizer
+        return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+
+    def load_weights(self, member: Member, saved: SavedPlayer) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
         if self.stage < 3:
-            return Engine.full_state(self, name)
-        state = {}
-        for key, value in self.members[name].module.state_dict(keep_vars=True).items():
-            with gathered([value] if isinstance(value, nn.Parameter) else [], None):
-                if self.is_main:
-                    state |= unshared({key: value})
-        return state
+            super().load_weights(member, saved)
+            for _, parameter in member.named_trainable():
+                safe_set_full_fp32_param(parameter, parameter.detach())
+            return
+        state = member.module.state_dict(keep_vars=True)
+        different = sorted(state.keys() ^ set(saved.keys(WEIGHTS)))
+        if different:
+            raise ValueError(f"{different[0]!r} is only on one side")
+        for key, tensor in state.items():
+            value = saved.tensor(WEIGHTS, key).to(self.device)
+            with gathered([tensor] if isinstance(tensor, nn.Parameter) else [], 0):
+                if tensor.shape != value.shape:
+                    raise ValueError(f"{key!r} is {list(value.shape)}, here {list(tensor.shape)}")
+                tensor.detach().copy_(value)
+        for name, parameter in member.named_trainable():
+            safe_set_local_fp32_param(parameter, self.local_part(parameter, saved.tensor(WEIGHTS, name)))
+
+    def load_optimizer(self, member: Member, saved: SavedPlayer) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        keys = state_keys(saved)
+        if not keys:
+            return
+        name, states = next(iter(keys.items()))
+        samples = {key: saved.tensor(OPTIMIZER, f"{name}/{key}") for key in states}
+        zero = member.wrapper.optimizer
+        for partition in self.partitions(member):
+            zero.optimizer.state[partition] = {
+                key: value.to(partition.device, copy=True) if value.dim() == 0 else torch.zeros_like(partition)
+                for key, value in samples.items()}
+        self.link_optimizer_state(member)
+        for name, parameter in member.named_trainable():
+            for key in (key for key, value in samples.items() if value.dim()):
+                whole = saved.tensor(OPTIMIZER, f"{name}/{key}")
+                if self.stage == 3:
+                    safe_set_local_optimizer_state(parameter, self.local_part(parameter, whole), key)
+                else:
+                    safe_set_full_optimizer_state(parameter, whole.to(self.device), key)
+
+    def local_part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """This rank's part of a ZeRO-3 parameter, zeros behind its end."""
+        size = parameter.ds_tensor.numel()
+        flat = torch.zeros(size * self.world_size, dtype=whole.dtype)
+        flat[:whole.numel()] = whole.flatten()
+        return flat[size * self.rank:size * (self.rank + 1)].to(self.device)
+
+
+def launched_zero() -> dict[str, Any]:
+    """DeepSpeed's ``zero_optimization`` as the launcher's files have it: its own JSON, or accelerate's YAML."""
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if path:
+        zero = read_deepspeed_file(Path(path))
+    else:
+        devices = {part: os.environ.get(f"ACCELERATE_DEEPSPEED_{part.upper()}_DEVICE", "none")
+                   for part in ("offload_optimizer", "offload_param")}
+        zero = {"stage": int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")),
+                **{part: {"device": device} for part, device in devices.items() if device != "none"}}
+    if zero.get("stage") not in (1, 2, 3):
+        raise UserError(f"ZeRO stage {zero.get('stage')} is not one of 1, 2, 3; without ZeRO, launch with DDP")
+    return zero
+
+
+def read_deepspeed_file(path: Path) -> dict[str, Any]:
+    """The ``zero_optimization`` section of a DeepSpeed JSON; all else in it would contradict the run's own config."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the DeepSpeed file {path} cannot be read: {error}") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("zero_optimization"), dict):
+        raise UserError(f"the DeepSpeed file {path} has no zero_optimization section")
+    others = sorted(set(tree) - {"zero_optimization"})
+    if others:
+        raise UserError(f"the DeepSpeed file {path} sets {others[0]}: the run's config decides that, remove it")
+    return tree["zero_optimization"]
 
 
 @contextmanager
@@ -194,13 +263,3 @@ def gathered(parameters: list[nn.Parameter], owner: int | None) -> Iterator[None
 
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=owner):
         yield
-
-
-def load_without_code(path: str, map_location: Any = None) -> Any:
-    """What DeepSpeed's own loader gives, from files that may hold tensors and plain values but nothing that runs."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-        return torch.load(path, map_location=map_location, weights_only=True)

@@ -3,34 +3,43 @@
 import hashlib
 import logging
 import platform
+import secrets
+import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import psutil
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from dalle.config import Section, to_yaml
-from dalle.errors import UserError
+from dalle.errors import EXIT_STOPPED_BY_SIGNAL, UserError
 from dalle.training.checkpoint import (
     FORMAT,
-    STATE,
     CheckpointStore,
+    SavedPlayer,
     check_resumable,
-    read_state,
+    read_run_state,
     replace_folder,
     write_json,
 )
+from dalle.training.export import export_checkpoint
+from dalle.training.guards import BatchNumbers, SkipCounter, SpikeConfig, SpikeWatch, lost_processes_named
 from dalle.training.meter import Meter, average, memory_gigabytes, speeds
 from dalle.training.progress import ProgressLine
-from dalle.training.signals import EXIT_STOPPED_BY_SIGNAL, StopSignals
+from dalle.training.sample_log import SampleLog
+from dalle.training.saving import SaveFailed, Saver
+from dalle.training.signals import STOP_SIGNALS, StopSignals
 from dalle.training.task import Batch, Mean, Phase, Task
 from dalle.training.trackers import Trackers
+from dalle.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from dalle.training.engine import Engine, Outcome
@@ -40,6 +49,8 @@ log = logging.getLogger(__name__)
 
 GO_ON, BUDGET_SPENT, SIGNALLED = 0, 1, 2       # what the ranks agree on after every step; the largest wins
 FAILED_SAVES_ALLOWED = 3                       # in a row
+STOP_FILE, FINISHED_FILE = "stop", "finished"  # in the run folder: someone asks to stop; all steps are done
+STOP_FILE_SECONDS = 1.0                        # between two looks
 
 
 class TrainConfig(Section):
@@ -54,17 +65,31 @@ class TrainConfig(Section):
     validate_every: int = Field(default=0, ge=0, description="0: never")
     validation_samples: int | None = Field(default=None, ge=1, description="null: all")
     preview_every: int = Field(default=0, ge=0, description="0: never")
-    save_every: int = Field(default=500, ge=0, description="0: at the end only")
+    save_every: int = Field(default=500, ge=0, description="steps; 0: at the end only")
+    save_minutes: float | None = Field(default=None, gt=0, description="save also when so much time has passed")
+    async_save: bool = Field(default=True, description="write checkpoints while training goes on")
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept")
+    stop_signals: tuple[str, ...] = Field(default=STOP_SIGNALS, description="save, and end with status 75")
+    log_samples: bool = Field(default=False, description="write the samples of every step into sample_log/")
+    spike: SpikeConfig = SpikeConfig()
     max_skipped: int = Field(default=20, ge=1, description="non-finite steps of a phase in a row before the run stops")
-    minutes: float | None = Field(default=None, gt=0, description="stop, after a checkpoint, when they are over")
+    minutes: float | None = Field(default=None, gt=0, description="stop, with a checkpoint and status 75, when "
+                                  "they are over")
+
+    @field_validator("stop_signals")
+    @classmethod
+    def _known_signals(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in names if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP")]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is not a signal that can be handled; SIGTERM and SIGUSR2 are usual")
+        return names
 
 
 @dataclass
 class Summary:
     """How a run ended."""
 
-    status: Literal["finished", "stopped", "signal"]
+    status: Literal["finished", "stopped", "minutes", "signal"]      # stopped: after so many steps as was asked for
     steps: int
     samples: int
     seconds: float
@@ -73,11 +98,20 @@ class Summary:
 
     @property
     def exit_status(self) -> int:
-        return EXIT_STOPPED_BY_SIGNAL if self.status == "signal" else 0
+        return EXIT_STOPPED_BY_SIGNAL if self.status in ("signal", "minutes") else 0
+
+
+@dataclass
+class Played:
+    """What came of a phase: this rank's losses, 0-d on the device, one a micro-batch, and the player's step."""
+
+    phase: Phase
+    losses: list[Tensor]
+    outcome: "Outcome"
 
 
 def train_step(engine: "Engine", task: Task, batch: Batch, step: int, config: "RunConfig", meter: Meter) \
-        -> list[tuple[Phase, "Outcome"]]:
+        -> list["Played"]:
     """One step on this rank's share of the batch: every phase that is due, over all micro-batches, moves its player."""
     count = engine.accumulation
     micro_batches = []
@@ -86,24 +120,26 @@ def train_step(engine: "Engine", task: Task, batch: Batch, step: int, config: "R
         with torch.no_grad(), engine.autocast():
             micro_batches.append(task.prepare(engine.to_device(part), engine.networks, step))
 
-    outcomes = []
+    played = []
     for number, phase in enumerate(task.phases, start=1):
         if step % phase.every:
             continue
         for repeat in range(phase.repeats):
             engine.begin_phase(phase, step, config.train.steps)
+            losses = []
             for index, micro_batch in enumerate(micro_batches):
                 seed_random(config.seed, step, index, engine.rank, number, repeat)
                 engine.begin_micro_batch(last=index + 1 == count)
                 with engine.autocast():
                     loss = phase.loss(engine.networks, micro_batch, step)
                 engine.backward(loss.total / count)
+                losses.append(loss.total.detach())
                 record(meter, task, phase, {"loss": loss.total, **loss.parts})
             outcome = engine.step()
             record(meter, task, phase, {"grad_norm": outcome.grad_norm, "skipped": outcome.skipped})
-            outcomes.append((phase, outcome))
+            played.append(Played(phase, losses, outcome))
     engine.update_averages(step + 1)
-    return outcomes
+    return played
 
 
 class Trainer:
@@ -124,24 +160,31 @@ class Trainer:
         self.resume, self.last_step = resume, min(stop_after or config.train.steps, config.train.steps)
         self.folder = Path(config.folder)
         self.store = CheckpointStore(self.folder / "checkpoints", config.train.keep_last)
+        self.saver = Saver(self.store, engine, list(task.players), self._published)
+        self.watchdog = Watchdog(engine.rank)
         self.done = 0                                  # finished steps
         self.last: dict[str, float] = {}
         self.skips = SkipCounter(config.train.max_skipped)
-        self.failed_saves = 0
+        self.spikes = SpikeWatch(config.train.spike)
+        self.numbers = BatchNumbers()
+        self.rollbacks = 0
+        self.saved_at = self.looked_at = time.monotonic()
 
     # -- the run
 
     def run(self) -> Summary:
-        """Train; raises :class:`UserError` for what the user can mend."""
+        """Train; raises :class:`UserError` for what the user can mend, :class:`LostProcess` for a dead or hung one."""
         began = time.monotonic()
         with ExitStack() as closing:
             closing.callback(self.engine.close)
-            signals = closing.enter_context(StopSignals())
+            closing.enter_context(lost_processes_named(self.engine.rank, self.watchdog))
+            closing.enter_context(self.watchdog)
+            signals = closing.enter_context(StopSignals(self.config.train.stop_signals))
+            # not watched: reading the headers of new shards takes as long as it takes
             self.engine.together(self._open_folder, only_main=True)
             checkpoint = self._choose_checkpoint()
-            loader = self.train_loader(self.done)
-            closing.callback(getattr(loader, "close", lambda: None))
-            self.identity = data_identity(loader)
+            self._open_data()
+            closing.callback(self._close_data)
             self.engine.prepare(self.task, self.folder)
             if checkpoint is not None:
                 self._load(checkpoint)
@@ -149,55 +192,162 @@ class Trainer:
             self._announce(checkpoint)
             if checkpoint is None:
                 self._save(required=True)              # a path that cannot be written fails here, not hours later
-            status = self._loop(loader, signals, began)
+            status = self._loop(signals, began)
         return Summary(status, self.done, self.samples, time.monotonic() - began, self.folder, self.last)
 
-    def _loop(self, loader: Iterable[Batch], signals: StopSignals, began: float) -> str:
-        settings, batches = self.config.train, iter(loader)
-        self.skipped_samples = getattr(loader, "skipped", Counter())
-        decision = GO_ON
+    def _loop(self, signals: StopSignals, began: float) -> str:
+        settings, decision, first = self.config.train, GO_ON, True
         while self.done < self.last_step and decision == GO_ON:
-            with self.meter.waiting():
-                batch = next(batches)
-            outcomes = train_step(self.engine, self.task, batch, self.done, self.config, self.meter)
+            with self._allowed("waiting for data", first), self.meter.waiting():
+                batch = self._next_batch()
+            with self._allowed("training", first):
+                played = train_step(self.engine, self.task, batch, self.done, self.config, self.meter)
             self.done += 1
             self.meter.steps += 1
             self.progress.advance(self.done)
-            self.skips.add(outcomes)
-            if self.engine.device.type == "cpu" or self._due(settings.log_every):
-                self.skips.check(self.done)            # reads the device, so elsewhere only when a line is due anyway
-            decision = self.engine.largest(self._wish(signals, began))
-            if self._due(settings.log_every):
-                self._log_line()
+            if self.sample_log is not None:
+                self.sample_log.add(self.done - 1, batch)
+            with self._allowed("agreeing with the other ranks", first):
+                self._count_skips(played, batch)
+                if settings.spike.zscore is not None and self._roll_back_on_spike(played, batch):
+                    first = True
+                    continue
+                decision, save_due = self._agree(signals, began)
+                if self._due(settings.log_every):
+                    self._log_line()
+            ends = decision != GO_ON or self.done == self.last_step
             with self.meter.paused():
                 if self._due(settings.validate_every) and self.validation_loader is not None:
                     self._validate()
                 if self._due(settings.preview_every):
                     self._preview()
-                if decision != GO_ON or self.done == self.last_step or self._due(settings.save_every):
-                    self._save(required=decision != GO_ON or self.done == self.last_step)
-        self.skips.check(self.done)
-        if self.done == settings.steps:
-            self.engine.together(self._export_if_missing, only_main=True)
+                if ends or save_due or self._due(settings.save_every):
+                    self._save(required=ends)
+            first = False
+        return self._end(decision)
+
+    def _end(self, decision: int) -> str:
+        if self.done == self.config.train.steps:
+            self.engine.together(self._mark_finished, only_main=True)
             return "finished"
         if decision == SIGNALLED:
             self.progress.say(f"stopped by a signal after step {self.done}; start again to go on")
             return "signal"
-        return "stopped"
+        return "minutes" if decision == BUDGET_SPENT else "stopped"
+
+    @contextmanager
+    def _allowed(self, what: str, long: bool = True) -> Iterator[None]:
+        """The time that the part ``what`` of the step may take, in seconds of the watchdog."""
+        options = self.config.engine
+        minutes = options.timeout_minutes if long else min(options.timeout_minutes, options.step_timeout_minutes)
+        with self.watchdog.allow(60 * minutes, self.done, what):
+            yield
+
+    def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """``batches``, each of which may take the time that was allowed for one."""
+        for batch in batches:
+            self.watchdog.feed()
+            yield batch
+
+    def _next_batch(self) -> Batch:
+        wanted = self.numbers.of(self.done)
+        while True:
+            batch, number = next(self.batches), self.next_number
+            self.next_number += 1
+            if number == wanted:
+                return batch
+
+    def _open_data(self) -> None:
+        self.next_number = self.numbers.of(self.done)
+        self.loader = self.train_loader(self.next_number)
+        self.batches = iter(self.loader)
+        self.skipped_samples = getattr(self.loader, "skipped", Counter())
+        self.identity = data_identity(self.loader)
+
+    def _close_data(self) -> None:
+        getattr(self.loader, "close", lambda: None)()
+
+    def _agree(self, signals: StopSignals, began: float) -> tuple[int, bool]:
+        """What all ranks do next: (go on, or why not; whether a save is due by the clock). Moves a running save on."""
+        minutes = self.config.train.save_minutes
+        late = self.engine.is_main and minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        decision, save_due, busy, failed = self.engine.largest(
+            self._wish(signals, began), int(late), int(self.saver.busy), int(self.saver.failed))
+        try:
+            self.saver.advance(bool(busy), bool(failed))
+        except SaveFailed as error:
+            self._save_failed(error, required=False)
+        return decision, bool(save_due)
 
     def _due(self, every: int) -> bool:
         """At every multiple of ``every``, and after the last step; never for 0."""
         return every > 0 and (self.done % every == 0 or self.done == self.config.train.steps)
 
     def _wish(self, signals: StopSignals, began: float) -> int:
-        minutes = self.config.train.minutes
-        if signals.received:
+        minutes, now = self.config.train.minutes, time.monotonic()
+        if signals.received or (self.engine.is_main and self._stop_file_found(now)):
             return SIGNALLED
-        return BUDGET_SPENT if minutes is not None and time.monotonic() - began >= 60 * minutes else GO_ON
+        return BUDGET_SPENT if minutes is not None and now - began >= 60 * minutes else GO_ON
+
+    def _stop_file_found(self, now: float) -> bool:
+        if now - self.looked_at < STOP_FILE_SECONDS:
+            return False
+        self.looked_at = now
+        try:
+            (self.folder / STOP_FILE).unlink()
+        except OSError:
+            return False
+        return True
 
     @property
     def samples(self) -> int:
         return self.done * self.config.train.batch_size
+
+    # -- what goes wrong
+
+    def _count_skips(self, played: list[Played], batch: Batch) -> None:
+        """On a CPU in every step; elsewhere, where it reads the device, only when a line is due anyway."""
+        self.skips.add(self.done - 1, list(batch.get("key", ())), [(one.phase, one.outcome) for one in played])
+        if self.engine.device.type != "cpu" and not self._due(self.config.train.log_every) \
+                and self.done < self.last_step:
+            return
+        for entry in self.skips.read():
+            keys = [key for share in self.engine.gather(entry.keys) for key in share]
+            if self.engine.is_main:
+                self.trackers.log(entry.step + 1, {"event": "skipped", "phase": entry.phase.name,
+                                                   "player": entry.phase.player, "keys": keys})
+            self.skips.check(entry, keys)
+
+    def _roll_back_on_spike(self, played: list[Played], batch: Batch) -> bool:
+        """Go back to the newest checkpoint, and past the batch, when a loss has jumped on the average of all ranks."""
+        losses = self.engine.mean(torch.stack([torch.stack(one.losses).mean().float() for one in played])).tolist()
+        scores = [self.spikes.zscore(one.phase.name, loss) for one, loss in zip(played, losses, strict=True)]
+        index = next((index for index, score in enumerate(scores) if score is not None), None)
+        if index is None:
+            return False
+        phase, step, spike = played[index].phase, self.done - 1, self.config.train.spike
+        keys = [key for share in self.engine.gather(list(batch.get("key", ()))) for key in share]
+        self.rollbacks += 1
+        if self.rollbacks > spike.max_rollbacks:
+            raise UserError(f"player {phase.player!r}, phase {phase.name!r}: the loss jumped to {losses[index]:.4g} in "
+                            f"step {step}, {self.rollbacks} times so far, above train.spike.max_rollbacks="
+                            f"{spike.max_rollbacks}; lower the learning rate, or look at the data")
+        self._finish_saving()
+        excluded = self.numbers.exclude(step, spike.skip_batches)
+        checkpoint = self._choose_checkpoint(newest=True)
+        size = self.config.train.batch_size
+        event = {"event": "rollback", "phase": phase.name, "player": phase.player, "loss": losses[index],
+                 "zscore": scores[index], "to_step": self.saved["step"], "keys": keys,
+                 "left_out_positions": [[number * size, (number + 1) * size - 1] for number in excluded]}
+        self._load(checkpoint)
+        self._close_data()
+        self._open_data()
+        if self.engine.is_main:
+            self.trackers.log(step + 1, event)
+        self._start_sample_log()
+        self.progress.say(f"the loss of {phase.name!r} jumped to {losses[index]:.4g} in step {step}: back to step "
+                          f"{self.done}, without the batch")
+        return True
 
     # -- looking at it
 
@@ -228,9 +378,9 @@ class Trainer:
 
     def _validate(self) -> None:
         """The task's figures over the validation set, under the averaged weights, exact over ragged shares."""
-        with self.engine.evaluation(), self.engine.autocast():
+        with self._allowed("validating"), self.engine.evaluation(), self.engine.autocast():
             seed_random(self.config.seed, 0, 0, self.engine.rank, 0)      # the same noise at every validation
-            batches = map(self.engine.to_device, in_step(self.engine, self.validation_loader()))
+            batches = map(self.engine.to_device, self._watched(in_step(self.engine, self.validation_loader())))
             shares = self.engine.gather(self.task.validate(self.engine.networks, batches))
         values = {}
         for name in dict.fromkeys(name for share in shares for name in share):
@@ -244,11 +394,12 @@ class Trainer:
         self.progress.say(f"validation after step {self.done}: {figures}")
 
     def _preview(self) -> None:
-        if not (self.engine.is_main or self.engine.splits_parameters):
-            return
-        with self.engine.evaluation(), self.engine.autocast():
-            seed_random(self.config.seed, 0, 0, 0, 0)
-            pictures = self.task.preview(self.engine.networks, self.done)
+        with self._allowed("drawing a preview"):
+            if self.engine.is_main or self.engine.splits_parameters:
+                with self.engine.evaluation(), self.engine.autocast():
+                    seed_random(self.config.seed, 0, 0, 0, 0)
+                    pictures = self.task.preview(self.engine.networks, self.done)
+            self.engine.barrier()                      # others wait here, where it may take long
         if self.engine.is_main:
             self.trackers.images(self.done, {name: picture.permute(1, 2, 0).contiguous().cpu().numpy()
                                              for name, picture in pictures.items()})
@@ -263,21 +414,46 @@ class Trainer:
     def _open_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            stop = self.folder / STOP_FILE
+            if stop.exists() and stop.stat().st_mtime < psutil.Process().create_time():
+                stop.unlink()                                         # meant for an earlier start
             if self.resume == "none":
                 self.store.clear()
+                (self.folder / FINISHED_FILE).unlink(missing_ok=True)
+                shutil.rmtree(self.folder / "sample_log", ignore_errors=True)
         except OSError as error:
-            raise UserError(f"the run folder {self.folder} cannot be written: {error.strerror}; "
-                            "set `output` to a folder that can") from error
+            raise self._not_writable(error) from error
+
+    def _write_config(self) -> None:
+        try:
+            (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    def _not_writable(self, error: OSError) -> UserError:
+        return UserError(f"the run folder {self.folder} cannot be written: {error.strerror}; "
+                         "set `output` to a folder that can")
 
     def _open_output(self, closing: ExitStack) -> None:
         self.meter = Meter()
         self.progress = ProgressLine(self.config.name, self.done, self.last_step, shown=self.engine.is_main)
         closing.callback(self.progress.close)
+        # not before the checkpoint was accepted: a refused resume leaves the folder as it was
+        self.engine.together(self._write_config, only_main=True)
         if self.engine.is_main:
             self.trackers = Trackers.of_run(self.folder, self.config.log, self.config.name,
                                             self.config.model_dump(mode="json"))
             closing.callback(self.trackers.close)
+        self.sample_log = None
+        if self.config.train.log_samples:
+            self.sample_log = SampleLog(self.folder, self.engine.rank, self.engine.world_size)
+            closing.callback(self.sample_log.close)
+        self._start_sample_log()
+
+    def _start_sample_log(self) -> None:
+        identity = self.engine.together(lambda: secrets.token_hex(8), only_main=True)
+        if self.sample_log is not None:
+            self.sample_log.start(self.done, identity)
 
     def _announce(self, checkpoint: Path | None) -> None:
         if self.engine.is_main:
@@ -287,107 +463,100 @@ class Trainer:
         self.progress.say(f"{begin}: {self.engine.kind}, {self.engine.world_size} process(es) on "
                           f"{self.engine.device.type}, {self.config.train.precision}")
 
-    def _choose_checkpoint(self) -> Path | None:
+    def _choose_checkpoint(self, newest: bool = False) -> Path | None:
+        """The checkpoint to go on from, as ``resume`` says, or the newest; its state becomes the run's."""
         def choose() -> tuple[Path, dict[str, Any]] | None:
-            if self.resume == "none":
+            if self.resume == "none" and not newest:
                 return None
             path: Path | None = Path(self.resume)
-            if self.resume == "auto":
+            if self.resume == "auto" or newest:
                 path, passed_over = self.store.newest()
                 for line in passed_over:
                     log.warning("%s", line)
                 if path is None and passed_over:
                     raise UserError(f"none of the checkpoints in {self.store.folder} can be used ({passed_over[0]}); "
                                     "--resume none starts over")
-            return None if path is None else (path, read_state(path))
+            return None if path is None else (path, read_run_state(path))
 
         chosen = self.engine.together(choose, only_main=True)
         if chosen is None:
             return None
         path, self.saved = chosen
         self.done = self.saved["step"]
+        self.numbers = BatchNumbers([*self.numbers.excluded, *self.saved["excluded_batches"]])
+        self.rollbacks = max(self.rollbacks, self.saved["rollbacks"])
+        self.spikes = SpikeWatch(self.config.train.spike, self.saved["usual_losses"])
         return path
 
     def _load(self, checkpoint: Path) -> None:
-        check_resumable(checkpoint, self.saved, self.config.model_dump(mode="json"), self.identity, self.engine.layout,
+        check_resumable(checkpoint, self.saved, self.config.model_dump(mode="json"), self.identity,
                         list(self.task.players))
         for name in self.task.players:
             try:
-                self.engine.load_player(name, checkpoint / name)
+                self.engine.load_player(name, SavedPlayer(checkpoint / name))
             except (ValueError, RuntimeError, KeyError) as error:
                 first = str(error).strip().splitlines()[0]
                 raise UserError(f"{checkpoint} does not fit the player {name!r}: {first}") from error
         self.engine.barrier()
 
     def _save(self, required: bool) -> None:
-        """A checkpoint and, after the first step, the export; a failure ends the run only when ``required``."""
-        state = {"format": FORMAT, "step": self.done, "samples": self.samples, "layout": self.engine.layout,
-                 "players": list(self.task.players), "data": self.identity,
-                 "config": self.config.model_dump(mode="json"), "versions": versions()}
-        engine, store = self.engine, self.store
-        try:
-            temporary = engine.together(lambda: store.begin(self.done), only_main=True)
-            for name in self.task.players:
-                engine.together(lambda name=name: (temporary / name).mkdir(), only_main=True)
-                engine.together(lambda name=name: engine.save_player(name, temporary / name))
-            engine.together(lambda: write_json(temporary / STATE, state), only_main=True)
-            engine.together(lambda: store.commit(temporary, self.done), only_main=True)
-            if self.done:
-                self._export()
-            self.failed_saves = 0
-        except OSError as error:
-            self.failed_saves += 1
-            if required or self.failed_saves >= FAILED_SAVES_ALLOWED:
-                raise UserError(f"the checkpoint of step {self.done} cannot be written in {store.folder}: "
-                                f"{error.strerror or error}; make room or set `output` to a folder that can") from error
-            log.warning("the checkpoint of step %d could not be written (%s); the older ones stay", self.done, error)
-            if engine.is_main:
-                store.discard(store.folder / f".{store.path(self.done).name}.tmp")
+        """Begin a checkpoint, and wait for it when it is ``required`` or saves are not asynchronous.
 
-    def _export(self) -> None:
+        A failure ends the run only when ``required``, or when it is one too many in a row.
+        """
+        state = {"format": FORMAT, "step": self.done, "samples": self.samples, "players": list(self.task.players),
+                 "engine": self.engine.kind, "world_size": self.engine.world_size, "data": self.identity,
+                 "excluded_batches": self.numbers.excluded, "rollbacks": self.rollbacks,
+                 "usual_losses": self.spikes.state(), "config": self.config.model_dump(mode="json"),
+                 "versions": versions()}
+        self._finish_saving()
+        with self._allowed("saving"):
+            try:
+                self.saver.start(self.done, state)
+                if required or not self.config.train.async_save:
+                    self.saver.finish()
+            except SaveFailed as error:
+                self._save_failed(error, required)
+        self.saved_at = time.monotonic()
+
+    def _finish_saving(self) -> None:
+        with self._allowed("saving"):
+            try:
+                self.saver.finish()
+            except SaveFailed as error:
+                self._save_failed(error, required=False)
+
+    def _save_failed(self, error: SaveFailed, required: bool) -> None:
+        if required or self.saver.failures >= FAILED_SAVES_ALLOWED:
+            raise UserError(f"the checkpoint of step {self.saver.step or self.done} cannot be written in "
+                            f"{self.store.folder}: {error.strerror or error}; make room or set `output` to a folder "
+                            "that can") from error
+        if self.engine.is_main:
+            log.warning("THE CHECKPOINT of step %d COULD NOT BE WRITTEN (%s); the older ones stay, training goes on, "
+                        "and after %d such failures in a row it stops", self.saver.step, error, FAILED_SAVES_ALLOWED)
+            self.trackers.log(self.done, {"event": "save_failed", "error": str(error)})
+
+    def _published(self, checkpoint: Path) -> None:
+        """On rank 0, in the thread that writes."""
+        self._export(checkpoint)
+        self.trackers.log(self.saver.step, {"event": "checkpoint", "path": str(checkpoint),
+                                            **{f"{name}_seconds": round(seconds, 3)
+                                               for name, seconds in self.saver.seconds.items()}})
+
+    def _export(self, checkpoint: Path) -> None:
         """``model/``: what ``from_pretrained`` reads, of the averaged weights where there are any."""
-        with self.engine.evaluation():
-            states = {name: self.engine.full_state(name) for name in self.task.players}
-
-        def write() -> None:
-            temporary = self.folder / ".model.tmp"
-            CheckpointStore.discard(self.store, temporary)
-            temporary.mkdir()
-            self.task.export(str(temporary), states)
-            replace_folder(temporary, self.folder / "model")
-
-        self.engine.together(write, only_main=True)
-
-    def _export_if_missing(self) -> None:
-        if not (self.folder / "model").is_dir():
-            raise UserError(f"{self.folder} is finished but its model/ is gone; resume an earlier checkpoint")
-
-
-class SkipCounter:
-    """Counts steps skipped for a non-finite loss or gradient; ends the run when one phase does nothing else."""
-
-    def __init__(self, allowed: int):
-        self.allowed, self.total = allowed, 0
-        self._streaks: Counter[str] = Counter()
-        self._pending: list[tuple[int, Phase, Tensor]] = []
-
-    def add(self, outcomes: list[tuple[Phase, "Outcome"]]) -> None:
-        self._pending += [(phase, outcome.skipped) for phase, outcome in outcomes]
-
-    def check(self, step: int) -> None:
-        """Read what has come in; raises :class:`UserError` naming player and phase after too many in a row."""
-        if not self._pending:
+        if checkpoint == self.store.path(0):
             return
-        flags = torch.stack([skipped for _, skipped in self._pending]).tolist()
-        for (phase, _), skipped in zip(self._pending, flags, strict=True):
-            self.total += int(skipped)
-            self._streaks[phase.name] = self._streaks[phase.name] + 1 if skipped else 0
-            if self._streaks[phase.name] >= self.allowed:
-                raise UserError(
-                    f"player {phase.player!r}, phase {phase.name!r}: loss or gradient was not finite {self.allowed} "
-                    f"times in a row up to step {step}; the weights are those of before. "
-                    "Lower its learning rate, or look at the data")
-        self._pending.clear()
+        temporary = self.folder / ".model.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        export_checkpoint(self.task, checkpoint, temporary)
+        replace_folder(temporary, self.folder / "model")
+
+    def _mark_finished(self) -> None:
+        if not (self.folder / "model").is_dir():
+            self._export(self.store.path(self.done))
+        write_json(self.folder / FINISHED_FILE, {"step": self.done})
 
 
 def record(meter: Meter, task: Task, phase: Phase, figures: dict[str, Tensor | float]) -> None:
@@ -415,13 +584,13 @@ def seed_random(*key: int) -> None:
 
 def in_step(engine: "Engine", batches: Iterable[Batch]) -> Iterator[Batch]:
     """``batches``; where every forward needs all ranks, only as many as the rank with the fewest has."""
-    if not engine.splits_parameters:
+    if not engine.evaluates_in_step:
         yield from batches
         return
     iterator = iter(batches)
     while True:
         batch = next(iterator, None)
-        if engine.largest(int(batch is None)):
+        if engine.largest(int(batch is None))[0]:
             return
         yield batch
 

@@ -113,6 +113,11 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
     return optimizer
 
 
+def optimizer_parts(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimisers that hold state of their own."""
+    return [optimizer.muon, optimizer.adamw] if isinstance(optimizer, MuonWithAdamW) else [optimizer]
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Scale every group's peak learning rate."""
     for group in optimizer.param_groups:

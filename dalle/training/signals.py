@@ -3,19 +3,19 @@
 import contextlib
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 
-EXIT_STOPPED_BY_SIGNAL = 75      # EX_TEMPFAIL: a checkpoint is on disk, start the same command again to go on
-
 # SIGTERM from launchers and schedulers, SIGUSR2 as a warning before a time limit (NCCL has used SIGUSR1 itself)
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+STOP_SIGNALS = ("SIGTERM", "SIGUSR2")
 
 
 class StopSignals:
-    """While open, SIGTERM and SIGUSR2 set ``received`` instead of ending the process."""
+    """While open, the signals of these names set ``received`` instead of ending the process."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str] = STOP_SIGNALS) -> None:
         self.received: str | None = None
+        self._numbers = [signal.Signals[name] for name in names]
         self._previous: dict[int, object] = {}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -23,7 +23,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():    # Python allows handlers nowhere else
-            for number in SIGNALS:
+            for number in self._numbers:
                 self._previous[number] = signal.signal(number, self._remember)
         return self
 

@@ -21,6 +21,7 @@ from toys import GanTask, SingleTask, ToyLoader, toy_run
 
 from dalle.training.engine import create_engine
 from dalle.training.loop import Trainer
+from dalle.training.optimizers import OptimizerConfig
 
 EXACT = 2e-6
 BF16_MEAN = 2e-4      # AdamW turns a rounded tiny gradient into a full step, so single weights may differ by one
@@ -35,6 +36,8 @@ def jobs_of(kind: str) -> list[Job]:
             Job("first", kind, folder="halves", optimizer=EMA, settings={"micro_batch_size": 2},
                 options={"stop_after": 2}),
             Job("second", kind, folder="halves", optimizer=EMA, settings={"micro_batch_size": 2}),
+            Job("to_one", kind, optimizer=EMA, options={"stop_after": 2}),
+            Job("from_one", kind, optimizer=EMA),
             Job("nan", kind, task="NanOnOneRank", settings={"save_every": 0})]
     if kind != "zero3":
         jobs += [Job("gan", kind, task="GanTask"),
@@ -52,9 +55,20 @@ LAUNCHES = {
 }
 
 
+def train_alone(folder: Path, stop_after: int | None = None) -> None:
+    """One process, no launcher, with the averages that the other jobs keep."""
+    config = toy_run(folder)
+    Trainer(SingleTask(OptimizerConfig(**EMA)), config, create_engine(config), ToyLoader, stop_after=stop_after).run()
+
+
+def begin_alone(folder: Path) -> None:
+    train_alone(folder, stop_after=2)
+
+
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
     out = tmp_path_factory.mktemp("ddp")
+    begin_alone(out / "ddp/from_one")
     launch(jobs_of("ddp"), out, LAUNCHES["ddp"])
     return out
 
@@ -62,6 +76,8 @@ def ddp(tmp_path_factory):
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory):
     out = tmp_path_factory.mktemp("zero")
+    for stage in (1, 2, 3):
+        begin_alone(out / f"zero{stage}/from_one")
     launch([job for stage in (1, 2, 3) for job in jobs_of(f"zero{stage}")], out, LAUNCHES["zero"])
     return out
 
@@ -111,6 +127,14 @@ def test_two_players_in_bf16_equal_plain_autocast(out, kind):
 @ALL
 def test_two_steps_saved_and_resumed_equal_four_bit_for_bit(out, kind):
     assert largest_difference(weights(out, f"{kind}/halves"), weights(out, f"{kind}/straight")) == 0
+
+
+@ALL
+def test_one_process_goes_on_from_two_and_two_from_one(out, kind, tmp_path):
+    train_alone(tmp_path / "straight")
+    train_alone(out / f"{kind}/to_one")
+    for job in ("to_one", "from_one"):
+        assert largest_difference(weights(out, f"{kind}/{job}"), weights(tmp_path, "straight")) < EXACT
 
 
 @ALL

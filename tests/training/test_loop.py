@@ -38,7 +38,8 @@ def test_a_run_leaves_all_that_the_run_folder_promises(tmp_path):
     summary = train(tmp_path, validate_every=2, preview_every=4)
     assert (summary.status, summary.exit_status, summary.steps, summary.samples) == ("finished", 0, 4, 32)
     run = tmp_path / "toy"
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "log.jsonl", "checkpoints", "samples", "model"}
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "log.jsonl", "checkpoints", "samples", "model",
+                                                   "finished"}
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000002", "step_00000004"]
     assert Image.open(run / "samples/step_00000004_grey.png").size == (6, 4)
     step_line = next(line for line in lines(tmp_path) if line["step"] == 2 and "loss" in line)
@@ -63,7 +64,7 @@ def test_four_steps_equal_two_saved_and_two_resumed_bit_for_bit(tmp_path, make):
 
 def test_resume_takes_the_newest_checkpoint_that_verifies(tmp_path, caplog):
     train(tmp_path, save_every=1, stop_after=3)
-    (tmp_path / "toy/checkpoints/step_00000003/net/weights.safetensors").write_bytes(b"torn")
+    (tmp_path / "toy/checkpoints/step_00000003/net/weights-00000.safetensors").write_bytes(b"torn")
     train(tmp_path, save_every=1)
     assert any(line.get("event") == "resume" and line["step"] == 2 for line in lines(tmp_path))
     assert "step_00000003" in caplog.text and "4 bytes" in caplog.text
@@ -111,7 +112,7 @@ def test_a_signal_saves_and_ends_with_its_own_status(tmp_path):
 
 def test_a_spent_budget_stops_with_a_checkpoint(tmp_path):
     summary = train(tmp_path, steps=10, minutes=1e-6)
-    assert (summary.status, summary.exit_status, summary.steps) == ("stopped", 0, 1)
+    assert (summary.status, summary.exit_status, summary.steps) == ("minutes", 75, 1)
     assert (tmp_path / "toy/checkpoints/step_00000001").is_dir()
 
 

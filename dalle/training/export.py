@@ -1,0 +1,64 @@
+"""One portable folder from a checkpoint of any engine: safetensors, config, tokenizer and a card."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dalle.training.checkpoint import SavedPlayer
+from dalle.training.task import Task
+
+CARD = "README.md"
+
+
+def export_checkpoint(task: Task, checkpoint: Path, folder: Path, averaged: bool = True) -> None:
+    """Write the models of ``checkpoint`` into ``folder``; the averaged weights where there are any, or the raw ones."""
+    task.export(str(folder), {name: SavedPlayer(checkpoint / name).model_state(averaged) for name in task.players})
+
+
+def write_card(folder: Path, state: Mapping[str, Any], figures: Mapping[str, float], averaged: bool,
+               parameters: Mapping[str, int]) -> None:
+    """``README.md``: what the weights are and how they were made, for people and for the front matter's readers.
+
+    ``state`` is a checkpoint's state.json, ``figures`` the newest validation, ``parameters`` the count of each network.
+    """
+    config = state["config"]
+    front = {"library_name": "tessera", "pipeline_tag": "text-to-image", "tags": ["tessera", config["task"]]}
+    rows = {"task": config["task"], "run": config["name"], "steps": f"{state['step']:,}",
+            "samples seen": f"{state['samples']:,}", "weights": "averaged (EMA)" if averaged else "raw",
+            **{f"parameters of {name}": f"{count:,}" for name, count in parameters.items()},
+            "data fingerprint": state["data"].get("fingerprint", "unknown"),
+            **{name: f"{value:.4g}" for name, value in figures.items()},
+            **{f"{name} version": version for name, version in state["versions"].items()}}
+    table = "\n".join(f"| {name} | {one_line(value)} |" for name, value in rows.items())
+    settings = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    text = (f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {one_line(config['name'])}\n\n"
+            f"Trained with Tessera.\n\n| | |\n| --- | --- |\n{table}\n\n"
+            f"## Configuration\n\n```yaml\n{settings}```\n")
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def one_line(value: Any) -> str:
+    """``value`` as one cell of a table."""
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+def newest_validation(run: Path, step: int) -> dict[str, float]:
+    """The last validation in the run's log at or before ``step``; empty where there was none."""
+    found: dict[str, float] = {}
+    try:
+        lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        try:
+            entry = dict(json.loads(line))
+        except ValueError:       # torn by a kill
+            continue
+        figures = {key: value for key, value in entry.items()
+                   if key.startswith("validation/") and isinstance(value, (int, float))}
+        if figures and entry.get("step", step + 1) <= step:
+            found = figures
+    return found

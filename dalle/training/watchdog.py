@@ -1,0 +1,62 @@
+"""Ends a process that hangs, and says which rank, step and part of the step it hung in.
+
+A collective whose partner is gone or stuck waits for ever, and so does a read from a dead file server. Each rank has a
+thread that looks at what the loop last said it began; after the time allowed for that, it prints one line and the stack
+of the main thread and ends the process. The other ranks then lose it, or reach their own time.
+"""
+
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dalle.errors import EXIT_LOST_PROCESS
+
+
+class Watchdog:
+    """While open, the process ends when one of the things that the loop does takes too long."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+        self.step, self.what = 0, "starting"
+        self._deadline = float("inf")
+        self._allowed = 0.0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    @contextmanager
+    def allow(self, seconds: float, step: int, what: str) -> Iterator[None]:
+        """What happens in here, the part ``what`` of ``step``, may take ``seconds``."""
+        self.step, self.what, self._allowed = step, what, seconds
+        self._deadline = time.monotonic() + seconds
+        yield
+        self._deadline = float("inf")
+
+    def feed(self) -> None:
+        """Something came forward: the time begins anew."""
+        self._deadline = time.monotonic() + self._allowed
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, max(0.05, self._allowed / 4))):
+            if time.monotonic() >= self._deadline:
+                self._end()
+
+    def _end(self) -> None:
+        print(f"error (rank {self.rank} on {socket.gethostname()}): step {self.step} has been {self.what} for more "
+              f"than {self._allowed:.0f} s, so this or another process hangs; starting again goes on from the newest "
+              "checkpoint (engine.timeout_minutes and engine.step_timeout_minutes set the time)", file=sys.stderr)
+        faulthandler.dump_traceback(all_threads=True)
+        sys.stderr.flush()
+        os._exit(EXIT_LOST_PROCESS)

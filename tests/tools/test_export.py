@@ -1,0 +1,46 @@
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dalle.errors import UserError
+from dalle.sampling.generator import load_generator
+from dalle.training.checkpoint import CheckpointStore, SavedPlayer
+
+
+@pytest.fixture(scope="module")
+def run(workshop, commands, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("export")
+    assert commands["train"](workshop.config("transformer", runs)) == 0
+    return runs / "transformer"
+
+
+def test_the_folder_holds_averaged_weights_tokenizer_codec_and_card_and_samples(run, commands, tmp_path):
+    assert commands["export"](run, "--out", tmp_path / "release") == 0
+    release = tmp_path / "release"
+    assert {"config.json", "model.safetensors", "tokenizer", "codec", "README.md"} <= {
+        path.name for path in release.iterdir()}
+    exported, kept = load_file(release / "model.safetensors"), load_file(run / "model" / "model.safetensors")
+    assert all(torch.equal(exported[name], kept[name]) for name in kept)
+    _, front, body = (release / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["pipeline_tag"] == "text-to-image"
+    assert "| steps | 4 |" in body and "averaged (EMA)" in body and "validation/image_ce" in body
+    pictures = load_generator(str(release)).generate(["a red circle"], [0])
+    assert pictures.shape == (1, 3, 16, 16) and pictures.dtype == torch.uint8
+
+
+def test_raw_weights_of_an_earlier_step(run, commands, tmp_path):
+    assert commands["export"](run, "--checkpoint", 2, "--raw", "--out", tmp_path / "raw") == 0
+    saved = SavedPlayer(CheckpointStore(run / "checkpoints", 2).path(2) / "transformer")
+    exported = load_file(tmp_path / "raw" / "model.safetensors")
+    assert all(torch.equal(exported[name], saved.tensor("weights", name)) for name in saved.keys("weights"))
+    assert any(not torch.equal(exported[name], saved.tensor("average", name)) for name in saved.keys("average"))
+    assert "| weights | raw |" in (tmp_path / "raw" / "README.md").read_text()
+
+
+def test_refusals_are_one_line(run, commands, tmp_path):
+    for arguments, message in [((run, "--checkpoint", 7), "not a checkpoint"), ((tmp_path,), "no checkpoint"),
+                               ((run, "--out", tmp_path), "exists"),
+                               ((run, "--out", tmp_path / "x", "codec=nowhere"), "nowhere")]:
+        with pytest.raises(UserError, match=message):
+            commands["export"](*arguments)
