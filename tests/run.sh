@@ -5,4 +5,4 @@ source "$(dirname "$0")/../launch/setup.sh" test
 echo "== lint"
 "$python" -m ruff check .
 echo "== tests"
-exec "$python" -m pytest -q --durations=15 "$@"
+exec "$python" -m pytest -q -rs --durations=15 "$@"
