@@ -1,0 +1,35 @@
+"""Fixtures of the fault tests: the commands, ended as a shell would see it."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dalle.errors import run_command
+
+sys.path.insert(0, str(Path(__file__).parent))      # for tiny_shards
+
+
+@dataclass
+class Ended:
+    """What a shell sees of a command that ended: its status, and stderr."""
+
+    status: int
+    error: str
+
+
+@pytest.fixture
+def run_here(commands) -> Callable[..., Ended]:
+    """``run_here("train", ...)``: a command in this process, as its script would run and end."""
+
+    def run(name: str, *arguments: object) -> Ended:
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+            run_command(lambda: commands[name](*arguments))
+        return Ended(ended.value.code, errors.getvalue())
+
+    return run
