@@ -31,9 +31,12 @@ def exit_status(error: Exception) -> int:
 
 def say_error(error: Exception) -> None:
     """One line on stderr; with the rank where there are several and the line does not name it."""
-    several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
-    rank = f" (rank {os.environ['RANK']})" if several and not isinstance(error, LostProcess) else ""
+    rank = f" (rank {os.environ.get('RANK')})" if has_ranks() and isinstance(error, UserError) else ""
     print(f"error{rank}: {error}", file=sys.stderr, flush=True)
+
+
+def has_ranks() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -43,6 +46,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     except (UserError, LostProcess) as error:
         say_error(error)
         status = exit_status(error)
+        if has_ranks():      # an ordinary exit waits for, or is aborted by, threads of the lost process group
+            sys.stdout.flush()
+            os._exit(status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         status = 130

@@ -4,9 +4,9 @@
     python launch/train.py configs/quickstart/transformer.yaml train.steps=500 model.depth=4
     accelerate launch --num_processes 8 launch/train.py configs/quickstart/transformer.yaml
 
-Exit status: 0 the run is finished, 2 something in what was given is wrong (one line says what), 75 stopped by a signal,
-by the file `stop` in the run's folder or by train.minutes, after a checkpoint (start it again to go on), 76 a process of the job was
-lost or hung (starting again may help).
+Exit status: 0 the run is finished, 2 something in what was given is wrong (a line says what), 75 stopped by a signal,
+by the file `stop` in the run's folder or by train.minutes, after a checkpoint (start it again to go on), 76 a process
+of the job was lost or hung (starting again may help).
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from dalle.config import load_config, to_yaml
-from dalle.errors import LostProcess, UserError, exit_status, run_command, say_error
+from dalle.errors import run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,12 +67,7 @@ def main() -> int:
     trainer = Trainer(task, config, engine, train_loader,
                       validation_loader if config.data.validation else None,
                       resume=arguments.resume, stop_after=arguments.stop_after)
-    try:
-        status = trainer.run().exit_status
-    except (UserError, LostProcess) as error:      # leaves like a finished run: an ordinary exit may abort under gloo
-        say_error(error)
-        status = exit_status(error)
-    return engine.leave(status)
+    return engine.leave(trainer.run().exit_status)
 
 
 def print_plan(task, config) -> None:
