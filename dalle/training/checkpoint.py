@@ -55,8 +55,7 @@ class CheckpointStore:
         Raises ``OSError`` (ENOSPC) when the disk has less than ``needed`` bytes left.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(f".{PREFIX}*"):         # of a save or a deletion that did not end
-            shutil.rmtree(left, ignore_errors=True)
+        self.sweep()
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OSError(errno.ENOSPC, f"no room: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
@@ -64,11 +63,16 @@ class CheckpointStore:
         temporary.mkdir()
         return temporary
 
+    def sweep(self) -> None:
+        """Delete what a save or a deletion that did not end has left."""
+        for left in self.folder.glob(f".{PREFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
     def temporary(self, step: int) -> Path:
         return self.folder / f".{self.path(step).name}.tmp"
 
     def commit(self, temporary: Path, step: int, written: Entries | None = None) -> Path:
-        """Publish what was written into ``temporary``, then delete all but the newest ``keep_last``.
+        """Publish what was written into ``temporary`` as the newest of the ``keep_last`` that stay.
 
         ``written`` are the entries of files that are hashed and synced already.
         """
@@ -87,10 +91,9 @@ class CheckpointStore:
         for folder in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
             sync(folder)
         place = self.path(step)
-        if place.exists() and find_fault(place) is None:
-            shutil.rmtree(temporary)                         # the same step of the same run, whole already
-            return place
-        self._delete(place)
+        for path in self.all():
+            if step_of(path) >= step:                        # damaged, or of a branch that --resume PATH has left
+                self._delete(path)
         temporary.rename(place)
         sync(self.folder)
         for path in self.all()[self.keep_last:]:
@@ -118,7 +121,7 @@ class CheckpointStore:
         """Published checkpoints, newest first."""
         found = self.folder.glob(f"{PREFIX}*") if self.folder.is_dir() else []
         return sorted((path for path in found if path.is_dir() and path.name[len(PREFIX):].isdigit()),
-                      key=lambda path: int(path.name[len(PREFIX):]), reverse=True)
+                      key=step_of, reverse=True)
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that verifies, and one line on each newer one that was passed over."""
@@ -129,6 +132,11 @@ class CheckpointStore:
                 return path, passed_over
             passed_over.append(f"passed over {path}: {fault}")
         return None, passed_over
+
+
+def step_of(path: Path) -> int:
+    """The step of the checkpoint folder ``path``."""
+    return int(path.name[len(PREFIX):])
 
 
 def find_fault(path: Path) -> str | None:
@@ -283,9 +291,12 @@ def sync(path: Path) -> None:
 
 def replace_folder(temporary: Path, place: Path) -> None:
     """Put the folder ``temporary`` where ``place`` was; a reader finds the old, the new or, for an instant, none."""
+    for path in [*temporary.rglob("*"), temporary]:
+        sync(path)
     old = place.with_name(f".{place.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
         place.rename(old)
     temporary.rename(place)
+    sync(place.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -457,6 +457,8 @@ def asked_processes(command: list[str]) -> int | None:
 def create_engine(config: "RunConfig") -> Engine:
     """The engine that the launcher's environment asks for; before loaders and networks, since it knows the rank."""
     adopt_slurm()
+    if launched_size() > 1:      # refused here, before the processes wait for one another
+        split_batch(config.train.batch_size, config.train.micro_batch_size, launched_size())
     if is_set("ACCELERATE_USE_DEEPSPEED"):
         from dalle.training.engine_deepspeed import DeepSpeedEngine
 

@@ -37,6 +37,7 @@ class SkippedStep:
     step: int
     phase: Phase
     keys: list[str]       # of this rank's samples
+    in_a_row: int = 0     # steps of the phase skipped up to this one
 
 
 class SkipCounter:
@@ -59,7 +60,7 @@ class SkipCounter:
         skipped = []
         for (entry, _), flag in zip(self._pending, flags, strict=True):
             self.total += int(flag)
-            self._streaks[entry.phase.name] = self._streaks[entry.phase.name] + 1 if flag else 0
+            self._streaks[entry.phase.name] = entry.in_a_row = self._streaks[entry.phase.name] + 1 if flag else 0
             if flag:
                 skipped.append(entry)
         self._pending.clear()
@@ -67,7 +68,7 @@ class SkipCounter:
 
     def check(self, entry: SkippedStep, keys: list[str]) -> None:
         """Raise :class:`UserError` when the phase of ``entry`` was skipped too often in a row."""
-        if self._streaks[entry.phase.name] >= self.allowed:
+        if entry.in_a_row >= self.allowed:
             raise UserError(
                 f"player {entry.phase.player!r}, phase {entry.phase.name!r}: loss or gradient was not finite "
                 f"{self.allowed} times in a row up to step {entry.step}; the weights are those of before. Lower its "

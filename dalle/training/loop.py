@@ -28,6 +28,7 @@ from dalle.training.checkpoint import (
     check_resumable,
     read_run_state,
     replace_folder,
+    step_of,
     write_json,
 )
 from dalle.training.export import export_checkpoint
@@ -168,6 +169,7 @@ class Trainer:
         self.spikes = SpikeWatch(config.train.spike)
         self.numbers = BatchNumbers()
         self.rollbacks = 0
+        self.unexported: Path | None = None            # the checkpoint loaded, until the next one is published
         self.saved_at = self.looked_at = time.monotonic()
 
     # -- the run
@@ -176,9 +178,9 @@ class Trainer:
         """Train; raises :class:`UserError` for what the user can mend, :class:`LostProcess` for a dead or hung one."""
         began = time.monotonic()
         with ExitStack() as closing:
-            closing.callback(self.engine.close)
-            closing.enter_context(lost_processes_named(self.engine.rank, self.watchdog))
             closing.enter_context(self.watchdog)
+            closing.callback(self._leave)
+            closing.enter_context(lost_processes_named(self.engine.rank, self.watchdog))
             signals = closing.enter_context(StopSignals(self.config.train.stop_signals))
             # not watched: reading the headers of new shards takes as long as it takes
             self.engine.together(self._open_folder, only_main=True)
@@ -194,6 +196,10 @@ class Trainer:
                 self._save(required=True)              # a path that cannot be written fails here, not hours later
             status = self._loop(signals, began)
         return Summary(status, self.done, self.samples, time.monotonic() - began, self.folder, self.last)
+
+    def _leave(self) -> None:
+        with self._allowed("leaving the process group"):
+            self.engine.close()
 
     def _loop(self, signals: StopSignals, began: float) -> str:
         settings, decision, first = self.config.train, GO_ON, True
@@ -340,6 +346,7 @@ class Trainer:
                  "zscore": scores[index], "to_step": self.saved["step"], "keys": keys,
                  "left_out_positions": [[number * size, (number + 1) * size - 1] for number in excluded]}
         self._load(checkpoint)
+        self.meter.read()                              # figures of the steps that were given up
         self._close_data()
         self._open_data()
         if self.engine.is_main:
@@ -421,6 +428,7 @@ class Trainer:
                 self.store.clear()
                 (self.folder / FINISHED_FILE).unlink(missing_ok=True)
                 shutil.rmtree(self.folder / "sample_log", ignore_errors=True)
+            self.store.sweep()
         except OSError as error:
             raise self._not_writable(error) from error
 
@@ -469,19 +477,28 @@ class Trainer:
             if self.resume == "none" and not newest:
                 return None
             path: Path | None = Path(self.resume)
-            if self.resume == "auto" or newest:
+            if newest and self.unexported is not None:       # later ones are of steps that were given up
+                path = self.unexported
+            elif self.resume == "auto" or newest:
                 path, passed_over = self.store.newest()
                 for line in passed_over:
                     log.warning("%s", line)
                 if path is None and passed_over:
                     raise UserError(f"none of the checkpoints in {self.store.folder} can be used ({passed_over[0]}); "
                                     "--resume none starts over")
-            return None if path is None else (path, read_run_state(path))
+            if path is None:
+                return None
+            state = read_run_state(path)
+            left = [other.name for other in self.store.all() if step_of(other) > state["step"]]
+            if left and self.resume != "auto" and not newest:
+                log.warning("going on from %s leaves %s behind: deleted by the next save", path, ", ".join(left))
+            return path, state
 
         chosen = self.engine.together(choose, only_main=True)
         if chosen is None:
             return None
         path, self.saved = chosen
+        self.unexported = path
         self.done = self.saved["step"]
         self.numbers = BatchNumbers([*self.numbers.excluded, *self.saved["excluded_batches"]])
         self.rollbacks = max(self.rollbacks, self.saved["rollbacks"])
@@ -539,6 +556,7 @@ class Trainer:
     def _published(self, checkpoint: Path) -> None:
         """On rank 0, in the thread that writes."""
         self._export(checkpoint)
+        self.unexported = None
         self.trackers.log(self.saver.step, {"event": "checkpoint", "path": str(checkpoint),
                                             **{f"{name}_seconds": round(seconds, 3)
                                                for name, seconds in self.saver.seconds.items()}})
@@ -554,8 +572,8 @@ class Trainer:
         replace_folder(temporary, self.folder / "model")
 
     def _mark_finished(self) -> None:
-        if not (self.folder / "model").is_dir():
-            self._export(self.store.path(self.done))
+        if self.unexported is not None:      # no step was made since: `model/` may be of an older one
+            self._export(self.unexported)
         write_json(self.folder / FINISHED_FILE, {"step": self.done})
 
 

@@ -54,9 +54,12 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        print(f"error (rank {self.rank} on {socket.gethostname()}): step {self.step} has been {self.what} for more "
-              f"than {self._allowed:.0f} s, so this or another process hangs; starting again goes on from the newest "
-              "checkpoint (engine.timeout_minutes and engine.step_timeout_minutes set the time)", file=sys.stderr)
-        faulthandler.dump_traceback(all_threads=True)
-        sys.stderr.flush()
-        os._exit(EXIT_LOST_PROCESS)
+        try:
+            print(f"error (rank {self.rank} on {socket.gethostname()}): step {self.step} has been {self.what} for more "
+                  f"than {self._allowed:.0f} s, so this or another process hangs; starting again goes on from the "
+                  "newest checkpoint (engine.timeout_minutes and engine.step_timeout_minutes set the time)",
+                  file=sys.stderr)
+            faulthandler.dump_traceback(all_threads=True)
+            sys.stderr.flush()
+        finally:
+            os._exit(EXIT_LOST_PROCESS)      # also where stderr was a pipe to a launcher that is dead
