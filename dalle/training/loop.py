@@ -597,7 +597,10 @@ def split(batch: Batch, count: int) -> Iterator[Batch]:
 def seed_random(*key: int) -> None:
     """Seed torch from what identifies the draw, so that a resumed run draws the same without any saved state."""
     text = ",".join(map(str, key)).encode()
-    torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1)
+    seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+    torch.default_generator.manual_seed(seed)     # torch.manual_seed spends 0.15 ms on devices that nobody uses
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def in_step(engine: "Engine", batches: Iterable[Batch]) -> Iterator[Batch]:
