@@ -11,6 +11,7 @@ _TABLE = {
     "dvae": ("dalle.tasks.dvae", "DVAERun", "DVAETask"),
     "transformer": ("dalle.tasks.transformer", "TransformerRun", "TransformerTask"),
     "clip": ("dalle.tasks.clip", "ClipRun", "ClipTask"),
+    "vs": ("dalle.tasks.vs", "VSRun", "VSTask"),
 }
 
 
