@@ -19,10 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dalle.errors import UserError
+from dalle.training.tensor_file import write_synced
 
 MANIFEST, STATE = "manifest.json", "state.json"
 FORMAT = 2
@@ -196,13 +196,8 @@ class SavedPlayer:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write ``tensors`` (on the CPU, none sharing memory) and sync them; their manifest entry. Raises ``OSError``."""
-    try:
-        save_file(dict(tensors), path)
-    except SafetensorError as error:          # a full disk, too, comes as this
-        raise OSError(errno.EIO, f"{path.name} cannot be written: {error}") from error
-    written = entry(path)
-    sync(path)
-    return written
+    size, sha256 = write_synced(path, tensors)
+    return {"size": size, "sha256": sha256}
 
 
 def entry(path: Path) -> dict[str, Any]:

@@ -48,13 +48,17 @@ class Killer:
 
     def __init__(self, fatal: int | None):
         self.fatal, self.points, self.step = fatal, [], 0
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
+        self.is_dying = False
 
     def point(self, name: str, half: Callable[[], object] = lambda: None) -> None:
         if threading.current_thread().name not in ("MainThread", "checkpoint"):
             return                                     # the log has a thread of its own
         with self.lock:
+            if self.is_dying:                          # writing its half
+                return
             if len(self.points) == self.fatal:
+                self.is_dying = True
                 half()
                 os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(60)
@@ -71,8 +75,9 @@ class Killer:
             return write_text(path, text, **options)
 
         Path.write_text = counted_write_text
-        for module in (checkpoint, toys):
-            module.save_file = self.counted_save(module.save_file)
+        checkpoint.write_synced = self.counted_save(checkpoint.write_synced)
+        save_file = self.counted_save(lambda path, tensors, save=toys.save_file: save(tensors, path))
+        toys.save_file = lambda tensors, path: save_file(path, tensors)
         start = saving.Saver.start
 
         def start_of(saver: saving.Saver, step: int, state: dict) -> None:
@@ -89,15 +94,15 @@ class Killer:
             return function(path, *arguments, **options)
         return counted
 
-    def counted_save(self, save_file: Callable) -> Callable:
-        def counted(tensors: dict, path: Path) -> None:
+    def counted_save(self, write: Callable) -> Callable:
+        def counted(path: Path, tensors: dict) -> object:
             def half() -> None:
-                save_file(tensors, path)
+                write(path, tensors)
                 os.truncate(path, os.path.getsize(path) // 2)
 
             self.point(f"write {Path(path).name}")
             self.point(f"write half of {Path(path).name}", half)
-            save_file(tensors, path)
+            return write(path, tensors)
         return counted
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_shards import ROOT, start_command, wait_until, write_job, write_shards
 
@@ -178,19 +177,20 @@ class Disk:
 
     def __init__(self, monkeypatch):
         self.is_full, self.room, self.written = False, 0, 0
-        save_file, write_text = checkpoint.save_file, Path.write_text
+        write_synced, write_text = checkpoint.write_synced, Path.write_text
 
-        def save(tensors, path):
-            save_file(tensors, path)
+        def save(path, tensors):
+            written = write_synced(path, tensors)
             if self.cut(path):
-                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return written
 
         def write(path, text, **options):
             write_text(path, text, **options)
             if path.name in ("state.json", "manifest.json") and self.cut(path):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-        monkeypatch.setattr(checkpoint, "save_file", save)
+        monkeypatch.setattr(checkpoint, "write_synced", save)
         monkeypatch.setattr(Path, "write_text", write)
 
     def cut(self, path) -> bool:
