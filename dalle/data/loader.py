@@ -147,8 +147,11 @@ class Loader:
     def _check_workers(self, seconds: float = 0) -> None:
         """Raise :class:`LostProcess` when a worker is dead, or is within ``seconds``."""
         workers = getattr(self._loader._iterator, "_workers", [])
-        if workers and seconds:      # the connection may break before the process has ended
-            wait([worker.sentinel for worker in workers], seconds)
+        if workers and seconds:      # the connection breaks, and the sentinel closes, before the process has its status
+            ending = wait([worker.sentinel for worker in workers], seconds)
+            for worker in workers:
+                if worker.sentinel in ending:
+                    worker.join(seconds)
         for number, worker in enumerate(workers):
             if worker.exitcode is not None:
                 raise LostProcess(f"{death_of(number, worker.pid, worker.exitcode)}; start again to go on from the "

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IDLE, WRITING, COMMITTING = "idle", "writing", "committing"
+SECONDS_TO_CLOSE = 60      # a disk that hangs must not keep a process that has lost another
 
 
 class SaveFailed(OSError):
@@ -97,6 +98,11 @@ class Saver:
                 self._thread.join()
             busy, failed = self.engine.largest(int(self.busy), int(self.failed))
             self.advance(bool(busy), bool(failed))
+
+    def close(self) -> None:
+        """Wait for this rank's thread, published or not: an interpreter that ends under it aborts (status -6)."""
+        if self._thread is not None:
+            self._thread.join(SECONDS_TO_CLOSE)
 
     # -- the work
 

@@ -1,0 +1,168 @@
+"""The chaos run: what it proves on a short run, and that its proof fails when there is something to find."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dalle.training.sample_log import SampleLog, surviving
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH, STEPS = 4, 6
+
+
+@pytest.fixture(scope="module")
+def chaos():
+    """tools/chaos.py as a module."""
+    spec = importlib.util.spec_from_file_location("chaos_tool", ROOT / "tools" / "chaos.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture
+def truth(chaos):
+    """Two shards of 5 + 3 samples; b, of the first, and h, the last of the second, are damaged."""
+    return chaos.Truth((("a", "b", "c", "d", "e"), ("f", "g", "h")), frozenset("bh"))
+
+
+def write_log(run: Path, steps: dict[int, list[tuple[int, str]]], world_size: int = 1, start: int = 0) -> Path:
+    """One start's sample log, dealt to its ranks as a training does."""
+    run.mkdir(parents=True, exist_ok=True)
+    for rank in range(world_size):
+        log = SampleLog(run, rank, world_size)
+        log.start(start, f"start at {start}")
+        for step, samples in steps.items():
+            share = samples[rank::world_size]
+            log.add(step, {"position": torch.tensor([position for position, _ in share]),
+                           "key": [key for _, key in share]})
+        log.close()
+    return run
+
+
+def trained_on() -> dict[int, list[tuple[int, str]]]:
+    """Six steps of four: three epochs of eight, c in the place of b and f in that of h."""
+    order = "aCcdefgF" + "gcCeafdF" + "FdCacfeg"
+    return {step: [(position, order[position].lower()) for position in range(step * BATCH, (step + 1) * BATCH)]
+            for step in range(STEPS)}
+
+
+def faults(chaos, truth, run: Path, undisturbed: Path) -> list[str]:
+    return chaos.find_sample_faults(surviving(run), surviving(undisturbed), truth, STEPS, BATCH)
+
+
+def test_proof_accepts_the_samples_of_a_run_that_was_killed_and_resumed_with_other_processes(chaos, truth, tmp_path):
+    whole = trained_on()
+    calm = write_log(tmp_path / "calm", whole)
+    run = write_log(tmp_path / "run", {step: whole[step] for step in range(4)}, world_size=2)      # killed after step 3
+    write_log(run, {step: whole[step] for step in range(3, 5)}, world_size=4, start=3)            # from a save at 3
+    write_log(run, {step: whole[step] for step in range(5, 6)}, start=5)
+    assert faults(chaos, truth, run, calm) == []
+
+
+def lose_a_sample(steps):
+    steps[2].pop(1)
+
+
+def repeat_a_sample(steps):
+    steps[3][0] = (steps[3][0][0], steps[3][1][1])
+
+
+def read_a_position_twice(steps):
+    steps[3][0] = steps[3][1]
+
+
+def swap_two_steps(steps):
+    steps[1], steps[2] = steps[2], steps[1]
+
+
+def lose_a_step(steps):
+    del steps[5]
+
+
+def train_on_a_damaged_sample(steps):
+    steps[0][1] = (1, "b")
+
+
+@pytest.mark.parametrize("doctor", [lose_a_sample, repeat_a_sample, read_a_position_twice, swap_two_steps, lose_a_step,
+                                    train_on_a_damaged_sample])
+def test_proof_fails_on_a_doctored_sample_log(chaos, truth, tmp_path, doctor):
+    steps = trained_on()
+    calm = write_log(tmp_path / "calm", steps)
+    doctor(steps)
+    run = write_log(tmp_path / "run", steps)
+    assert chaos.find_differences(surviving(run), surviving(calm))
+    # and without the other run to compare with: both could be wrong in the same way
+    assert [*chaos.find_order_faults(surviving(run), STEPS, BATCH), *chaos.find_epoch_faults(surviving(run), truth)]
+
+
+def test_epoch_counts_a_replacement_for_each_damaged_sample(chaos, truth):
+    assert truth.epoch() == Counter("accdeffg")
+
+
+@pytest.mark.parametrize("doctored, named", [
+    ({"loss": 1.001}, "training loss"), ({"loss": float("nan")}, "training loss"),
+    ({"validation/image_ce": 2.001}, "validation"),
+])
+def test_proof_fails_on_another_loss(chaos, tmp_path, doctored, named):
+    for run, change in (("calm", {}), ("same", {}), ("other", doctored)):
+        (tmp_path / run).mkdir()
+        lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.0, **change}, {"step": 2, "validation/image_ce": 2.0}]
+        lines[2] |= {key: value for key, value in change.items() if key in lines[2]}
+        (tmp_path / run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 2, "lo')
+    assert chaos.compare_losses(tmp_path / "same", tmp_path / "calm", 2)[1] == []
+    found = chaos.compare_losses(tmp_path / "other", tmp_path / "calm", 2)[1]
+    assert found and all(named in fault for fault in found)
+
+
+def round_of(chaos, kind: str, **values):
+    given = {"processes": 1, "hit": kind != "none", "at_step": 10, "newest_checkpoint": 10}
+    return chaos.Round(1, kind, **{**given, **values})
+
+
+@pytest.mark.parametrize("kind, values", [
+    ("sigterm", {"status": 75}), ("sigterm", {"status": 1, "processes": 2, "rank_statuses": [75, 75]}),
+    ("sigkill", {"status": -9}), ("sigkill-rank", {"status": 1, "processes": 4, "rank_statuses": [-9, 76, 76, 76]}),
+    ("sigkill-worker", {"status": 76}), ("none", {"status": 0}),
+])
+def test_documented_ends_are_accepted(chaos, kind, values):
+    assert chaos.find_round_faults(round_of(chaos, kind, **values), finished=kind == "none") == []
+
+
+@pytest.mark.parametrize("kind, values", [
+    ("sigterm", {"status": 75, "newest_checkpoint": 5}), ("sigterm", {"status": -15}),
+    ("sigkill-worker", {"status": 1}),
+    ("sigkill-rank", {"status": 1, "processes": 2, "rank_statuses": [-9, -6]}), ("stop-file", {"status": 0}),
+    ("none", {"status": 2}),
+])
+def test_other_ends_are_faults(chaos, kind, values):
+    assert chaos.find_round_faults(round_of(chaos, kind, **values), finished=False)
+
+
+def test_run_killed_at_random_loses_and_repeats_no_sample(chaos, tmp_path, monkeypatch, capsys):
+    """The command itself: killed in a save, then a rank of two, then left alone, then the same folder doctored."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["chaos.py", "--seed", "35", "--steps", "24", "--rounds", "2", "--out", str(out)])
+    assert chaos.main() == 0, capsys.readouterr().out
+    report = json.loads((out / "chaos.json").read_text())
+    assert report["proven"] and [one["kind"] for one in report["rounds"]][:2] == ["sigkill-saving", "sigkill-rank"]
+    run, calm = out / "runs" / "disturbed", out / "runs" / "undisturbed"
+    assert len(surviving(run)) == 24
+
+    weights = run / "checkpoints" / "step_00000024" / "transformer" / "weights-00000.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] += 0.5
+    save_file(tensors, weights)
+    assert chaos.compare_weights(run, calm, 24)[1] == ["weights: 0.5 apart, above 0.001"]
+    assert any("sha256" in fault for fault in chaos.find_checkpoint_faults(run, 24))
+    shutil.rmtree(weights.parents[1])
+    assert any("newest checkpoint" in fault for fault in chaos.find_checkpoint_faults(run, 24))
