@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from dalle.config import load_config, to_yaml
-from dalle.errors import run_command
+from dalle.errors import UserError, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,8 +66,19 @@ def main() -> int:
 
     trainer = Trainer(task, config, engine, train_loader,
                       validation_loader if config.data.validation else None,
-                      resume=arguments.resume, stop_after=arguments.stop_after)
+                      resume=arguments.resume, stop_after=arguments.stop_after,
+                      evaluate=small_evaluation(task, config, engine.device) if config.train.evaluate_every else None)
     return engine.leave(trainer.run().exit_status)
+
+
+def small_evaluation(task, config, device):
+    """What the loop calls every ``train.evaluate_every`` steps: the pictures of the task's generator, measured."""
+    if not hasattr(task, "generator"):
+        raise UserError(f"train.evaluate_every: a {config.task} run paints no captions; use train.validate_every")
+    from dalle.evaluation.small import SmallEvaluation
+
+    evaluation = SmallEvaluation(config.evaluation, config.data.validation, config.seed, device)
+    return lambda networks: evaluation(task.generator(networks))
 
 
 def print_plan(task, config) -> None:

@@ -14,6 +14,8 @@ ALLOWED = {
     "dalle/metrics": {"dalle.metrics", "dalle.data", "dalle.models", "dalle.errors"},
     "dalle/training": {"dalle.training", "dalle.data", "dalle.config", "dalle.errors"},
     "dalle/sampling": {"dalle.sampling", "dalle.models", "dalle.data", "dalle.metrics", "dalle.config", "dalle.errors"},
+    "dalle/evaluation": {"dalle.evaluation", "dalle.sampling", "dalle.metrics", "dalle.models", "dalle.data",
+                         "dalle.config", "dalle.errors"},
     "dalle/tasks": {"dalle"},
     "gans": {"gans", "dalle"},
     "tools": {"dalle"},

@@ -48,6 +48,10 @@ class Generator(Protocol):
         """A line for every caption that the model cannot take whole."""
         ...
 
+    def settings(self, **options: Any) -> dict[str, Any]:
+        """All that changes a picture, with the defaults of what ``options`` leave out; ``UserError`` for a bad one."""
+        ...
+
 
 class TransformerGenerator:
     """The exported folder of a transformer run: transformer, tokenizer and codec.
@@ -88,6 +92,9 @@ class TransformerGenerator:
 
     def caption_warnings(self, captions: list[str]) -> list[str]:
         return truncation_warnings(captions, self.tokenizer, self.transformer.config.text_length, "prompt")
+
+    def settings(self, **options: Any) -> dict[str, Any]:
+        return sampling_config(options).model_dump(mode="json")
 
     def generate(self, captions: list[str], seeds: list[int], **options: Any) -> Tensor:
         return self.generate_with_details(captions, seeds, **options)[0]

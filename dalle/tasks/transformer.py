@@ -19,6 +19,7 @@ from dalle.config import Section
 from dalle.data.codes import codes_digest
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
+from dalle.evaluation.small_config import SmallEvaluationConfig
 from dalle.models.base import WEIGHTS_FILE
 from dalle.models.dvae import DiscreteVAE
 from dalle.models.transformer import (
@@ -85,6 +86,7 @@ class TransformerRun(RunConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: TransformerLossConfig = TransformerLossConfig()
     preview: PreviewConfig = PreviewConfig()
+    evaluation: SmallEvaluationConfig = SmallEvaluationConfig()
 
     @model_validator(mode="after")
     def _data_has_what_is_needed(self) -> "TransformerRun":
@@ -166,14 +168,17 @@ class TransformerTask(Task):
         settings = self.config.preview
         if not settings.captions:
             return {}
-        model, codec = networks.bare("transformer"), networks.bare("codec")
+        model = networks.bare("transformer")
         was_training = model.training
-        generator = TransformerGenerator(model, self.tokenizer, codec)
         captions = [caption for caption in settings.captions for _ in range(settings.columns)]
         seeds = list(range(settings.columns)) * len(settings.captions)
-        images = generator.generate(captions, seeds, **settings.sampling.model_dump())
+        images = self.generator(networks).generate(captions, seeds, **settings.sampling.model_dump())
         model.train(was_training)
         return {"samples": make_grid(images, nrow=settings.columns, padding=2)}
+
+    def generator(self, networks: Networks) -> TransformerGenerator:
+        """What paints with the networks as they are now; sets them to evaluation mode."""
+        return TransformerGenerator(networks.bare("transformer"), self.tokenizer, networks.bare("codec"))
 
     def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:
         """The transformer, ``tokenizer/`` and ``codec/``: all that sampling needs."""

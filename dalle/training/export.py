@@ -7,15 +7,22 @@ from typing import Any
 
 import yaml
 
-from dalle.training.checkpoint import SavedPlayer
+from dalle.training.checkpoint import AVERAGE, SavedPlayer, read_state, write_json
 from dalle.training.task import Task
 
 CARD = "README.md"
+SOURCE_FILE = "source.json"      # read by dalle/evaluation/origin.py
 
 
 def export_checkpoint(task: Task, checkpoint: Path, folder: Path, averaged: bool = True) -> None:
-    """Write the models of ``checkpoint`` into ``folder``; the averaged weights where there are any, or the raw ones."""
-    task.export(str(folder), {name: SavedPlayer(checkpoint / name).model_state(averaged) for name in task.players})
+    """Write the models of ``checkpoint`` into ``folder``; the averaged weights where there are any, or the raw ones.
+
+    ``source.json`` notes which they are, for the protocol of what is measured with them.
+    """
+    players = {name: SavedPlayer(checkpoint / name) for name in task.players}
+    task.export(str(folder), {name: player.model_state(averaged) for name, player in players.items()})
+    averaged = averaged and all(player.keys(AVERAGE) for player in players.values())
+    write_json(folder / SOURCE_FILE, {"step": read_state(checkpoint)["step"], "averaged": averaged})
 
 
 def write_card(folder: Path, state: Mapping[str, Any], figures: Mapping[str, float], averaged: bool,

@@ -38,7 +38,7 @@ from dalle.training.progress import ProgressLine
 from dalle.training.sample_log import SampleLog
 from dalle.training.saving import SaveFailed, Saver
 from dalle.training.signals import STOP_SIGNALS, StopSignals
-from dalle.training.task import Batch, Mean, Phase, Task
+from dalle.training.task import Batch, Mean, Networks, Phase, Task
 from dalle.training.trackers import Trackers
 from dalle.training.watchdog import Watchdog
 
@@ -66,6 +66,7 @@ class TrainConfig(Section):
     validate_every: int = Field(default=0, ge=0, description="0: never")
     validation_samples: int | None = Field(default=None, ge=1, description="null: all")
     preview_every: int = Field(default=0, ge=0, description="0: never")
+    evaluate_every: int = Field(default=0, ge=0, description="0: never; what is measured: `evaluation`")
     save_every: int = Field(default=500, ge=0, description="steps; 0: at the end only")
     save_minutes: float | None = Field(default=None, gt=0, description="save also when so much time has passed")
     async_save: bool = Field(default=True, description="write checkpoints while training goes on")
@@ -149,15 +150,17 @@ class Trainer:
     ``train_loader(start_step)`` gives an endless iterable of this rank's batches from that step on;
     ``validation_loader()`` a finite one. ``resume`` is "auto" (the newest checkpoint that verifies, or none), "none"
     (start over: the run's checkpoints are deleted) or a checkpoint's folder. ``stop_after`` ends the run, with a
-    checkpoint, once so many steps are done, without changing its schedules.
+    checkpoint, once so many steps are done, without changing its schedules. ``evaluate(networks)`` gives figures of
+    what the averaged networks make, every ``train.evaluate_every`` steps.
     """
 
     def __init__(self, task: Task, config: "RunConfig", engine: "Engine",
                  train_loader: Callable[[int], Iterable[Batch]],
                  validation_loader: Callable[[], Iterable[Batch]] | None = None, *,
-                 resume: str = "auto", stop_after: int | None = None):
+                 resume: str = "auto", stop_after: int | None = None,
+                 evaluate: Callable[[Networks], dict[str, float]] | None = None):
         self.task, self.config, self.engine = task, config, engine
-        self.train_loader, self.validation_loader = train_loader, validation_loader
+        self.train_loader, self.validation_loader, self.evaluate = train_loader, validation_loader, evaluate
         self.resume, self.last_step = resume, min(stop_after or config.train.steps, config.train.steps)
         self.folder = Path(config.folder)
         self.store = CheckpointStore(self.folder / "checkpoints", config.train.keep_last)
@@ -180,6 +183,7 @@ class Trainer:
         with ExitStack() as closing:
             closing.enter_context(self.watchdog)
             closing.callback(self._leave)
+            closing.callback(self.saver.close)
             closing.enter_context(lost_processes_named(self.engine.rank, self.watchdog))
             signals = closing.enter_context(StopSignals(self.config.train.stop_signals))
             # not watched: reading the headers of new shards takes as long as it takes
@@ -227,6 +231,8 @@ class Trainer:
                     self._validate()
                 if self._due(settings.preview_every):
                     self._preview()
+                if self._due(settings.evaluate_every) and self.evaluate is not None:
+                    self._evaluate()
                 if ends or save_due or self._due(settings.save_every):
                     self._save(required=ends)
             first = False
@@ -410,6 +416,18 @@ class Trainer:
         if self.engine.is_main:
             self.trackers.images(self.done, {name: picture.permute(1, 2, 0).contiguous().cpu().numpy()
                                              for name, picture in pictures.items()})
+
+    def _evaluate(self) -> None:
+        figures: dict[str, float] = {}
+        with self._allowed("evaluating"):
+            if self.engine.is_main or self.engine.splits_parameters:
+                with self.engine.evaluation(), self.engine.autocast():
+                    figures = self.evaluate(self.engine.networks)
+            self.engine.barrier()                      # others wait here, where it may take long
+        if self.engine.is_main:
+            self._publish({f"evaluation/{name}": value for name, value in figures.items()})
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            self.progress.say(f"evaluation after step {self.done}: {shown}")
 
     def _publish(self, values: dict[str, Any]) -> None:
         self.last |= values

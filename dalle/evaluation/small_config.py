@@ -1,0 +1,21 @@
+"""The ``evaluation`` section of a run; apart from its code, whose imports no other training should wait for."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dalle.config import Section
+
+LEAST = 2
+
+
+class SmallEvaluationConfig(Section):
+    """What ``train.evaluate_every`` measures; the captions and real pictures are those of ``data.validation``."""
+
+    metrics: tuple[Literal["fid", "kid", "is", "clip", "rprecision", "judge"], ...] = ("fid", "kid")
+    samples: int = Field(default=256, ge=LEAST, description="captions, a picture each")
+    references: int = Field(default=1000, ge=LEAST, description="real pictures, at most")
+    extractor: str | None = Field(default=None, description="for fid, kid, is: clip:RUN, inception:FILE, "
+                                                            "open_clip:NAME/TAG")
+    clip: str | None = Field(default=None, description="for clip and rprecision: a CLIP run or open_clip:NAME/TAG")
+    options: dict[str, Any] = Field(default_factory=dict, description="of sampling, such as temperature")
