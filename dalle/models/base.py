@@ -7,8 +7,10 @@ from typing import Any, ClassVar, Self
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
+
+from dalle.tensor_file import write_synced
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -46,7 +48,7 @@ class PretrainedModel(nn.Module):
         (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
         state = self.state_dict() if state is None else state
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_synced(folder / WEIGHTS_FILE, tensors)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:

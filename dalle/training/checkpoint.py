@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dalle.errors import UserError
-from dalle.training.tensor_file import write_synced
+from dalle.tensor_file import write_synced
 
 MANIFEST, STATE = "manifest.json", "state.json"
 FORMAT = 2

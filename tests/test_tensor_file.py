@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dalle.training import tensor_file
-from dalle.training.tensor_file import write_synced
+from dalle import tensor_file
+from dalle.tensor_file import write_synced
 
 TENSORS = {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "flags": torch.tensor([True, False, True]),
            "codes": torch.arange(7), "half": torch.randn(5, 3).bfloat16(), "weight": torch.randn(70, 1001)}
