@@ -11,12 +11,9 @@ Collectives run in the main thread only.
 """
 
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WRITER_NICENESS = 10
 IDLE, WRITING, COMMITTING = "idle", "writing", "committing"
 SECONDS_TO_CLOSE = 60      # a disk that hangs must not keep a process that has lost another
-
-
-def give_way() -> None:
-    """Let the step have the core where this thread, the one that calls, competes with it: on Linux threads are nice."""
-    if sys.platform == "linux":
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
 
 
 class SaveFailed(OSError):
@@ -124,7 +113,6 @@ class Saver:
 
     def _run(self, action: Callable[[], None]) -> None:
         def guarded() -> None:
-            give_way()
             try:
                 action()
             except Exception as error:      # told to all ranks at the next agreement

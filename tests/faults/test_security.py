@@ -224,6 +224,7 @@ NOT_READ = [
     "*/tokenizer_config.json", "*/samples/*.png", "runs/*.yaml", "runs/*/config.yaml",
     "runs/clip/checkpoints/*", "runs/dvae/checkpoints/*", "runs/transformer/checkpoints/step_00000000/*",
     "runs/clip/log.jsonl", "runs/dvae/log.jsonl", "runs/*/finished",
+    "runs/*/model/source.json",     # a note that launch/evaluate.py does without: tests/evaluation
 ]
 
 

@@ -72,7 +72,8 @@ def made(monkeypatch, environment: dict[str, str]) -> tuple[str, str]:
               "fsdp": engine_fsdp.FSDPEngine}
     for kind, owner in starts.items():
         monkeypatch.setattr(owner, "start", lambda config, kind=kind: kind)
-    kind = create_engine(SimpleNamespace())
+    train = SimpleNamespace(batch_size=8, micro_batch_size=None)
+    kind = create_engine(SimpleNamespace(train=train))
     numbers = {"ddp": "", "zero": os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"),
                "fsdp": os.environ.get("FSDP_VERSION")}
     return kind + numbers[kind]
