@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -202,23 +202,29 @@ def _rows(walk: Iterable[Member], problems: Counter[str]) -> list[tuple]:
             problems["not_a_sample"] += sum(1 for _ in group)
             continue
         parts = member_parts(((extension, member) for _, extension, member in group), problems)
-        if not parts:
-            problems["other_members"] += 1
-        elif key in seen:
-            problems["duplicate_key"] += 1
-        elif len(key) > LONGEST_KEY:
-            problems["key_too_long"] += 1
-        elif "image" not in parts:
-            problems["no_image"] += 1
+        reason = why_no_sample(key, parts, seen)
+        if reason is not None:
+            problems[reason] += 1
         else:
             if "text" not in parts:
                 problems["no_caption"] += 1    # kept: pictures alone train a codec, and the caption may be in the JSON
             kind, _ = parts["image"]
             numbers = [value for part in PARTS for value in (parts[part][1][1:] if part in parts else (-1, -1))]
             rows.append((*numbers, kind.encode(), key))
-        if parts:
-            seen.add(key)
     return rows
+
+
+def why_no_sample(key: bytes, parts: Mapping[str, object], seen: set[bytes]) -> str | None:
+    """The reason why the members of ``key`` are left out, or None; a key with any part is ``seen`` from here on."""
+    if not parts:
+        return "other_members"
+    is_new = key not in seen
+    seen.add(key)
+    if not is_new:
+        return "duplicate_key"
+    if len(key) > LONGEST_KEY:
+        return "key_too_long"
+    return None if "image" in parts else "no_image"
 
 
 def member_parts(group: Iterable[tuple[str, Part]], problems: Counter[str]) -> dict[str, tuple[str, Part]]:

@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dalle.data.dataset import Batch, DataConfig, Record, Sample, SampleMaker, advice
 from dalle.data.decode import BadSample, class_id, decode_captions, decode_meta, sample_captions
-from dalle.data.index import LONGEST_KEY, PARTS, key_text, member_parts, split_name
+from dalle.data.index import PARTS, key_text, member_parts, split_name, why_no_sample
 from dalle.data.opening import LostShard, Patience, ShardStream, absent_files, scheme_of, shard_urls, shown
 from dalle.data.tar import (
     BLOCK,
@@ -148,19 +148,12 @@ def raw_samples(stream: ShardStream, problems: Counter[str]) -> Iterator[RawSamp
             problems["not_a_sample"] += len(found)
             continue
         parts = {part: data for part, (_, data) in member_parts(found, problems).items() if data is not None}
-        if not parts:
-            problems["other_members"] += 1
-            continue
-        if key in seen:
-            problems["duplicate_key"] += 1
-        elif len(key) > LONGEST_KEY:
-            problems["key_too_long"] += 1
-        elif "image" not in parts:
-            problems["no_image"] += 1
+        reason = why_no_sample(key, parts, seen)
+        if reason is not None:
+            problems[reason] += 1
         else:
             yield RawSample(key, {part: parts[part] for part in PARTS if part in parts}, stream.url, number)
             number += 1
-        seen.add(key)
 
 
 def drawn_shard(seed: int, first_step: int, rank: int, worker: int, draw: int, num_shards: int) -> int:

@@ -96,7 +96,7 @@ def evaluate_generator(job: Job, generator: Generator, reranker: Reranker | None
 
     base = Protocol(
         tool=tool(), samples=job.samples, seed=job.seed, image_size=generator.image_size, captions=job.data,
-        captions_fingerprint=index.fingerprint, settings=listed(settings_of(generator, job.options)), step=origin.step,
+        captions_fingerprint=index.fingerprint, settings=listed(generator.settings(**job.options)), step=origin.step,
         weights=origin.weights, precision=job.precision)
     ranker = {} if reranker is None else {"ranker": name_of(job.rerank, reranker.identity),
                                           "ranker_digest": reranker.identity.get("digest")}
@@ -294,11 +294,6 @@ def name_of(spec: str | None, identity: dict[str, Any]) -> str:
 def what_it_is(identity: dict[str, Any]) -> dict[str, Any]:
     """An identity without the place where the weights lie."""
     return {key: value for key, value in identity.items() if key != "path" or "digest" not in identity}
-
-
-def settings_of(generator: Generator, options: dict[str, Any]) -> dict[str, Any]:
-    """The sampling options with their defaults, where the generator tells them."""
-    return getattr(generator, "settings", dict)(**options)
 
 
 def listed(settings: dict[str, Any]) -> str:

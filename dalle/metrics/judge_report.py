@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from dalle.data.shapes_geometry import SHAPES
 from dalle.data.shapes_grammar import Mention, Statement, parse_caption
 from dalle.data.shapes_scene import COLOURS, DIRECTIONS, MAX_OBJECTS, layout
-from dalle.metrics.shapes_judge import ReadObject, _channels_last, _relation, judge, score
+from dalle.metrics.shapes_judge import ReadObject, channels_last, direction, judge, score
 
 NOTHING = "nothing"        # said of an object that is not there, or seen where no object was asked for
 MORE = f"{MAX_OBJECTS + 1}+"
@@ -92,7 +92,7 @@ class JudgeReport:
             for name in ("colour", "shape"):
                 self.confusion[name].add(getattr(mention, name, NOTHING), getattr(item, name, NOTHING))
         for relation, (first, second) in zip(said.relations, itertools.pairwise(found), strict=False):
-            seen = _relation(first, second) if first is not None and second is not None else NOTHING
+            seen = direction(first, second) if first is not None and second is not None else NOTHING
             self.confusion["relation"].add(relation, seen)
         self.samples += 1
 
@@ -143,7 +143,7 @@ class JudgeReport:
 def judge_report(images: Any, captions: Sequence[str]) -> JudgeReport:
     """The report of uint8 [N, 3, H, W] (array or tensor) and their N captions."""
     report = JudgeReport()
-    for image, caption in zip(_channels_last(images), captions, strict=True):
+    for image, caption in zip(channels_last(images), captions, strict=True):
         report.add(image, caption)
     return report
 

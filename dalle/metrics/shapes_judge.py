@@ -193,11 +193,11 @@ def _best_assignment(reading: Reading, said: Statement) -> tuple[bool, bool]:
 def _placed(seen: Sequence[ReadObject], said: Statement) -> bool:
     if said.place is not None:
         return said.place == min(PLACES, key=lambda place: math.dist(PLACES[place], seen[0].center))
-    return all(relation == _relation(first, second)
+    return all(relation == direction(first, second)
                for relation, (first, second) in zip(said.relations, itertools.pairwise(seen), strict=False))
 
 
-def _relation(first: ReadObject, second: ReadObject) -> str:
+def direction(first: ReadObject, second: ReadObject) -> str:
     """Where ``first`` is, seen from ``second``: the direction that it lies most along."""
     x, y = first.center[0] - second.center[0], first.center[1] - second.center[1]
     return max(DIRECTIONS, key=lambda name: x * DIRECTIONS[name][0] + y * DIRECTIONS[name][1])
@@ -206,7 +206,7 @@ def _relation(first: ReadObject, second: ReadObject) -> str:
 def colour_shape_right(images: Any, captions: Sequence[str]) -> np.ndarray:
     """The main score of each picture, bool [N], for uint8 [N, 3, H, W] (array or tensor)."""
     return np.array([score(judge(image), caption)["colour_shape"]
-                     for image, caption in zip(_channels_last(images), captions, strict=True)], dtype=bool)
+                     for image, caption in zip(channels_last(images), captions, strict=True)], dtype=bool)
 
 
 def accuracy(images: Any, captions: Sequence[str]) -> dict[str, float]:
@@ -217,7 +217,7 @@ def accuracy(images: Any, captions: Sequence[str]) -> dict[str, float]:
     outside the grammar.
     """
     answers: dict[str, list[bool]] = {}
-    for image, caption in zip(_channels_last(images), captions, strict=True):
+    for image, caption in zip(channels_last(images), captions, strict=True):
         said = parse_caption(caption)
         scores: Mapping[str, bool | None] = score(judge(image), said)
         for name, value in (*scores.items(), (f"colour_shape_{len(said.mentions)}", scores["colour_shape"])):
@@ -226,7 +226,7 @@ def accuracy(images: Any, captions: Sequence[str]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in answers.items()}
 
 
-def _channels_last(images: Any) -> np.ndarray:
+def channels_last(images: Any) -> np.ndarray:
     images = np.asarray(images.cpu() if hasattr(images, "cpu") else images)
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8:
         raise ValueError(f"the judge reads uint8 [N, 3, H, W] pictures, not {images.dtype} {list(images.shape)}")
