@@ -54,6 +54,7 @@ BATCH_SIZE, SAVE_EVERY = 8, 5
 SAMPLES, SAMPLES_PER_SHARD, VALIDATION = 120, 24, 24
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-3
 SECONDS_TO_STEP, SECONDS_TO_END, SECONDS_TO_FINISH = 300, 180, 3600
+LINES_SHOWN = 30                    # of what a start printed, where it went wrong
 LAUNCHER_FAILED = 1                 # what accelerate's launcher ends with, whatever the ranks ended with
 Samples = dict[int, list[tuple[int, str]]]        # step -> (position, key) of its samples
 
@@ -143,10 +144,11 @@ class Start:
         return []
 
     def workers(self) -> list[psutil.Process]:
-        """Loader workers: forks of a rank."""
+        """Loader workers: forks of a rank's fork server."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            ranks = {rank.pid: rank.cmdline() for rank in self.ranks()}
-            return [process for process in self.all() if process.cmdline() == ranks.get(process.ppid())]
+            return [worker for rank in self.ranks() for server in rank.children()
+                    if any("multiprocessing.forkserver" in word for word in server.cmdline())
+                    for worker in server.children()]
         return []
 
     def kill_all(self) -> None:
@@ -155,19 +157,19 @@ class Start:
             time.sleep(0.02)
         self.process.wait()
 
-    def wait(self, seconds: float) -> list[str]:
-        """Until no process is left; what was left after ``seconds``, which is then ended."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if self.process.poll() is not None and not self.all():
-                return []
-            time.sleep(0.1)
-        left = []
+    def wait(self, seconds: float) -> str | None:
+        """Until no process is left: at most ``seconds`` for the command itself, and then ``SECONDS_TO_END`` for those
+        that came of it. What was left after how long is said, and ended."""
+        began = time.monotonic()
+        wait_until(lambda: self.ended, seconds, every=0.1)
+        if self.ended and wait_until(lambda: not self.all(), SECONDS_TO_END, every=0.1):
+            return None
+        waited, left = time.monotonic() - began, []
         for process in self.all():
             with contextlib.suppress(psutil.Error):
                 left.append(f"{process.pid} ({' '.join(process.cmdline()[-6:])[:100]})")
         self.kill_all()
-        return left
+        return f"processes were left {waited:.0f} s later: {', '.join(left)}" if left else None
 
     @property
     def ended(self) -> bool:
@@ -385,8 +387,7 @@ class Chaos:
         began = time.monotonic()
         progress, before = Progress(self.disturbed), newest_step(self.disturbed)
         one.from_step = before or 0
-        with Start(self._train_command(one.processes), self.out / "logs" / f"round_{one.number:03d}.txt",
-                   one.processes) as start:
+        with Start(self._train_command(one.processes), self.printed_by(one), one.processes) as start:
             one.hit = one.kind != "none" and self._hit(one, start, progress, began)
             blow = time.monotonic()
             left = start.wait(SECONDS_TO_END if one.hit else SECONDS_TO_FINISH)
@@ -394,8 +395,11 @@ class Chaos:
         one.status, one.rank_statuses = start.process.returncode, start.reported_statuses()
         one.newest_checkpoint = newest_step(self.disturbed)
         one.torn_save = any(self.disturbed.glob("checkpoints/.step_*.tmp"))
-        one.faults += [f"processes were left {SECONDS_TO_END} s later: {', '.join(left)}"] if left else []
+        one.faults += [left] if left else []
         one.faults += find_round_faults(one, finished=(self.disturbed / "finished").is_file())
+
+    def printed_by(self, one: Round) -> Path:
+        return self.out / "logs" / f"round_{one.number:03d}.txt"
 
     def _train_command(self, processes: int) -> list[object]:
         train = [ROOT / "launch" / "train.py", self.config, "name=disturbed", "--resume", "auto"]
@@ -662,13 +666,17 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--minutes and --steps must be positive")
 
 
-def show_round(one: Round, console: Console) -> None:
+def show_round(one: Round, printed: Path, console: Console) -> None:
     ranks = f", ranks {one.rank_statuses}" if one.rank_statuses else ""
     console.print(f"  {one.number:3d}  {one.kind:17s} {one.processes} process(es) from step {one.from_step}, hit after "
                   f"{one.at_step}: status {one.status}{ranks}, {one.seconds_to_end:.1f} s to end, "
                   f"{one.seconds:.0f} s in all", soft_wrap=True)
     for fault in one.faults:
         console.print(f"       WRONG: {fault}", soft_wrap=True)
+    if one.faults:
+        console.print(f"       the end of {printed}:", soft_wrap=True)
+        for line in printed.read_text(errors="replace").splitlines()[-LINES_SHOWN:]:
+            console.print(f"       | {line}", soft_wrap=True, markup=False)
 
 
 def show(rounds: Sequence[Round], checks: Mapping[str, dict[str, Any]], console: Console) -> None:
@@ -708,7 +716,7 @@ def main() -> int:
     rounds = []
     for one in chaos.disturb(began + 60 * options.minutes, options.rounds):
         rounds.append(one)
-        show_round(one, console)
+        show_round(one, chaos.printed_by(one), console)
     checks = prove(chaos, truth, rounds)
     proven = not any(result["faults"] for result in checks.values())
     show(rounds, checks, console)

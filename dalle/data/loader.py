@@ -28,6 +28,7 @@ from dalle.data.dataset import Batch, DataConfig, ShardDataset, ViewDataset, adv
 from dalle.data.index import MISSING_SHARD, ShardIndex
 from dalle.data.streaming import StreamDataset
 from dalle.data.tokenizer import CaptionTokenizer
+from dalle.data.workers import death_of, signal_death, start_server, worker_context, worker_start
 from dalle.errors import LostProcess, UserError
 
 __all__ = ["Batch", "DataConfig", "Loader", "train_batches", "validation_batches", "view_batches"]
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 MIN_SEEN = 200               # samples before the fraction of bad ones is judged
 PREFETCHED_BATCHES = 4       # a worker
 SECONDS_TO_DIE = 2           # of a worker, after its connection broke
-SECONDS_AFTER_SIGTERM = 30   # what Slurm grants, too
+GO_ON = "start again to go on from the last checkpoint"
 
 
 class TrainPositions:
@@ -103,11 +104,13 @@ class Loader:
         self._finite = finite
         workers = min(config.workers, len(positions)) if finite else config.workers
         if workers:
-            # the library warns at every fork unless told; a worker encodes one caption at a time anyway
+            # the library warns at forks unless told; a worker encodes one caption at a time anyway
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         fetched = {"batch_size": None} if positions is None else {"batch_sampler": positions}
         self._loader = DataLoader(
-            dataset, **fetched, num_workers=workers, collate_fn=_as_fetched, worker_init_fn=_start_worker,
+            dataset, **fetched, num_workers=workers, collate_fn=_as_fetched,
+            multiprocessing_context=worker_context() if workers else None,
+            worker_init_fn=worker_start() if workers else None,
             persistent_workers=workers > 0, prefetch_factor=PREFETCHED_BATCHES if workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(0))     # otherwise each pass would draw from the global generator
@@ -126,14 +129,11 @@ class Loader:
 
     def _fetched(self) -> Iterator[Batch]:
         """What the workers make. One that died is named, whatever its end did to the connection."""
-        batches = iter(self._loader)
-        if self._loader.num_workers and threading.current_thread() is threading.main_thread():
-            _WATCHED.add(self)
-            signal.signal(signal.SIGCHLD, _on_child_end)
+        batches = self._begun()
         while True:
-            self._check_workers()
             self._waiting = True
             try:
+                self._check_workers()
                 batch = next(batches, None)
             except (RuntimeError, OSError, EOFError):
                 self._check_workers(SECONDS_TO_DIE)
@@ -144,18 +144,27 @@ class Loader:
                 return
             yield batch
 
+    def _begun(self) -> Iterator[Batch]:
+        if not self._loader.num_workers:
+            return iter(self._loader)
+        try:
+            start_server()                       # again, where it was lost since
+            batches = iter(self._loader)
+        except (OSError, EOFError) as error:
+            raise LostProcess(f"no loader worker could be started ({type(error).__name__}: {error}); {GO_ON}") from None
+        if self not in _WATCHED and threading.current_thread() is threading.main_thread():
+            _WATCHED.add(self)
+            signal.signal(signal.SIGCHLD, _on_worker_end)
+            signal_death([worker.sentinel for worker in batches._workers])
+        return batches
+
     def _check_workers(self, seconds: float = 0) -> None:
         """Raise :class:`LostProcess` when a worker is dead, or is within ``seconds``."""
         workers = getattr(self._loader._iterator, "_workers", [])
-        if workers and seconds:      # the connection breaks, and the sentinel closes, before the process has its status
-            ending = wait([worker.sentinel for worker in workers], seconds)
-            for worker in workers:
-                if worker.sentinel in ending:
-                    worker.join(seconds)
+        ended = wait([worker.sentinel for worker in workers], seconds) if workers else []
         for number, worker in enumerate(workers):
-            if worker.exitcode is not None:
-                raise LostProcess(f"{death_of(number, worker.pid, worker.exitcode)}; start again to go on from the "
-                                  "last checkpoint")
+            if worker.sentinel in ended:
+                raise LostProcess(f"{death_of(number, worker.pid, worker.exitcode)}; {GO_ON}")
 
     def __len__(self) -> int:
         """Batches in a pass; endless loaders have no length."""
@@ -169,6 +178,7 @@ class Loader:
         if iterator is not None and self._loader.num_workers:
             iterator._shutdown_workers()      # DataLoader offers no public way
             self._loader._iterator = None
+        _WATCHED.discard(self)
 
     def _account(self, batch: Batch) -> None:
         self.skipped.update(batch.pop("skipped"))
@@ -250,31 +260,14 @@ def _as_fetched(batch: Batch) -> Batch:
     return batch
 
 
-def _start_worker(worker: int) -> None:
-    """Signals sent to the whole job are the main process's to answer: it still needs batches until its checkpoint."""
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
-    # not ignored for good: multiprocessing ends a worker that hangs with this signal
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(SECONDS_AFTER_SIGTERM))
-
-
 _WATCHED: "weakref.WeakSet[Loader]" = weakref.WeakSet()
 
 
-def _on_child_end(number: int, frame: FrameType | None) -> None:
-    """In place of the library's handler, which raises at whatever line the program happens to be."""
+def _on_worker_end(number: int, frame: FrameType | None) -> None:
+    """A worker that died while it sent a batch leaves half of one, for whose rest the library would wait for ever."""
     for loader in list(_WATCHED):
         if loader._waiting:
             loader._check_workers()
-
-
-def death_of(number: int, pid: int, exitcode: int) -> str:
-    """How a loader worker ended, in words."""
-    if exitcode >= 0:
-        return f"loader worker {number} (process {pid}) ended early with status {exitcode}"
-    return (f"loader worker {number} (process {pid}) was killed by signal {-exitcode}; if memory ran out, lower "
-            "data.workers")
 
 
 def _close(reference: "weakref.ref[Loader]") -> None:

@@ -1,7 +1,9 @@
 """The chaos run: what it proves on a short run, and that its proof fails when there is something to find."""
 
 import importlib.util
+import io
 import json
+import re
 import shutil
 import sys
 from collections import Counter
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from dalle.training.sample_log import SampleLog, surviving
@@ -145,6 +148,25 @@ def test_documented_ends_are_accepted(chaos, kind, values):
 ])
 def test_other_ends_are_faults(chaos, kind, values):
     assert chaos.find_round_faults(round_of(chaos, kind, **values), finished=False)
+
+
+def test_processes_left_by_a_command_that_has_ended_are_named_with_the_seconds_waited_for_them(chaos, tmp_path,
+                                                                                              monkeypatch):
+    monkeypatch.setattr(chaos, "SECONDS_TO_END", 1)
+    with chaos.Start(["sh", "-c", "sleep 300.5 & exit 3"], tmp_path / "printed.txt", 1) as start:
+        left = start.wait(200)
+    assert re.fullmatch(r"processes were left \d s later: \d+ \(sleep 300.5\)", left)
+    assert start.process.returncode == 3 and not start.all()
+
+
+def test_end_of_the_log_of_a_wrong_start_is_shown(chaos, tmp_path):
+    printed = tmp_path / "printed.txt"
+    printed.write_text("".join(f"line {number} [/odd]\n" for number in range(100)))
+    for faults in ([], ["status 1 instead of 75"]):
+        console = Console(file=io.StringIO())
+        chaos.show_round(round_of(chaos, "sigterm", faults=faults), printed, console)
+        shown = console.file.getvalue()
+        assert ("line 99 [/odd]" in shown) == ("line 70 " in shown) == bool(faults) and "line 69 " not in shown
 
 
 def test_run_killed_at_random_loses_and_repeats_no_sample(chaos, tmp_path, monkeypatch, capsys):

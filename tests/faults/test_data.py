@@ -563,9 +563,9 @@ def test_uneven_and_few_shards_train_validate_and_end_on_two_processes(tmp_path)
 
 
 def loader_workers(process: subprocess.Popen) -> list[psutil.Process]:
-    """The children that are forks of the command itself."""
-    parent = psutil.Process(process.pid)
-    return [child for child in parent.children() if child.cmdline() == parent.cmdline()]
+    """The forks of the command's fork server."""
+    return [worker for child in psutil.Process(process.pid).children()
+            if any("multiprocessing.forkserver" in word for word in child.cmdline()) for worker in child.children()]
 
 
 def test_killed_loader_worker_ends_the_run_at_once_with_its_name_and_a_restart_finishes(tmp_path, run_here):
