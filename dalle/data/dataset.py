@@ -54,6 +54,7 @@ class DataConfig(Section):
     jpeg_draft: bool = False                              # the JPEG decoder shrinks pictures over twice the needed size
     max_pixels: int = Field(MAX_PIXELS, ge=1, le=2 * MAX_PIXELS)
     caption: Literal["random", "first", "none"] = "random"     # none: pictures alone, captions are not read
+    num_captions: int = Field(1, ge=1)                    # above 1, batches have so many of each sample as `captions`
     tokenizer: str | None = None
     text_length: int = Field(256, ge=1)
     bpe_dropout: float = Field(0.1, ge=0, le=1)
@@ -69,6 +70,9 @@ class DataConfig(Section):
     def _something_is_read(self) -> Self:
         if self.caption == "none" and self.tokenizer:
             raise ValueError("caption is none, but a tokenizer is set; choose caption random or first")
+        if self.num_captions > 1 and self.caption != "random":
+            raise ValueError(f"num_captions {self.num_captions} draws captions, but caption is {self.caption}; set "
+                             "caption to random")
         if self.caption == "none" and not self.images and not self.codes:
             raise ValueError("images is false, caption is none and codes is not set: nothing would be read")
         if self.tier != "exact" and self.codes:
@@ -94,6 +98,7 @@ class Sample(NamedTuple):
     text: np.ndarray | None      # int [<= T] ids without padding; empty for a dropped caption
     codes: np.ndarray | None
     image: np.ndarray | None     # uint8 [S, S, 3]
+    captions: list[str] | None = None      # num_captions of them
 
 
 class SampleMaker:
@@ -108,6 +113,9 @@ class SampleMaker:
         self._caption_dropout = config.caption_dropout if training else 0.0
         self._ids: dict[tuple[int, int, int], np.ndarray] = {}
         self._logged: Counter[str] = Counter()
+        if self._bpe_dropout and tokenizer is not None and tokenizer.kind == "words":
+            raise UserError(f"data.bpe_dropout is {config.bpe_dropout}, but {config.tokenizer} holds whole words, "
+                            "which have no merges to skip: set data.bpe_dropout to 0")
 
     def _make(self, position: int, record: Record, place: tuple[int, int] | None,
               picture: Callable[[], bytes]) -> Sample:
@@ -129,7 +137,17 @@ class SampleMaker:
             view = int(rng.integers(self.codes.views)) if self.training and self.codes.views > 1 else 0
             codes = self.codes.row(*place, view)
         image = self._square(picture(), rng) if self.config.images else None
-        return Sample(record, record.captions[number] if record.captions else None, text, codes, image)
+        captions = self._several(record.captions, rng) if self.config.num_captions > 1 else None
+        return Sample(record, record.captions[number] if record.captions else None, text, codes, image, captions)
+
+    def _several(self, captions: list[str], rng: np.random.Generator | None) -> list[str]:
+        """``num_captions`` of them: drawn, each from all, or in validation the first, from the start again if needed.
+
+        The last draw of a sample, so that a seed means the same with and without it.
+        """
+        count = self.config.num_captions
+        places = rng.integers(len(captions), size=count) if rng is not None else np.arange(count) % len(captions)
+        return [captions[place] for place in places]
 
     def _encode(self, caption: str, rng: np.random.Generator | None,
                 remember: tuple[int, int, int] | None) -> np.ndarray:
@@ -164,6 +182,8 @@ class SampleMaker:
         }
         if self.config.caption != "none":
             batch["caption"] = [sample.caption for sample in samples]
+        if self.config.num_captions > 1:
+            batch["captions"] = [sample.captions for sample in samples]
         if self.tokenizer is not None:
             text = np.zeros((len(samples), self.config.text_length), dtype=np.int64)
             for row, sample in zip(text, samples, strict=True):

@@ -1,4 +1,4 @@
-"""Captions to token ids: a lower-case byte-level BPE of the ``tokenizers`` library.
+"""Captions to token ids: a lower-case byte-level BPE of the ``tokenizers`` library, or a list of whole words.
 
 Id 0 is reserved for "unfilled": the transformer embeds the unfilled slot p as V + p, its own learned token (DALL-E,
 arXiv 2102.12092, section 2.2). The folder written by :meth:`CaptionTokenizer.save` is one that
@@ -10,9 +10,10 @@ import itertools
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -21,15 +22,21 @@ from dalle.data.index import ShardIndex, ShardReader
 from dalle.errors import UserError
 
 UNFILLED = "<unfilled>"
+UNKNOWN, UNKNOWN_ID = "<unknown>", 1      # of whole words: one that the list lacks
 TOKENIZER_FILE = "tokenizer.json"
 SMALLEST_VOCABULARY = 257         # the 256 bytes and the unfilled id
+SMALLEST_WORD_LIST = 3            # unfilled, unknown and a word
+KINDS = {("BPE", "ByteLevel"), ("WordLevel", "Split")}      # how a saved file describes model and splitting
 MOST_REMEMBERED = 65_536         # captions split, and words merged: some 20 MB each
 LONGEST_WORD = 256                # merging costs its square; longer ones are cut where merges are skipped
 MIN_PAIR_COUNT = 2                # a pair seen once is the corpus, not the language
 
 
 class CaptionTokenizer:
-    """Encode with :meth:`encode`; ``vocab_size`` is V, real ids are 1..V-1, ``digest`` names the vocabulary."""
+    """Encode with :meth:`encode`; ``vocab_size`` is V, real ids are 1..V-1, ``digest`` names the vocabulary.
+
+    ``kind``: "bpe", or "words", where a token is a whole word; all but letters, digits and ``_`` is passed over.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         if tokenizer.token_to_id(UNFILLED) != 0:
@@ -40,6 +47,10 @@ class CaptionTokenizer:
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self._merger: _Merger | None = None
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Tokenizer]]:
+        """Made anew in a loader worker: the library's own pickles forget ``encode_special_tokens``."""
+        return type(self), (self._tokenizer,)
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int = 16_384) -> Self:
@@ -58,8 +69,27 @@ class CaptionTokenizer:
         return cls(tokenizer)
 
     @classmethod
+    def train_words(cls, captions: Iterable[str], vocab_size: int = 16_384, min_count: int = 1) -> Self:
+        """The words that come at least ``min_count`` times, the commonest first, in at most ``vocab_size`` entries."""
+        if vocab_size < SMALLEST_WORD_LIST:
+            raise UserError(f"a list of words needs at least {SMALLEST_WORD_LIST} entries, not {vocab_size}: the "
+                            "unfilled id, the unknown word and a word")
+        normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        splitter = pre_tokenizers.Split(Regex(r"\w+"), behavior="removed", invert=True)
+        counts: Counter[str] = Counter()
+        for caption in captions:
+            counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+        words = sorted((word for word, count in counts.items() if count >= min_count),
+                       key=lambda word: (-counts[word], word))
+        entries = [UNFILLED, UNKNOWN, *words[:vocab_size - 2]]
+        tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(entries)}, UNKNOWN))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+        tokenizer.add_special_tokens([UNFILLED])
+        return cls(tokenizer)
+
+    @classmethod
     def train_from_shards(cls, index: ShardIndex, vocab_size: int = 16_384) -> Self:
-        """A tokenizer trained on every readable caption of the shards."""
+        """A BPE trained on every readable caption of the shards."""
         return cls.train(shard_captions(index), vocab_size)
 
     @classmethod
@@ -71,8 +101,8 @@ class CaptionTokenizer:
                             "`python tools/train_tokenizer.py SHARDS --out FOLDER`")
         try:
             description = json.loads(path.read_text(encoding="utf-8"))
-            if description["model"]["type"] != "BPE" or description["pre_tokenizer"]["type"] != "ByteLevel":
-                raise ValueError("it is not a byte-level BPE")
+            if (description["model"]["type"], description["pre_tokenizer"]["type"]) not in KINDS:
+                raise ValueError("it is neither a byte-level BPE nor a list of words")
             return cls(Tokenizer.from_str(json.dumps(description)))
         except Exception as error:      # the library raises bare Exception for a malformed file
             raise UserError(f"{path} is not a tokenizer of ours: {error}; "
@@ -90,6 +120,10 @@ class CaptionTokenizer:
             raise UserError(f"the tokenizer cannot be written into {folder}: {error.strerror}") from None
 
     @property
+    def kind(self) -> Literal["bpe", "words"]:
+        return "words" if isinstance(self._tokenizer.model, models.WordLevel) else "bpe"
+
+    @property
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size()
 
@@ -98,7 +132,7 @@ class CaptionTokenizer:
         """A hash of what decides the ids: normaliser, word splitting, vocabulary and merges."""
         tree = json.loads(self._tokenizer.to_str())
         content = {part: tree[part] for part in ("normalizer", "pre_tokenizer")}
-        content |= {"vocab": tree["model"]["vocab"], "merges": tree["model"]["merges"]}
+        content |= {"vocab": tree["model"]["vocab"], "merges": tree["model"].get("merges", [])}
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def encode(self, caption: str, length: int, dropout: float = 0.0,
@@ -118,6 +152,8 @@ class CaptionTokenizer:
         """The caption's ids, all of them, without padding."""
         if dropout == 0.0:
             return self._tokenizer.encode(caption, add_special_tokens=False).ids
+        if self.kind == "words":
+            raise UserError("a tokenizer of whole words has no merges to skip: set data.bpe_dropout to 0")
         if rng is None:
             raise ValueError("dropout needs an rng")
         if not 0.0 < dropout <= 1.0:

@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -71,6 +72,13 @@ def _shared(cache=[]):  # noqa: B006 - hypothesis and module fixtures do not mix
 def test_a_caption_that_spells_the_special_token(tokenizer):
     assert 0 not in tokenizer.token_ids(f"a {UNFILLED} star")
     assert tokenizer.decode(tokenizer.encode(f"a {UNFILLED} star", 64)) == f"a {UNFILLED} star"
+
+
+def test_a_pickled_tokenizer_gives_the_same_ids(tokenizer):
+    again = pickle.loads(pickle.dumps(tokenizer))
+    for caption in (CORPUS[0], f"a {UNFILLED} cat"):
+        assert again.token_ids(caption) == tokenizer.token_ids(caption) and 0 not in again.token_ids(caption)
+
 
 
 @pytest.mark.parametrize("caption", [*CORPUS[::37], "an unseen wörd, 123 & more!", "aaaaaaaaaa", "日本語", "it's"])

@@ -36,3 +36,16 @@ def test_no_captions_and_too_small_a_vocabulary(tmp_path):
     assert not (tmp_path / "t").exists()
     with pytest.raises(UserError, match="at least 257"):
         main(tmp_path / "d", "--out", tmp_path / "t", "--vocab-size", 9)
+
+
+def test_a_list_of_whole_words(tmp_path, capsys):
+    with ShardWriter(tmp_path / "d", 5) as writer:
+        for number in range(8):
+            writer.write(b"x", "png", ["A red circle.", f"a red square, number{number}"])
+    main(tmp_path / "d", "--out", tmp_path / "t", "--kind", "words", "--min-count", 2)
+    out = capsys.readouterr().out
+    tokenizer = CaptionTokenizer.load(tmp_path / "t")
+    assert tokenizer.kind == "words" and tokenizer.vocab_size == 2 + 4
+    assert "6 entries" in out and "longest 4" in out and f"unknown: {8 / 56:.2%} of the words" in out
+    with pytest.raises(UserError, match="--min-count is for --kind words"):
+        main(tmp_path / "d", "--out", tmp_path / "t", "--min-count", 2)
