@@ -1,15 +1,22 @@
-"""A tiny main job that the tests of the commands share: data, tokenizer, and the three configs, at 16 pixels."""
+"""What tests share: a tiny main job (data, tokenizer, and the three configs, at 16 pixels), and two processes."""
 
 import importlib.util
+import os
+import socket
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+PROCESSES_SECONDS = 240     # two processes import everything anew, on a machine that may be busy
 
 
 @dataclass
@@ -99,3 +106,62 @@ def commands() -> dict[str, Command]:
     """The commands a person runs, by name."""
     scripts = [*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")]
     return {path.stem: Command(str(path.relative_to(ROOT))) for path in scripts}
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory) -> Callable[..., None]:
+    """``two_processes(script, *arguments)``: the script as rank 0 and as rank 1, in what a launcher sets for it.
+
+    Fresh processes: a fork of this one, which has threads, could wait for ever on a lock that one of them held.
+    """
+    return lambda script, *arguments, seconds=PROCESSES_SECONDS: run_two(
+        [str(script), *map(str, arguments)], tmp_path_factory.mktemp("processes"), seconds)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(two_processes, tmp_path_factory) -> Callable[..., list[Any]]:
+    """``two_ranks(function, *arguments)``: what ``function(rank, *arguments)`` returns on rank 0 and on rank 1.
+
+    The function is one of the test's own file, which each rank imports anew, and finds a process group. It returns
+    tensors, numbers, strings, and lists and dicts of those.
+    """
+
+    def run(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        folder, module = tmp_path_factory.mktemp("ranks"), function.__module__
+        torch.save(arguments, folder / "arguments.pt")
+        two_processes(ROOT / "tests" / "rank.py", module, sys.modules[module].__file__, function.__name__, folder)
+        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+    return run
+
+
+def run_two(command: list[str], folder: Path, seconds: float) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+              "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    for rank in range(2):
+        with open(folder / f"{rank}.txt", "w") as output:
+            processes.append(subprocess.Popen(
+                [sys.executable, *command], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=folder,
+                stdout=output, stderr=output))
+    wait_for_all(processes, seconds)
+    said = "".join(f"-- rank {rank}, status {process.returncode}\n{(folder / f'{rank}.txt').read_text()[-4000:]}\n"
+                   for rank, process in enumerate(processes))
+    assert [process.returncode for process in processes] == [0, 0], said
+
+
+def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> None:
+    """Until each has ended; they are killed once one has failed, or after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    try:
+        while None in (statuses := [process.poll() for process in processes]):
+            if any(statuses) or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from dalle.models.clip import ClipModel, first_line
 from dalle.models.vs import MARGIN, InceptionResNetFeatures, VSConfig, VSModel, vs_ranking_loss
 from dalle.sampling.generator import load_model, load_tokenizer, model_folder, model_kind
 from dalle.tasks.clip import full_precision, pooled_recalls
+from dalle.training.gathering import in_global_order
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
@@ -97,9 +97,7 @@ class VSTask(Task):
 
         Each process then computes the one loss, whose gradient is that of the global batch and so the mean over them.
         """
-        image, text = self.features(networks, batch)
-        if networks.world_size > 1:
-            image, text = gathered(image, networks.world_size), gathered(text, networks.world_size)
+        image, text = (in_global_order(features, networks.world_size) for features in self.features(networks, batch))
         return {"image_features": image, "text_features": text}
 
     def features(self, networks: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -136,13 +134,6 @@ class VSTask(Task):
         self.tokenizer.save(Path(folder) / TEXT_FOLDER / TOKENIZER_FOLDER)
         if "image" in self.frozen:
             self.frozen["image"].save_pretrained(Path(folder) / IMAGE_FOLDER)
-
-
-def gathered(features: Tensor, world_size: int) -> Tensor:
-    """[b, E] of every process -> [B, E], in the order of the ranks; without gradient."""
-    parts = [torch.empty_like(features) for _ in range(world_size)]
-    dist.all_gather(parts, features.contiguous())
-    return torch.cat(parts)
 
 
 def load_text_network(config: VSRun, tokenizer: CaptionTokenizer) -> ClipModel:

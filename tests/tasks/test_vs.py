@@ -1,15 +1,13 @@
 """The VS task: what moves, that it learns, what each process sees, what is exported, and what it refuses."""
 
-import multiprocessing
 import re
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
@@ -130,30 +128,19 @@ def test_four_steps_equal_two_a_stop_and_two(straight, workshop, commands, clip,
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
-def prepare_on_rank(task: VSTask, batch: dict, rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def prepare_on_rank(rank: int, task: VSTask, batch: dict) -> dict[str, torch.Tensor]:
     networks = BareNetworks(task)
     networks.rank, networks.world_size = rank, 2
-    share = {name: value[4 * rank : 4 * rank + 4] for name, value in batch.items()}
     with torch.no_grad():
-        save_file(task.prepare(share, networks, 0), folder / f"{rank}.safetensors")
-    dist.destroy_process_group()
+        return task.prepare({name: value[rank::2] for name, value in batch.items()}, networks, 0)
 
 
-def test_every_process_sees_the_global_batch(workshop, clip, tmp_path):
-    # Forked, not launched: nothing is imported anew. With equal features each process has the one loss and gradient.
+def test_every_process_sees_the_global_batch(workshop, clip, two_ranks):
+    # with equal features each process has the one loss and gradient
     task, batch = make_task(workshop, clip), make_batch(8)
     with torch.no_grad():
         expected = task.prepare(batch, BareNetworks(task), 0)
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=prepare_on_rank, args=(task, batch, rank, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
+    for found in two_ranks(prepare_on_rank, task, batch):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, atol=1e-6, rtol=0)
