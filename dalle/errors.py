@@ -20,6 +20,14 @@ class UserError(Exception):
     """A mistake in what the user gave (a path, a key, a value): the message says what, where and what to do."""
 
 
+class MissingModel(UserError):
+    """A run or model folder that was named and does not exist, or holds no model (yet)."""
+
+    def __init__(self, message: str, path: str | os.PathLike[str]):
+        super().__init__(message)
+        self.path = path
+
+
 class LostProcess(Exception):
     """Another process of the job (a rank, a loader worker) died or does not answer."""
 

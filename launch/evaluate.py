@@ -18,6 +18,7 @@ import os
 import sys
 from pathlib import Path
 
+import gans
 from dalle.errors import UserError, run_command
 
 DEFAULT_CACHE = Path("runs/reference_features")
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--top-k", type=whole)
     parser.add_argument("--top-p", type=float)
+    parser.add_argument("--truncation", type=float, help="of a GAN's noise")
     parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--allow-few", action="store_true", help="measure with fewer samples than the metric needs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
@@ -101,6 +103,7 @@ def main() -> None:
             raise UserError(f"--{name} is missing: --model RUN --data VALIDATION_SHARDS, or --compare A.json B.json")
     from dalle.training.slurm import adopt_slurm
 
+    gans.register()
     adopt_slurm()
     measure(arguments)
 
@@ -111,7 +114,7 @@ def measure(arguments: argparse.Namespace) -> None:
     from dalle.evaluation.report import glance, write_report
 
     device = choose_device(arguments.device)
-    names = ("temperature", "guidance", "top_k", "top_p")
+    names = ("temperature", "guidance", "top_k", "top_p", "truncation")
     job = Job(
         model=arguments.model, data=arguments.data, out=arguments.out or Path(arguments.model) / "evaluation",
         cache=arguments.cache, metrics=tuple(name.strip() for name in arguments.metrics.split(",") if name.strip()),

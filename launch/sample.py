@@ -3,6 +3,7 @@
 
     python launch/sample.py --model runs/quickstart/transformer --rerank runs/quickstart/clip \\
         --prompt "a large red star above a small blue circle" --candidates 64 --keep 8 --out out/
+    python launch/sample.py --model runs/gans/tagan_shapes --image picture.png --prompt "a blue circle" --out out/
 
 Candidate i of prompt p has a seed that follows from (--seed, p, i) alone: it is the same picture however many are asked
 for and however they are batched. Out: `index.html` (everything inside it), `grid.png`, `kept/*.png`, `results.json`.
@@ -16,7 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import gans
 from dalle.errors import UserError, run_command
+
+OF_COMPLETION = "--image FILE says which picture is completed, --rows K how much of it is kept"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -41,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, help="choose among the k likeliest codes only")
     parser.add_argument("--top-p", type=float, help="choose among the likeliest codes that hold this much probability")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default 1: none)")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture to complete; needs --rows")
+    parser.add_argument("--truncation", type=float, help="of a GAN's noise; below 1: safer and less varied (default 1)")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture to complete, with --rows, or to change, "
+                        "for a model that edits")
     parser.add_argument("--rows", type=int, metavar="K", help="keep the first K rows of codes of --image")
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--batch-size", type=positive, help="pictures side by side (default: sized to the memory)")
@@ -70,10 +76,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.keep > arguments.candidates:
         raise UserError(f"--keep {arguments.keep} is more than --candidates {arguments.candidates}: "
                         "keep fewer or ask for more candidates")
-    if (arguments.rows is None) != (arguments.image is None):
-        given, missing = ("--rows", "--image") if arguments.image is None else ("--image", "--rows")
-        raise UserError(f"{given} needs {missing}: --image FILE says which picture is completed, "
-                        "--rows K how much of it is kept")
+    if arguments.rows is not None and arguments.image is None:
+        raise UserError(f"--rows needs --image: {OF_COMPLETION}")
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
@@ -129,8 +133,34 @@ def main() -> None:
     check_arguments(arguments)
     prompts = read_prompts(arguments)
     check_writable(arguments.out)
+    gans.register()
     device = choose_device(arguments.device)
     paint_gallery(arguments, prompts, device)
+
+
+def painter(generator: Any, arguments: argparse.Namespace, picture: Any) -> tuple[Any, Any]:
+    """What paints instead of the generator's own way, if anything, and the picture that it changes, in its size."""
+    from dalle.sampling.generator import fit_picture, to_bytes
+
+    edits = getattr(generator, "edits", False)
+    if picture is None:
+        if edits:
+            raise UserError(f"{arguments.model} changes pictures: give it one with --image FILE")
+        return None, None
+    if arguments.rows is not None:
+        if not hasattr(generator, "complete"):
+            raise UserError(f"--rows: {arguments.model} cannot complete pictures; only a transformer can"
+                            + ("; it edits the whole of --image, leave --rows out" if edits else ""))
+        return partial(generator.complete, image=picture, rows=arguments.rows), None
+    if not edits:
+        raise UserError(f"--image needs --rows: {OF_COMPLETION}")
+    source = to_bytes(fit_picture(picture, generator.image_size))
+
+    def edit(captions: list[str], seeds: list[int], **options: Any) -> Any:
+        sources = source.expand(len(seeds), -1, -1, -1)
+        return generator.generate_with_details(captions, seeds, sources=sources, **options)
+
+    return edit, source
 
 
 def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any) -> None:
@@ -139,16 +169,17 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
 
     from dalle.sampling.candidates import sample_and_rerank
     from dalle.sampling.gallery import write_gallery
-    from dalle.sampling.generator import load_generator, read_picture, sampling_config
+    from dalle.sampling.generator import load_generator, read_picture
     from dalle.sampling.rerank import load_reranker
 
-    names = ("temperature", "top_k", "top_p", "guidance")
+    names = ("temperature", "top_k", "top_p", "guidance", "truncation")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    resolved = sampling_config(options)
     picture = read_picture(arguments.image) if arguments.image is not None else None
     bf16 = arguments.dtype == "bf16" or (arguments.dtype == "auto" and device.type == "cuda")
     say(f"model: {arguments.model}")
     generator = load_generator(arguments.model, device, torch.bfloat16 if bf16 else torch.float32)
+    settings = generator.settings(**options)
+    paint, source = painter(generator, arguments, picture)
     reranker = None
     if arguments.rerank is not None:
         say(f"reranker: {arguments.rerank}")
@@ -157,11 +188,6 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
         for warning in reader.caption_warnings(prompts) if reader is not None else []:
             say(f"warning: {warning}")
 
-    paint = None
-    if picture is not None:
-        if not hasattr(generator, "complete"):
-            raise UserError(f"--rows: {arguments.model} cannot complete pictures; only a transformer can")
-        paint = partial(generator.complete, image=picture, rows=arguments.rows)
     started = time.perf_counter()
 
     def report(done: int, total: int) -> None:
@@ -170,16 +196,17 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
 
     results = sample_and_rerank(
         generator, reranker, prompts, arguments.candidates, arguments.seed,
-        {**options, "batch_size": arguments.batch_size}, paint=paint, on_progress=report)
+        {**options, **({"batch_size": arguments.batch_size} if arguments.batch_size else {})}, paint=paint,
+        on_progress=report)
     about = {
         "model": generator.identity,
         "reranker": reranker.identity if reranker is not None else None,
         "seed": arguments.seed,
-        "dtype": "bf16" if bf16 else "fp32",
-        "options": {**resolved.model_dump(mode="json"), "rows": arguments.rows,
+        "dtype": getattr(generator, "precision", "bf16" if bf16 else "fp32"),
+        "options": {**settings, "rows": arguments.rows,
                     "image": str(arguments.image) if arguments.image else None},
     }
-    page = write_gallery(arguments.out, results, arguments.keep, about)
+    page = write_gallery(arguments.out, results, arguments.keep, about, source)
     if reranker is None:
         say("unranked: without --rerank the pictures are in the order of their seeds")
     say(f"gallery: {page}")

@@ -23,6 +23,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import gans
 from dalle.config import load_config, read_yaml
 from dalle.errors import UserError, run_command
 
@@ -113,6 +114,7 @@ def main() -> int:
     arguments = parse_arguments()
     refuse_unprintable(arguments)
     check_options(arguments)
+    gans.register()
     runs = plan_runs(arguments)
     logs = (arguments.log_folder or common_folder(runs, arguments) / "slurm").absolute()
     script = render(arguments, runs, logs)

@@ -2,6 +2,7 @@
 """Train one model from one config.
 
     python launch/train.py configs/quickstart/transformer.yaml train.steps=500 model.depth=4
+    python launch/train.py configs/gans/attngan_shapes.yaml --with-prerequisites
     accelerate launch --num_processes 8 launch/train.py configs/quickstart/transformer.yaml
 
 Exit status: 0 the run is finished, 2 something in what was given is wrong (a line says what), 75 stopped by a signal,
@@ -11,8 +12,12 @@ of the job was lost or hung (starting again may help).
 
 import argparse
 import json
+import os
+import sys
+from functools import partial
 from pathlib import Path
 
+import gans
 from dalle.config import load_config, to_yaml
 from dalle.errors import UserError, run_command
 
@@ -25,6 +30,8 @@ def parse_arguments() -> argparse.Namespace:
                         help="auto: go on from the newest good checkpoint (default); none: start over; or a checkpoint")
     parser.add_argument("--stop-after", type=int, metavar="STEP",
                         help="end, with a checkpoint, once so many steps are done")
+    parser.add_argument("--with-prerequisites", action="store_true", help="first train the runs that this one reads "
+                        "(`prerequisites` of the config), where they are missing or unfinished")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes and the plan, and stop")
     return parser.parse_intermixed_args()
@@ -32,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    gans.register()
     from dalle.tasks import RUNS, TASKS
 
     config = load_config(arguments.config, arguments.overrides, RUNS)
@@ -42,18 +50,32 @@ def main() -> int:
     import torch
 
     from dalle.data.loader import train_batches, validation_batches
+    from dalle.data.workers import start_server
     from dalle.training.allocator import keep_freed_memory
     from dalle.training.engine import create_engine
     from dalle.training.loop import Trainer
+    from dalle.training.prerequisites import check_data, missing_runs_explained, prerequisites
 
+    check_data(config.data)
+    needed = partial(prerequisites, arguments.config, config, RUNS)
+    if arguments.with_prerequisites:
+        status = make_prerequisites(needed(), arguments.dry_run)
+        if status is not None:
+            return status
     engine = create_engine(config)
+    if config.data.workers and not arguments.dry_run:
+        start_server()                         # its imports run beside the building of the networks
     if engine.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)             # the same first weights on every rank and at every start
-    task = TASKS[config.task](config)
+    evaluate = None
+    with missing_runs_explained(arguments.config, needed):
+        task = TASKS[config.task](config)
+        if config.train.evaluate_every and not arguments.dry_run:
+            evaluate = small_evaluation(task, config, engine.device)
     if arguments.dry_run:
         if engine.is_main:
-            print_plan(task, config)
+            print_plan(task, config, needed())
         return 0
     share = {"seed": config.seed, "rank": engine.rank, "world_size": engine.world_size}
 
@@ -67,8 +89,24 @@ def main() -> int:
     trainer = Trainer(task, config, engine, train_loader,
                       validation_loader if config.data.validation else None,
                       resume=arguments.resume, stop_after=arguments.stop_after,
-                      evaluate=small_evaluation(task, config, engine.device) if config.train.evaluate_every else None)
+                      evaluate=evaluate)
     return engine.leave(trainer.run().exit_status)
+
+
+def make_prerequisites(needed, dry_run: bool) -> int | None:
+    """Train what is not finished; the status to end with at once, or None to go on."""
+    from dalle.training.prerequisites import say, train_prerequisites
+    from dalle.training.slurm import adopt_slurm
+
+    adopt_slurm()
+    is_main = os.environ.get("RANK", "0") == "0"
+    if not dry_run:
+        return train_prerequisites(needed, [sys.executable, __file__], is_main, say) or None
+    if all(one.state == "finished" for one in needed):
+        return None
+    if is_main:      # the task cannot be built before they are there
+        print(json.dumps({"prerequisites": [one.describe() for one in needed]}, indent=2))
+    return 0
 
 
 def small_evaluation(task, config, device):
@@ -81,8 +119,8 @@ def small_evaluation(task, config, device):
     return lambda networks: evaluation(task.generator(networks))
 
 
-def print_plan(task, config) -> None:
-    """What a run would do: networks with parameter counts, steps, samples, where it writes."""
+def print_plan(task, config, needed) -> None:
+    """What a run would do: networks with parameter counts, steps, samples, what it reads and where it writes."""
     from dalle.training.task import parameter_count
 
     plan = {
@@ -94,6 +132,8 @@ def print_plan(task, config) -> None:
         "samples": config.train.steps * config.train.batch_size,
         "training_teraflops": round(1e-12 * task.flops_per_sample * config.train.steps * config.train.batch_size, 1),
     }
+    if needed:
+        plan["prerequisites"] = [one.describe() for one in needed]
     print(json.dumps(plan, indent=2))
 
 

@@ -13,12 +13,13 @@ ALLOWED = {
     "dalle/data": {"dalle.data", "dalle.config", "dalle.errors"},
     "dalle/metrics": {"dalle.metrics", "dalle.data", "dalle.models", "dalle.errors"},
     "dalle/training": {"dalle.training", "dalle.tensor_file", "dalle.data", "dalle.config", "dalle.errors"},
-    "dalle/sampling": {"dalle.sampling", "dalle.models", "dalle.data", "dalle.metrics", "dalle.config", "dalle.errors"},
+    "dalle/sampling": {"dalle.sampling", "dalle.models", "dalle.data", "dalle.metrics", "dalle.config", "dalle.errors",
+                       "dalle.lookup"},
     "dalle/evaluation": {"dalle.evaluation", "dalle.sampling", "dalle.metrics", "dalle.models", "dalle.data",
                          "dalle.config", "dalle.errors"},
     "dalle/tasks": {"dalle"},
     "gans": {"gans", "dalle"},
-    "tools": {"dalle"},
+    "tools": {"gans", "dalle"},
     "launch": {"gans", "dalle"},
 }
 ENGINE_ONLY = {"accelerate", "deepspeed"}

@@ -13,6 +13,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+import gans
 from dalle.config import apply_override, validate
 from dalle.errors import UserError, run_command
 
@@ -46,6 +47,7 @@ def main() -> int:
     out = arguments.out or arguments.run / "export"
     if out.exists():
         raise UserError(f"{out} exists; remove it, or give another --out")
+    gans.register()
     from dalle.tasks import RUNS, TASKS
     from dalle.training.checkpoint import AVERAGE, SavedPlayer, read_state
     from dalle.training.export import export_checkpoint, newest_validation, write_card
@@ -57,7 +59,7 @@ def main() -> int:
     for override in arguments.overrides:
         apply_override(tree, override)
     task = TASKS[tree["task"]](validate(tree, RUNS, source=str(checkpoint)))
-    averaged = not arguments.raw and all(SavedPlayer(checkpoint / name).keys(AVERAGE) for name in task.players)
+    averaged = not arguments.raw and any(SavedPlayer(checkpoint / name).keys(AVERAGE) for name in task.players)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -14,18 +14,19 @@ from pathlib import Path
 
 import numpy as np
 
+import gans
 from dalle.errors import UserError, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a transformer's run folder or export")
+    parser.add_argument("--model", required=True, help="the run folder or export of a model that paints captions")
     parser.add_argument("--rerank", required=True, help="a CLIP's run folder or export")
     parser.add_argument("--data", required=True, help="the held-out shards of the shapes set")
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--candidates", type=int, default=16)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--guidance", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None)
     parser.add_argument("--out", required=True, type=Path, help="the JSON file to write")
@@ -56,6 +57,7 @@ def summarise(right: np.ndarray) -> dict[str, float]:
 
 def main() -> None:
     arguments = parse_arguments()
+    gans.register()
 
     import torch
 
@@ -68,10 +70,15 @@ def main() -> None:
     captions = held_out_captions(arguments.data, arguments.captions)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     generator = load_generator(arguments.model, device)
+    if getattr(generator, "edits", False):
+        raise UserError(f"{arguments.model} changes pictures instead of painting captions: measure it with "
+                        "launch/evaluate.py --metrics judge")
+    options = {name: getattr(arguments, name) for name in ("temperature", "guidance")
+               if getattr(arguments, name) is not None}
+    settings = generator.settings(**options)
     reranker = load_reranker(arguments.rerank, device)
     results = sample_and_rerank(
-        generator, reranker, captions, arguments.candidates, arguments.seed,
-        {"temperature": arguments.temperature, "guidance": arguments.guidance},
+        generator, reranker, captions, arguments.candidates, arguments.seed, options,
         on_progress=lambda done, total: print(f"painted {done} of {total} pictures", flush=True))
     right = np.stack([
         colour_shape_right(torch.stack([candidate.image for candidate in result.candidates]),
@@ -80,7 +87,7 @@ def main() -> None:
     objects = np.array([len(parse_caption(caption).mentions) for caption in captions])
     record = {
         "captions": len(captions), "candidates": arguments.candidates, "seed": arguments.seed,
-        "temperature": arguments.temperature, "guidance": arguments.guidance,
+        **settings,
         **summarise(right),
         "by_objects": {str(count): summarise(right[objects == count]) for count in np.unique(objects)},
         "model": generator.identity, "reranker": reranker.identity,

@@ -30,6 +30,8 @@ from dalle.evaluation.pictures import Painted, Reconstructed
 from dalle.evaluation.processes import Processes
 from dalle.evaluation.protocol import Protocol, Row
 from dalle.evaluation.references import References, ShardReferences, open_references
+from dalle.evaluation.sources import PROTOCOL as EDITS
+from dalle.evaluation.sources import Sources, edits
 from dalle.metrics.distributions import Moments
 from dalle.metrics.features import FeatureExtractor, load_extractor, run_name
 from dalle.metrics.judge_report import judge_report
@@ -48,7 +50,7 @@ from dalle.sampling.generator import (
     model_folder,
     model_kind,
 )
-from dalle.sampling.rerank import Reranker, load_reranker
+from dalle.sampling.rerank import RERANKERS, Reranker, load_reranker
 
 Say = Callable[[str], None]
 
@@ -94,16 +96,19 @@ def evaluate_generator(job: Job, generator: Generator, reranker: Reranker | None
         vs, vs_name, vs_digest = named_vs(job)
     refuse_nothing(metrics, results)
 
+    precision = getattr(generator, "precision", job.precision)      # some are always in fp32
+    sources = Sources(ShardReferences(job.data, index), drawn, job.seed) if edits(generator) else None
     base = Protocol(
         tool=tool(), samples=job.samples, seed=job.seed, image_size=generator.image_size, captions=job.data,
-        captions_fingerprint=index.fingerprint, settings=listed(generator.settings(**job.options)), step=origin.step,
-        weights=origin.weights, precision=job.precision)
+        captions_fingerprint=index.fingerprint, sources=EDITS if sources is not None else None,
+        settings=listed(generator.settings(**job.options)), step=origin.step, weights=origin.weights,
+        precision=precision)
     ranker = {} if reranker is None else {"ranker": name_of(job.rerank, reranker.identity),
                                           "ranker_digest": reranker.identity.get("digest")}
     protocols = [replace(base, candidates=count, **(ranker if count > 1 else {})) for count in job.candidates]
     painted = Painted(job.out, drawn, job.candidates, generator, reranker, job.seed, job.options, {
         "model": what_it_is(generator.identity), "ranker": what_it_is(reranker.identity) if reranker else None,
-        "precision": job.precision})
+        "precision": precision}, sources)
     painted.paint(processes)
 
     if extractor is not None:
@@ -235,7 +240,9 @@ def extractor_spec(job: Job) -> str:
     if job.extractor is not None:
         return job.extractor
     for spec in (job.judge_clip, job.rerank):
-        if spec is not None and any((Path(spec) / part / CONFIG_FILE).is_file() for part in ("", EXPORT_FOLDER)):
+        if spec is None or not any((Path(spec) / part / CONFIG_FILE).is_file() for part in ("", EXPORT_FOLDER)):
+            continue
+        if model_kind(model_folder(spec)) == ClipModel.model_type:
             return f"clip:{spec}"
     raise UserError("fid, kid and is need --extractor: inception:FILE (what papers report), open_clip:NAME/TAG, or, "
                     "without any download, clip:RUN, a CLIP that was trained here")
@@ -285,9 +292,9 @@ def rows_of(store: BlockStore, slots: Sequence[np.ndarray]) -> dict[str, Tensor]
 
 
 def name_of(spec: str | None, identity: dict[str, Any]) -> str:
-    """A CLIP's name for the row: of a run of ours by its run, of others as they were given."""
-    if identity.get("kind") == ClipModel.model_type and spec is not None:
-        return f"clip:{run_name(model_folder(spec))}"
+    """A CLIP's name for the row: of a run of ours by its kind and run, of others as they were given."""
+    if identity.get("kind") in RERANKERS and spec is not None:
+        return f"{identity['kind']}:{run_name(model_folder(spec))}"
     return str(identity.get("path", identity.get("kind")))
 
 

@@ -13,6 +13,7 @@ from dalle.evaluation.captions import Drawn
 from dalle.evaluation.processes import Processes
 from dalle.evaluation.protocol import digest
 from dalle.evaluation.references import References, read_pictures
+from dalle.evaluation.sources import Sources
 from dalle.metrics.images import psnr, ssim
 from dalle.models.dvae import DiscreteVAE
 from dalle.sampling.candidates import candidate_seed
@@ -29,16 +30,19 @@ class Painted:
 
     ``max(candidates)`` are painted once and every N takes its prefix. Only the pictures that are the best of some N are
     kept. With the candidate seeds of :mod:`dalle.sampling.candidates` caption i of the list is its prompt i.
+    ``sources``: what a generator that edits changes; all candidates of a caption change the same picture.
     """
 
     def __init__(self, folder: Path, drawn: Sequence[Drawn], candidates: Sequence[int], generator: Generator,
-                 reranker: Reranker | None, seed: int, options: dict[str, Any], manifest: dict[str, Any]):
+                 reranker: Reranker | None, seed: int, options: dict[str, Any], manifest: dict[str, Any],
+                 sources: Sources | None = None):
         self.captions = [one.caption for one in drawn]
-        self.candidates = tuple(candidates)
+        self.candidates, self.sources = tuple(candidates), sources
         self.generator, self.reranker, self.seed, self.options = generator, reranker, seed, options
         self.size = min(BLOCK_CAPTIONS, max(1, BLOCK_PICTURES // max(candidates)))
         whole = {**manifest, "captions": digest({"captions": self.captions}), "candidates": list(self.candidates),
-                 "seed": seed, "options": options, "captions_a_block": self.size}
+                 "seed": seed, "options": options, "captions_a_block": self.size,
+                 **({"sources": sources.digest} if sources is not None else {})}
         self.digest = digest(whole)
         self.store = BlockStore(folder / f"pictures-{self.digest}", -(-len(drawn) // self.size), whole)
 
@@ -69,7 +73,11 @@ class Painted:
         seeds = [candidate_seed(self.seed, first + prompt, number)
                  for prompt in range(len(captions)) for number in range(most)]
         repeated = [caption for caption in captions for _ in range(most)]
-        images = self.generator.generate(repeated, seeds, **self.options)
+        given = {}
+        if self.sources is not None:
+            pictures = self.sources.pictures(range(first, first + len(captions)), self.generator.image_size)
+            given["sources"] = pictures.repeat_interleave(most, dim=0)
+        images = self.generator.generate(repeated, seeds, **given, **self.options)
         scores = self.reranker.score(images, repeated).tolist() if self.reranker is not None else [0.0] * len(seeds)
         winners = np.array([best_of_prefixes(scores[start:start + most], seeds[start:start + most], self.candidates)
                             for start in range(0, len(seeds), most)])                 # [captions, columns]

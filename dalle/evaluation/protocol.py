@@ -8,10 +8,12 @@ from typing import Any, Self
 
 # Two figures mean the same only where all of these are equal; the others say what was measured, not how.
 MEASURE = ("tool", "extractor", "extractor_digest", "resize", "samples", "reference_fingerprint", "references",
-           "captions_fingerprint", "seed", "image_size", "blur", "judge", "judge_digest", "few_samples", "detail")
+           "captions_fingerprint", "sources", "seed", "image_size", "blur", "judge", "judge_digest", "few_samples",
+           "detail")
 TITLES = {"tool": "tool and version", "extractor_digest": "hash of the extractor's weights",
           "reference_fingerprint": "reference split", "references": "number of reference pictures",
-          "captions_fingerprint": "split of the captions", "samples": "sample count", "resize": "resize filter",
+          "captions_fingerprint": "split of the captions", "sources": "pictures that are edited",
+          "samples": "sample count", "resize": "resize filter",
           "blur": "blur radius", "judge": "judging model", "judge_digest": "hash of the judging model's weights",
           "few_samples": "fewer samples than features", "detail": "settings of the metric"}
 
@@ -26,6 +28,7 @@ class Protocol:
     image_size: int                            # of the pictures that are compared
     captions: str | None = None                # the split that the captions come from
     captions_fingerprint: str | None = None
+    sources: str | None = None                 # of a generator that edits pictures: which ones
     reference: str | None = None               # the split of the real pictures
     reference_fingerprint: str | None = None
     references: int | None = None              # how many of them
@@ -50,7 +53,7 @@ class Protocol:
         parts = [f"{self.samples:,} samples of {self.image_size} px"]
         if self.captions is not None:
             parts.append(f"captions of {named(self.captions, self.captions_fingerprint)}")
-        parts += filter(None, [self.own_sentence()])
+        parts += filter(None, [self.sources, self.own_sentence()])
         if self.blur is not None:
             parts.append(f"blur radius {self.blur:g} px")
         if self.candidates is not None:

@@ -13,6 +13,7 @@ from dalle.evaluation.measure import in_grammar, name_of, tool
 from dalle.evaluation.protocol import Protocol, Row
 from dalle.evaluation.references import ShardReferences, read_pictures
 from dalle.evaluation.small_config import LEAST, SmallEvaluationConfig
+from dalle.evaluation.sources import Sources, edits
 from dalle.metrics.distributions import IS_SPLITS
 from dalle.metrics.features import FeatureExtractor, load_extractor
 from dalle.metrics.judge_report import judge_report
@@ -34,7 +35,8 @@ class SmallEvaluation:
             raise UserError("train.evaluate_every needs data.validation: the captions and pictures to measure with")
         self.config, self.seed, self.device = config, seed, torch.device(device)
         index = ShardIndex.load(validation)
-        self.captions = [one.caption for one in draw_captions(index, config.samples, seed)[0]]
+        self.drawn = draw_captions(index, config.samples, seed)[0]
+        self.captions = [one.caption for one in self.drawn]
         self.references = ShardReferences(validation, index)
         if "judge" in config.metrics and not in_grammar(self.captions):
             raise UserError(f"evaluation.metrics: judge reads captions of the shapes set; {validation} has others")
@@ -45,15 +47,28 @@ class SmallEvaluation:
         if {"clip", "rprecision"} & set(config.metrics):
             self.clip = load_reranker(required(config.clip, "clip", "a CLIP run"), device)
         self._real: Tensor | None = None      # features, once they are asked for
+        self._sources: Tensor | None = None   # pictures, once a generator edits
 
     def __call__(self, generator: Generator) -> dict[str, float]:
         """Metric -> value, and ``samples``."""
         seeds = [candidate_seed(self.seed, prompt, 0) for prompt in range(len(self.captions))]
-        images = torch.cat([generator.generate(self.captions[start:start + BATCH], seeds[start:start + BATCH],
-                                               **self.config.options) for start in range(0, len(seeds), BATCH)])
+        parts = [slice(start, start + BATCH) for start in range(0, len(seeds), BATCH)]
+        given = [{} for _ in parts]
+        if edits(generator):
+            pictures = self.sources(generator.image_size)
+            given = [{"sources": pictures[part]} for part in parts]
+        images = torch.cat([generator.generate(self.captions[part], seeds[part], **own, **self.config.options)
+                            for part, own in zip(parts, given, strict=True)])
         with torch.autocast(self.device.type, enabled=False), torch.no_grad():     # the trainer may have set bf16
             rows = self.rows(images)
         return {row.metric: row.value for row in rows} | {"samples": float(len(images))}
+
+    def sources(self, size: int) -> Tensor:
+        """uint8 [N, 3, size, size]: the pictures to change, the same at every call."""
+        if self._sources is None:
+            places = range(len(self.drawn))
+            self._sources = Sources(self.references, self.drawn, self.seed).pictures(places, size)
+        return self._sources
 
     def rows(self, images: Tensor) -> list[Row]:
         """The figures of uint8 [N, 3, S, S], the pictures of ``captions``."""

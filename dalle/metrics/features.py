@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from dalle.errors import UserError
+from dalle.errors import MissingModel, UserError
 from dalle.models.base import CONFIG_FILE, WEIGHTS_FILE
 from dalle.models.clip import ClipModel, OpenClipScorer, first_line, load_open_clip, load_open_clip_folder
 from dalle.models.foreign import ForeignFileError, read_foreign_state
@@ -201,8 +201,9 @@ def load_own_clip(path: str, device: torch.device | str) -> NetworkExtractor:
     """A CLIP trained here; its features are unit vectors, as its loss trained them."""
     folder = next((folder for folder in (Path(path) / RUN_MODEL, Path(path)) if (folder / CONFIG_FILE).is_file()), None)
     if folder is None:
-        raise UserError(f"clip:{path}: neither {RUN_MODEL}/{CONFIG_FILE} nor {CONFIG_FILE} is in {path}; give the run "
-                        "folder of a trained CLIP (launch/train.py configs/quickstart/clip.yaml makes one)")
+        raise MissingModel(f"clip:{path}: neither {RUN_MODEL}/{CONFIG_FILE} nor {CONFIG_FILE} is in {path}; give the "
+                           "run folder of a trained CLIP (launch/train.py configs/quickstart/clip.yaml makes one)",
+                           path)
     try:
         model = ClipModel.from_pretrained(folder, device).float()
     except (FileNotFoundError, ValueError) as error:

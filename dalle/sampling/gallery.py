@@ -19,15 +19,19 @@ from dalle.sampling.candidates import Candidate, PromptResult
 SMALL_PICTURE = 96       # below this side, pixels are shown as squares instead of being blurred
 SHEET_SIDE = 128         # least side of a picture on the sheet
 SHEET_GAP = 12
+SOURCE = "source.png"
 CAPTION_LINE = 20
 INK, PAPER = (29, 29, 27), (250, 249, 246)
 
 
-def write_gallery(folder: Path, results: Sequence[PromptResult], keep: int, about: dict[str, Any]) -> Path:
+def write_gallery(folder: Path, results: Sequence[PromptResult], keep: int, about: dict[str, Any],
+                  source: Tensor | None = None) -> Path:
     """Write ``kept/*.png``, ``grid.png``, ``results.json`` and ``index.html`` into ``folder``; returns the page.
 
     The first ``keep`` candidates of each caption are kept; the others are on the page, folded away. ``about`` says what
-    made the pictures (``model``, ``reranker``, ``options``, ``seed``).
+    made the pictures (``model``, ``reranker``, ``options``, ``seed``). ``source``, uint8 [3, H, W], is the picture that
+    all of them change; it is shown before them and written to ``source.png``. A candidate's ``details["pictures"]``
+    (name -> uint8 [3, h, w]) are written beside it, and shown below it.
     """
     kept = folder / "kept"
     try:
@@ -37,19 +41,30 @@ def write_gallery(folder: Path, results: Sequence[PromptResult], keep: int, abou
         for prompt, result in enumerate(results):
             for place, candidate in enumerate(result.candidates[:keep]):
                 (kept / picture_name(prompt, place)).write_bytes(png(candidate.image))
-        sheet(results, keep).save(folder / "grid.png")
+                for name, picture in more_pictures(candidate).items():
+                    (kept / picture_name(prompt, place, name)).write_bytes(png(picture))
+        (folder / SOURCE).unlink(missing_ok=True)
+        if source is not None:
+            (folder / SOURCE).write_bytes(png(source))
+            about = {**about, "source": SOURCE}
+        sheet(results, keep, source).save(folder / "grid.png")
         description = json.dumps(describe(results, keep, about), indent=2, ensure_ascii=False)
         (folder / "results.json").write_text(description + "\n", encoding="utf-8")
         page = folder / "index.html"
-        page.write_text(render_page(results, keep, about), encoding="utf-8")
+        page.write_text(render_page(results, keep, about, source), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the gallery into {folder}: {error.strerror or error}") from error
     return page
 
 
-def picture_name(prompt: int, place: int) -> str:
-    """The file of the picture at ``place`` (0 the best) of prompt ``prompt``."""
-    return f"{prompt:03d}-{place + 1:02d}.png"
+def picture_name(prompt: int, place: int, name: str | None = None) -> str:
+    """The file of the picture at ``place`` (0 the best) of prompt ``prompt``, or of what is shown with it."""
+    return f"{prompt:03d}-{place + 1:02d}{f'-{name}' if name else ''}.png"
+
+
+def more_pictures(candidate: Candidate) -> dict[str, Tensor]:
+    """What a generator shows beside the picture itself, such as where it looked."""
+    return candidate.details.get("pictures", {})
 
 
 def describe(results: Sequence[PromptResult], keep: int, about: dict[str, Any]) -> dict[str, Any]:
@@ -57,13 +72,17 @@ def describe(results: Sequence[PromptResult], keep: int, about: dict[str, Any]) 
 
     def entry(prompt: int, place: int, candidate: Candidate) -> dict[str, Any]:
         kept = place < keep
+        details = {name: value for name, value in candidate.details.items() if name != "pictures"}
+        if kept and more_pictures(candidate):
+            details["pictures"] = {name: f"kept/{picture_name(prompt, place, name)}"
+                                   for name in more_pictures(candidate)}
         return {
             "candidate": candidate.number,
             "seed": candidate.seed,
             "score": candidate.score,
             "rank": place if results[prompt].ranked else None,
             "kept": f"kept/{picture_name(prompt, place)}" if kept else None,
-            **candidate.details,
+            **details,
         }
 
     prompts = [
@@ -96,29 +115,33 @@ def to_pillow(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def sheet(results: Sequence[PromptResult], keep: int) -> Image.Image:
-    """The kept pictures as one picture: a row of pictures a caption (wrapped after eight), the caption above it."""
+def sheet(results: Sequence[PromptResult], keep: int, source: Tensor | None = None) -> Image.Image:
+    """The kept pictures as one picture: a row of pictures a caption (wrapped after eight), the caption above it.
+
+    ``source``, of the pictures' size, comes first in every row.
+    """
     height, width = results[0].candidates[0].image.shape[-2:]
     factor = max(1, math.ceil(SHEET_SIDE / min(height, width)))
     cell_width, cell_height = width * factor + SHEET_GAP, height * factor + SHEET_GAP
-    shown = [result.candidates[:keep] for result in results]
-    columns = min(8, max(len(candidates) for candidates in shown))
+    first = [source] if source is not None else []
+    shown = [first + [candidate.image for candidate in result.candidates[:keep]] for result in results]
+    columns = min(8, max(len(pictures) for pictures in shown))
     font = ImageFont.load_default(size=14)
     sheet_width = SHEET_GAP + columns * cell_width
     captions = [wrap_text(result.caption, font, sheet_width - 2 * SHEET_GAP) for result in results]
     heights = [
-        len(lines) * CAPTION_LINE + SHEET_GAP // 2 + math.ceil(len(candidates) / columns) * cell_height + SHEET_GAP
-        for lines, candidates in zip(captions, shown, strict=True)
+        len(lines) * CAPTION_LINE + SHEET_GAP // 2 + math.ceil(len(pictures) / columns) * cell_height + SHEET_GAP
+        for lines, pictures in zip(captions, shown, strict=True)
     ]
     canvas = Image.new("RGB", (sheet_width, SHEET_GAP + sum(heights)), PAPER)
     draw = ImageDraw.Draw(canvas)
     top = SHEET_GAP
-    for lines, candidates, block in zip(captions, shown, heights, strict=True):
+    for lines, pictures, block in zip(captions, shown, heights, strict=True):
         for number, line in enumerate(lines):
             draw.text((SHEET_GAP, top + number * CAPTION_LINE), line, fill=INK, font=font)
         pictures_top = top + len(lines) * CAPTION_LINE + SHEET_GAP // 2
-        for place, candidate in enumerate(candidates):
-            picture = to_pillow(candidate.image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        for place, image in enumerate(pictures):
+            picture = to_pillow(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
             row, column = divmod(place, columns)
             canvas.paste(picture, (SHEET_GAP + column * cell_width, pictures_top + row * cell_height))
         top += block
@@ -145,10 +168,11 @@ def wrap_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wid
     return lines
 
 
-def render_page(results: Sequence[PromptResult], keep: int, about: dict[str, Any]) -> str:
+def render_page(results: Sequence[PromptResult], keep: int, about: dict[str, Any],
+                source: Tensor | None = None) -> str:
     """A page with its pictures inside, without scripts or anything to fetch; every caption is escaped."""
     side = min(results[0].candidates[0].image.shape[-2:])
-    sections = "\n".join(render_prompt(number, result, keep) for number, result in enumerate(results, start=1))
+    sections = "\n".join(render_prompt(number, result, keep, source) for number, result in enumerate(results, start=1))
     total = sum(len(result.candidates) for result in results)
     summary = f"{count(len(results), 'caption')}, {count(total, 'picture')}"
     rows = "\n".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts(about))
@@ -178,14 +202,17 @@ def render_page(results: Sequence[PromptResult], keep: int, about: dict[str, Any
 """
 
 
-def render_prompt(number: int, result: PromptResult, keep: int) -> str:
-    """One caption: its kept pictures open, the rest folded away."""
+def render_prompt(number: int, result: PromptResult, keep: int, source: Tensor | None = None) -> str:
+    """One caption: what is changed, its kept pictures open, the rest folded away."""
     kept, rest = result.candidates[:keep], result.candidates[keep:]
     order = "best first" if result.ranked else "unranked, in order of their seeds"
     pictures = "\n".join(
         render_picture(candidate, result.caption, place + 1 if result.ranked else None)
         for place, candidate in enumerate(kept)
     )
+    if source is not None:
+        changed = f"<figure>{embedded(source, 'the picture that is changed')}<figcaption>source</figcaption></figure>"
+        pictures = f"{changed}\n{pictures}"
     folded = ""
     if rest:
         others = "\n".join(
@@ -206,13 +233,19 @@ def render_prompt(number: int, result: PromptResult, keep: int) -> str:
 
 def render_picture(candidate: Candidate, caption: str, place: int | None) -> str:
     """One picture with its place and score; the seed shows when the pointer rests on it."""
-    data = base64.b64encode(png(candidate.image)).decode("ascii")
-    text = html.escape(caption, quote=True)
+    shown = embedded(candidate.image, caption) + "".join(
+        embedded(picture, f"{caption}: {name}") for name, picture in more_pictures(candidate).items())
     label = f"candidate {candidate.number}"
     if place is not None:
         label = f"<b>{place}</b><span>{candidate.score:.3f}</span>"
-    return (f"<figure title=\"candidate {candidate.number}, seed {candidate.seed}\">"
-            f"<img alt=\"{text}\" src=\"data:image/png;base64,{data}\"><figcaption>{label}</figcaption></figure>")
+    return (f"<figure title=\"candidate {candidate.number}, seed {candidate.seed}\">{shown}"
+            f"<figcaption>{label}</figcaption></figure>")
+
+
+def embedded(image: Tensor, text: str) -> str:
+    """An image with its bytes inside the page."""
+    data = base64.b64encode(png(image)).decode("ascii")
+    return f"<img alt=\"{html.escape(text, quote=True)}\" src=\"data:image/png;base64,{data}\">"
 
 
 def facts(about: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """What makes pictures from captions, behind one interface; rerank, galleries and judges know only that."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dalle.data.tokenizer import CaptionTokenizer
-from dalle.errors import UserError
+from dalle.errors import MissingModel, UserError
+from dalle.lookup import GENERATORS
 from dalle.models.base import CONFIG_FILE, WEIGHTS_FILE, PretrainedModel, read_description
 from dalle.models.dvae import DiscreteVAE
 from dalle.models.transformer import TextToImageTransformer
@@ -29,7 +30,11 @@ Model = TypeVar("Model", bound=PretrainedModel)
 
 
 class Generator(Protocol):
-    """A model that paints captions. The same seed, caption and model give the same picture, alone or in any batch."""
+    """A model that paints captions. The same seed, caption and model give the same picture, alone or in any batch.
+
+    One with the attribute ``edits = True`` changes pictures: its calls take ``sources``, uint8 [N, 3, S, S], too. One
+    whose networks stay in a type of their own says so in ``precision`` (``"fp32"``).
+    """
 
     image_size: int
     identity: dict[str, Any]    # what goes into results.json: kind, path, digest
@@ -153,11 +158,6 @@ class TransformerGenerator:
         return images
 
 
-GENERATORS: dict[str, Callable[[Path, torch.device | str, torch.dtype], Generator]] = {
-    TextToImageTransformer.model_type: TransformerGenerator.load,
-}
-
-
 def load_generator(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Generator:
@@ -176,10 +176,11 @@ def model_folder(path: str | Path) -> Path:
         if (folder / CONFIG_FILE).is_file():
             return folder
     if path.is_dir():
-        raise UserError(f"{path} holds no model: neither {EXPORT_FOLDER}/{CONFIG_FILE} nor {CONFIG_FILE} is there; "
-                        "has its training exported one?")
+        raise MissingModel(f"{path} holds no model: neither {EXPORT_FOLDER}/{CONFIG_FILE} nor {CONFIG_FILE} is there; "
+                           "has its training exported one?", path)
     near = neighbours(path)
-    raise UserError(f"{path} does not exist; " + (f"models near it: {', '.join(near)}" if near else "train one first"))
+    raise MissingModel(f"{path} does not exist; " + (f"models near it: {', '.join(near)}" if near
+                                                     else "train one first"), path)
 
 
 def neighbours(path: Path) -> list[str]:
@@ -222,6 +223,8 @@ def load_codec(folder: Path, device: torch.device | str) -> DiscreteVAE:
 
 def load_tokenizer(folder: Path) -> CaptionTokenizer:
     """The tokenizer that was saved with a model."""
+    if not folder.parent.is_dir():
+        raise MissingModel(f"{folder.parent} does not exist; its tokenizer is looked for there", folder)
     if not folder.is_dir():
         raise UserError(f"{folder.parent} has no {folder.name}/: export the model again, its tokenizer belongs there")
     return CaptionTokenizer.load(folder)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
+from dalle.lookup import RERANKERS
 from dalle.models.clip import (
     LOCAL_FOLDER_CONFIG,
     ClipModel,
@@ -92,10 +93,16 @@ def clip_reranker(model: ClipModel, tokenizer: CaptionTokenizer, identity: dict[
     return FeatureReranker(lambda images: model.encode_image(images.to(device())), encode_captions, identity, warnings)
 
 
+def load_clip_reranker(folder: Path, device: torch.device | str) -> FeatureReranker:
+    """A CLIP's model folder, with its tokenizer."""
+    model = load_model(ClipModel, folder, device)
+    return clip_reranker(model, load_tokenizer(folder / "tokenizer"), identify(folder))
+
+
 def load_reranker(spec: str, device: torch.device | str = "cpu") -> Reranker:
     """What ``--rerank`` names.
 
-    - a CLIP run folder or model folder of ours;
+    - a run folder or model folder of ours, of a kind in ``RERANKERS``;
     - a local hub folder with ``open_clip_config.json``;
     - ``open_clip:NAME/TAG``, a pretrained model such as ``open_clip:ViT-B-32/laion2b_s34b_b79k``;
     - ``open_clip:NAME/PATH``, that model's weights in a file (``.safetensors``, ``.pt``), or ``open_clip:FOLDER``.
@@ -108,11 +115,10 @@ def load_reranker(spec: str, device: torch.device | str = "cpu") -> Reranker:
         return open_clip_reranker(spec, spec, device)
     folder = model_folder(spec)
     kind = model_kind(folder)
-    if kind != ClipModel.model_type:
-        raise UserError(f"{spec} holds a {kind!r} model; --rerank needs a {ClipModel.model_type!r} run "
+    if kind not in RERANKERS:
+        raise UserError(f"{spec} holds a {kind!r} model; --rerank needs a {' or '.join(map(repr, RERANKERS))} run, "
                         "or open_clip:NAME/TAG")
-    model = load_model(ClipModel, folder, device)
-    return clip_reranker(model, load_tokenizer(folder / "tokenizer"), identify(folder))
+    return RERANKERS[kind](folder, device)
 
 
 def open_clip_reranker(name: str, spec: str, device: torch.device | str) -> FeatureReranker:

@@ -21,7 +21,7 @@ def export_checkpoint(task: Task, checkpoint: Path, folder: Path, averaged: bool
     """
     players = {name: SavedPlayer(checkpoint / name) for name in task.players}
     task.export(str(folder), {name: player.model_state(averaged) for name, player in players.items()})
-    averaged = averaged and all(player.keys(AVERAGE) for player in players.values())
+    averaged = averaged and any(player.keys(AVERAGE) for player in players.values())
     write_json(folder / SOURCE_FILE, {"step": read_state(checkpoint)["step"], "averaged": averaged})
 
 

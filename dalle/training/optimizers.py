@@ -1,10 +1,10 @@
 """How a player's weights move: one config section, and the optimiser built from it."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from dalle.config import Section
@@ -21,17 +21,30 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0, description="not applied to embeddings and tensors below two axes")
     clip: float = Field(default=1.0, ge=0, description="largest norm of the player's gradient; 0 turns clipping off")
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    final_fraction: float = Field(default=0.0, ge=0, le=1, description="last learning rate as a share of the peak")
+    schedule: Literal["constant", "linear", "cosine", "step"] = "cosine"
+    final_fraction: float = Field(default=0.0, ge=0, le=1, description="last learning rate as a share of the peak, "
+                                  "of linear and cosine")
+    step_every: int | None = Field(default=None, ge=1, description="of the schedule step: multiply every so many steps")
+    step_factor: float = Field(default=0.5, gt=0, le=1, description="of the schedule step: by this")
     muon_lr: float = Field(default=0.02, gt=0, description="peak learning rate of Muon, for the block matrices")
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     muon_scaling: Literal["original", "match_rms_adamw"] = "original"
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the weight average; 0 keeps none")
     ema_every: int = Field(default=1, ge=1, description="update the average every so many steps")
 
+    @model_validator(mode="after")
+    def _steps_are_named(self) -> Self:
+        if self.schedule == "step" and self.step_every is None:
+            raise ValueError("schedule step needs step_every, the steps between two changes of the rate")
+        if self.schedule != "step" and self.step_every is not None:
+            raise ValueError(f"step_every is for schedule step, not {self.schedule}; set schedule to step, or leave "
+                             "step_every out")
+        return self
+
     def factor(self, step: int, steps: int) -> float:
         """What every peak learning rate is multiplied by at ``step`` of ``steps``."""
-        return learning_rate_factor(step, steps, self.warmup, self.schedule, self.final_fraction)
+        return learning_rate_factor(step, steps, self.warmup, self.schedule, self.final_fraction, self.step_every,
+                                    self.step_factor)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

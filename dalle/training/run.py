@@ -18,6 +18,8 @@ class RunConfig(Section):
     name: str = Field(min_length=1, description="the run's folder below `output`")
     output: str = "runs"
     seed: int = Field(default=0, ge=0)
+    prerequisites: tuple[str, ...] = Field(default=(), description="configs of the runs that this one reads; "
+                                           "launch/train.py --with-prerequisites trains them first")
     data: DataConfig
     train: TrainConfig = TrainConfig()
     log: LogConfig = LogConfig()

@@ -23,15 +23,24 @@ def constant(step: int, start: float, end: float, steps: int) -> float:
     return start
 
 
+def staircase(step: int, every: int, factor: float) -> float:
+    """1, multiplied by ``factor`` once for every ``every`` whole steps before ``step``."""
+    return factor ** (step // every)
+
+
 DECAYS = {"constant": constant, "linear": linear, "cosine": cosine}
 
 
-def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str, final_fraction: float) -> float:
+def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str, final_fraction: float,
+                         step_every: int | None = None, step_factor: float = 0.5) -> float:
     """What the peak learning rate is multiplied by at ``step`` (0 is the first of ``steps``).
 
     The warm-up rises by 1/``warmup`` a step and reaches 1 on its last step, so the first step already moves the
-    weights; the decay then runs over the remaining steps down to ``final_fraction``.
+    weights; the decay then runs over the remaining steps down to ``final_fraction``. The schedule ``step`` multiplies
+    by ``step_factor`` every ``step_every`` steps after the warm-up instead, whatever ``steps`` is.
     """
     if step < warmup:
         return (step + 1) / warmup
+    if schedule == "step":
+        return staircase(step - warmup, step_every, step_factor)
     return DECAYS[schedule](step - warmup, 1.0, final_fraction, steps - warmup)

@@ -37,6 +37,21 @@ class StubGenerator:
         return {"temperature": 1.0, **options}
 
 
+class StubEditor(StubGenerator):
+    """Adds what a stub paints to half of the picture that it is given."""
+
+    edits = True
+
+    def __init__(self):
+        super().__init__()
+        self.sources: list[Tensor] = []
+
+    def generate(self, captions: list[str], seeds: list[int], *, sources: Tensor, **options) -> Tensor:
+        assert sources.shape == (len(captions), 3, SIZE, SIZE) and sources.dtype == torch.uint8
+        self.sources += list(sources)
+        return super().generate(captions, seeds, **options) // 2 + sources // 2
+
+
 def colour(caption: str, seed: int) -> np.ndarray:
     digest = hashlib.sha256(f"{caption} {seed}".encode()).digest()
     return np.frombuffer(digest[:3], np.uint8).copy()

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +17,7 @@ from dalle.errors import UserError
 from dalle.models.clip import ClipConfig, ClipModel
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
+from dalle.sampling.generator import GENERATORS
 from launch import sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +98,69 @@ def test_completion_keeps_the_rows_of_the_picture(runs, tmp_path, monkeypatch):
     assert len({tuple(candidate["codes"]) for candidate in candidates}) > 1
 
 
+class Editor:
+    """Mixes the picture that it is given with one colour a seed; its only option is ``truncation``."""
+
+    edits, image_size, identity, precision = True, 16, {"kind": "editor"}, "fp32"
+
+    def caption_warnings(self, captions):
+        return []
+
+    def settings(self, **options):
+        if options.keys() - {"truncation"}:
+            raise UserError(f"--{next(iter(options))} is no option of an editor")
+        return {"truncation": 1.0, **options}
+
+    def generate_with_details(self, captions, seeds, *, sources, **options):
+        colours = torch.tensor([seed % 100 for seed in seeds], dtype=torch.uint8)[:, None, None, None]
+        return sources // 2 + colours, [{"option": options} for _ in seeds]
+
+
+@pytest.fixture
+def editor(tmp_path, monkeypatch) -> Path:
+    """A model folder that ``Editor`` reads."""
+    family = ModuleType("family")
+    family.load = lambda folder, device, dtype: Editor()
+    monkeypatch.setitem(sys.modules, "family", family)
+    monkeypatch.setattr(GENERATORS, "_places", {**GENERATORS._places, "editor": ("family", "load")})
+    folder = tmp_path / "editor"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "editor"}')
+    return folder
+
+
+def test_a_model_that_edits_changes_the_picture_and_shows_it(runs, editor, tmp_path, monkeypatch):
+    run(monkeypatch, "--model", editor, "--prompt", "a blue star", "--candidates", 3, "--truncation", 0.5, "--out",
+        tmp_path / "out", "--image", runs / "picture.png", "--device", "cpu")
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert found["options"] == {"truncation": 0.5, "rows": None, "image": str(runs / "picture.png")}
+    assert found["source"] == "source.png" and found["dtype"] == "fp32"
+    source = np.array(Image.open(tmp_path / "out/source.png"))
+    assert source.shape == (16, 16, 3) and (abs(source.astype(int) - [200, 30, 30]) <= 1).all()     # cropped, resized
+    for candidate in found["prompts"][0]["candidates"]:
+        assert candidate["option"] == {"truncation": 0.5}      # no batch size, unless it is asked for
+        kept = np.array(Image.open(tmp_path / "out" / candidate["kept"]))
+        assert (kept == source // 2 + candidate["seed"] % 100).all()
+    run(monkeypatch, "--model", editor, "--prompt", "a star", "--candidates", 1, "--batch-size", 2, "--out",
+        tmp_path / "out", "--image", runs / "picture.png", "--device", "cpu")
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert found["prompts"][0]["candidates"][0]["option"] == {"batch_size": 2}
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ([], "changes pictures: give it one with --image FILE"),
+    (["--image", "{runs}/picture.png", "--rows", "2"], "cannot complete pictures; only a transformer can; it edits the "
+     "whole of --image, leave --rows out"),
+    (["--image", "{runs}/picture.png", "--temperature", "0.5"], "--temperature is no option of an editor"),
+])
+def test_mistakes_with_a_model_that_edits(runs, editor, tmp_path, monkeypatch, arguments, words):
+    arguments = [argument.format(runs=runs) for argument in arguments]
+    with pytest.raises(UserError) as raised:
+        run(monkeypatch, "--model", editor, "--prompt", "a star", "--out", tmp_path / "out", "--device", "cpu",
+            *arguments)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
 def test_a_long_prompt_is_truncated_with_a_warning(runs, tmp_path, monkeypatch, capsys):
     run(monkeypatch, "--model", runs / "painter", "--prompt", "a red star above a blue circle " * 3,
         "--candidates", 1, "--out", tmp_path, "--device", "cpu")
@@ -110,13 +176,14 @@ MISTAKES = {
     "a missing model": (["--model", "{runs}/paintre"], "does not exist; models near it"),
     "a model of another task": (["--model", "{runs}/judge"], "holds a 'clip' model"),
     "a codec that does not fit": (["--model", "{runs}/misfit"], "4 x 4 codes, the transformer writes 2 x 2"),
-    "a reranker of another task": (["--rerank", "{runs}/painter"], "--rerank needs a 'clip' run"),
+    "a reranker of another task": (["--rerank", "{runs}/painter"], "--rerank needs a 'clip'"),
     "rows without a picture": (["--rows", "2"], "--rows needs --image"),
     "a picture without rows": (["--image", "{runs}/picture.png"], "--image needs --rows"),
     "rows out of range": (["--image", "{runs}/picture.png", "--rows", "4"], "4 rows of codes"),
     "an unreadable picture": (["--image", "{runs}/empty.txt", "--rows", "2"], "not a picture"),
     "a missing picture": (["--image", "{runs}/none.png", "--rows", "2"], "cannot read the picture"),
     "an option out of range": (["--top-p", "2"], "--top-p"),
+    "an option of another kind of model": (["--truncation", "0.5"], "--truncation"),
     "no number": (["--candidates", "many"], "'many' is not a whole number of at least 1"),
     "a device that is not there": (["--device", "cuda:99"], "--device cuda:99"),
     "an output that is a file": (["--out", "{runs}/empty.txt"], "cannot write into --out"),

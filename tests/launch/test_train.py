@@ -146,10 +146,73 @@ def test_dry_run_writes_nothing(workshop, train, tmp_path, capsys):
     assert not (tmp_path / "transformer").exists()
 
 
+@pytest.fixture
+def chained(workshop, tmp_path) -> Path:
+    """The config of a transformer whose codec must be trained first."""
+    codec = workshop.config("dvae", tmp_path)
+    return workshop.config("transformer", tmp_path, codec=str(tmp_path / "dvae"), prerequisites=[str(codec)])
+
+
+def test_a_run_that_must_be_made_first_is_named_with_its_command(chained, train, tmp_path):
+    message = refusal(train, chained)
+    assert f"{tmp_path / 'dvae'} does not exist" in message
+    assert message.endswith(f"; make it first: python launch/train.py {tmp_path / 'dvae.yaml'}, "
+                            "or add --with-prerequisites")
+
+
+def test_prerequisites_are_trained_first_and_once(chained, train, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert train(chained, "--with-prerequisites", "--dry-run") == 0
+    plan = {"config": str(tmp_path / "dvae.yaml"), "folder": str(tmp_path / "dvae"), "state": "missing"}
+    assert json.loads(capfd.readouterr().out) == {"prerequisites": [plan]} and not (tmp_path / "dvae").exists()
+
+    assert train(chained, "--with-prerequisites", "train.steps=2") == 0
+    assert f"prerequisite: {tmp_path / 'dvae'} is missing, training it first" in capfd.readouterr().err
+    assert losses(tmp_path / "dvae") and len(losses(tmp_path / "transformer")) == 2
+
+    made = (tmp_path / "dvae/finished").stat().st_mtime_ns
+    assert train(chained, "--with-prerequisites", "--dry-run") == 0
+    assert json.loads(capfd.readouterr().out)["prerequisites"] == [{**plan, "state": "finished"}]
+    assert train(chained, "--with-prerequisites", "train.steps=2", "prerequisites=[]") == 0     # no change at a resume
+    assert (tmp_path / "dvae/finished").stat().st_mtime_ns == made
+
+
+def test_a_prerequisite_that_fails_ends_the_command_with_its_status(chained, workshop, train, tmp_path, capfd,
+                                                                    monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    workshop.config("dvae", tmp_path, data={"train": str(tmp_path / "nothing")})
+    assert train(chained, "--with-prerequisites") == 2
+    assert "dvae.yaml ended with status 2; nothing after it was started" in capfd.readouterr().err
+    assert not (tmp_path / "transformer").exists()
+
+
+def test_data_that_was_not_made_yet_is_named_with_its_command(workshop, train, tmp_path, monkeypatch):
+    config = workshop.config("dvae", tmp_path, data={"train": "data/shapes/train"})
+    monkeypatch.chdir(tmp_path)
+    message = refusal(train, config)
+    assert message.endswith("make it first: python tools/make_shards.py shapes --out data/shapes")
+
+
+def test_what_shipped_configs_need_first_is_shipped():
+    import gans
+    from dalle.config import load_config
+    from dalle.tasks import RUNS
+    from dalle.training.prerequisites import prerequisites
+
+    gans.register()
+    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+        config = load_config(path, [], RUNS)
+        found = prerequisites(str(path), config.model_copy(update={
+            "prerequisites": tuple(str(ROOT / name) for name in config.prerequisites)}), RUNS)
+        assert len(found) >= len(config.prerequisites), path
+
+
 def test_shipped_configs_are_valid():
+    import gans
     from dalle.config import load_config
     from dalle.tasks import RUNS
 
+    gans.register()
     paths = sorted((ROOT / "configs").rglob("*.yaml"))
     assert paths
     for path in paths:

@@ -50,6 +50,37 @@ class Page(HTMLParser):
         self.text += data
 
 
+def test_the_picture_that_is_changed_is_shown_first_for_every_caption(tmp_path):
+    source = torch.full((3, 8, 8), 250, dtype=torch.uint8)
+    page_file = write_gallery(tmp_path, results(), keep=2, about=ABOUT, source=source)
+    assert json.loads((tmp_path / "results.json").read_text())["source"] == "source.png"
+    assert np.array(Image.open(tmp_path / "source.png")).tolist() == np.full((8, 8, 3), 250).tolist()
+    page = Page(page_file.read_text())
+    assert [picture["alt"] for picture in page.shown] == [
+        "the picture that is changed", "a red star", "a red star",
+        "the picture that is changed", "a blue circle", "a blue circle"]
+    row = np.array(sheet(results(), 2, source))
+    plain = np.array(sheet(results(), 2))
+    assert row.shape[1] > plain.shape[1] and (row == 250).all(axis=2).any() and not (plain == 250).all(axis=2).any()
+    write_gallery(tmp_path, results(), keep=2, about=ABOUT)
+    assert not (tmp_path / "source.png").exists()
+
+
+def test_more_pictures_of_a_candidate_are_files_and_stand_below_it(tmp_path):
+    (first, second), others = results(2)[0].candidates, results(1)[1:]
+    first.details["pictures"] = {"attention": torch.full((3, 4, 12), 77, dtype=torch.uint8)}
+    second.details["pictures"] = {"attention": torch.full((3, 4, 12), 78, dtype=torch.uint8)}
+    page = Page(write_gallery(tmp_path, [PromptResult("a <star>", [first, second], True), *others], 1,
+                              ABOUT).read_text())
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
+        "000-01-attention.png", "000-01.png", "001-01.png"]
+    assert Image.open(tmp_path / "kept/000-01-attention.png").size == (12, 4)
+    assert [picture["alt"] for picture in page.shown] == ["a <star>", "a <star>: attention", "a blue circle"]
+    kept, folded = json.loads((tmp_path / "results.json").read_text())["prompts"][0]["candidates"]
+    assert kept["pictures"] == {"attention": "kept/000-01-attention.png"} and kept["codes"] == [1, 0]
+    assert "pictures" not in folded and len(page.folded) == 2
+
+
 def test_kept_pictures_are_files_and_the_rest_is_folded(tmp_path):
     page_file = write_gallery(tmp_path, results(), keep=2, about=ABOUT)
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [

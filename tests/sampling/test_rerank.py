@@ -67,7 +67,7 @@ def test_rank_is_by_score_and_ties_by_seed():
 
 def test_the_wrong_kind_of_model_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "dvae"}))
-    with pytest.raises(UserError, match="holds a 'dvae' model; --rerank needs a 'clip' run"):
+    with pytest.raises(UserError, match="holds a 'dvae' model; --rerank needs a 'clip'"):
         load_reranker(str(tmp_path))
     with pytest.raises(UserError, match="does not exist"):
         load_reranker(str(tmp_path / "none"))

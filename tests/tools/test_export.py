@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 import yaml
@@ -36,6 +38,25 @@ def test_raw_weights_of_an_earlier_step(run, commands, tmp_path):
     assert all(torch.equal(exported[name], saved.tensor("weights", name)) for name in saved.keys("weights"))
     assert any(not torch.equal(exported[name], saved.tensor("average", name)) for name in saved.keys("average"))
     assert "| weights | raw |" in (tmp_path / "raw" / "README.md").read_text()
+
+
+def test_a_gan_is_exported_with_its_text_encoder_and_the_average_of_its_generator(workshop, commands, tmp_path):
+    assert commands["train"](workshop.config("clip", tmp_path, train={"steps": 1, "batch_size": 8}),
+                             "data.validation=null") == 0
+    data = workshop.folder / "data"
+    tree = {"task": "acgan", "name": "acgan", "output": str(tmp_path), "text_encoder": str(tmp_path / "clip"),
+            "data": {"train": str(data / "train"), "image_size": 16, "workers": 0},
+            "generator": {"num_classes": 48, "noise_dim": 4, "channels": [8, 8]}, "generator_optimizer": {"ema": 0.9},
+            "discriminator": {"channels": [4, 4, 8, 8, 8, 8]}, "train": {"steps": 2, "batch_size": 8}}
+    (tmp_path / "acgan.yaml").write_text(yaml.safe_dump(tree))
+    assert commands["train"](tmp_path / "acgan.yaml") == 0
+    assert commands["export"](tmp_path / "acgan", "--out", tmp_path / "release") == 0
+    assert "| weights | averaged (EMA) |" in (tmp_path / "release/README.md").read_text()
+    assert json.loads((tmp_path / "release/source.json").read_text()) == {"step": 2, "averaged": True}
+    (tmp_path / "clip").rename(tmp_path / "gone")        # all that sampling needs is in the folder
+    pictures = [load_generator(folder).generate(["a red circle"], [3])
+                for folder in (tmp_path / "release", tmp_path / "acgan")]
+    assert pictures[0].shape == (1, 3, 16, 16) and torch.equal(*pictures)
 
 
 def test_refusals_are_one_line(run, commands, tmp_path):

@@ -44,3 +44,4 @@ def test_the_command_writes_its_record(workshop, commands, tmp_path):
     assert record["captions"] == 4 and record["candidates"] == 3
     assert 0 <= record["unranked"] <= record["oracle"] <= 1
     assert record["model"]["kind"] == "text_to_image_transformer"
+    assert record["temperature"] == record["guidance"] == 1.0

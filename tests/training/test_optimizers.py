@@ -96,3 +96,12 @@ def test_muon_without_matrices_says_what_is_missing():
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="no trainable"):
         build_optimizer(nn.Linear(2, 2).requires_grad_(False), OptimizerConfig())
+
+
+def test_the_schedule_step_needs_its_length_and_no_other_takes_it():
+    config = OptimizerConfig(schedule="step", step_every=10, step_factor=0.25)
+    assert [config.factor(step, 1000) for step in (0, 9, 10, 19, 20)] == [1, 1, 0.25, 0.25, 0.0625]
+    with pytest.raises(ValueError, match="schedule step needs step_every"):
+        OptimizerConfig(schedule="step")
+    with pytest.raises(ValueError, match="step_every is for schedule step, not cosine"):
+        OptimizerConfig(step_every=10)

@@ -30,3 +30,14 @@ def test_decay_starts_after_the_warmup_and_ends_at_the_final_fraction():
     assert half == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2)
     assert learning_rate_factor(100, 100, 4, "cosine", 0.1) == pytest.approx(0.1)
     assert learning_rate_factor(52, 100, 4, "linear", 0.0) == pytest.approx(0.5)
+
+
+def test_the_step_schedule_halves_after_every_so_many_steps_whatever_the_length_of_the_run():
+    factors = [learning_rate_factor(step, 7, 0, "step", 0.0, step_every=3) for step in range(8)]
+    assert factors == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25]
+    assert factors == [learning_rate_factor(step, 1_000_000, 0, "step", 0.0, step_every=3) for step in range(8)]
+
+
+def test_the_step_schedule_counts_from_the_end_of_the_warmup():
+    factors = [learning_rate_factor(step, 100, 2, "step", 0.0, step_every=2, step_factor=0.1) for step in range(6)]
+    assert factors == pytest.approx([0.5, 1, 1, 1, 0.1, 0.1])

@@ -1,0 +1,182 @@
+"""What a run reads and does not make itself: other runs, which can be trained first, and data sets."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from dalle.config import load_config, read_yaml
+from dalle.data.dataset import DataConfig
+from dalle.errors import MissingModel, UserError
+from dalle.training.loop import FINISHED_FILE
+from dalle.training.run import RunConfig
+from dalle.training.signals import STOP_SIGNALS
+
+SECONDS_BETWEEN_LOOKS = 1.0      # of the processes that wait while the main one trains
+# what tells a process that it is one of several; a prerequisite is trained by one alone
+OF_A_GROUP = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
+                        r"|(TORCHELASTIC|ACCELERATE|FSDP|SLURM|OMPI|PMI|PMIX)_.*")
+
+# data set -> how its pictures and its tokenizer are made; {root} is its folder
+RECIPES = {
+    "shapes": ("python tools/make_shards.py shapes --out {root}",
+               "python tools/train_tokenizer.py {root}/train --out {root}/tokenizer --vocab-size 512"),
+    "emoji": ("python tools/make_shards.py emoji --out {root} --install",
+              "python tools/train_tokenizer.py {root}/train --out {root}/tokenizer --vocab-size 4096"),
+}
+
+State = Literal["finished", "unfinished", "missing"]
+
+
+class Prerequisite(NamedTuple):
+    """A run that another one reads."""
+
+    path: str            # of its config, as it was given
+    config: RunConfig
+
+    @property
+    def state(self) -> State:
+        """How far it is; a model without checkpoints was brought from elsewhere and counts as finished."""
+        folder = self.config.folder
+        exported = (folder / "model" / "config.json").is_file()
+        if not (folder / "checkpoints").is_dir():
+            return "finished" if exported else "missing"
+        return "finished" if exported and finished_steps(folder) >= self.config.train.steps else "unfinished"
+
+    def describe(self) -> dict[str, str]:
+        return {"config": self.path, "folder": str(self.config.folder), "state": self.state}
+
+
+def finished_steps(folder: Path) -> int:
+    """The steps of a run that reached its end; 0 for one that did not."""
+    try:
+        return int(json.loads((folder / FINISHED_FILE).read_text())["step"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return 0
+
+
+def prerequisites(path: str, config: RunConfig, runs: Mapping[str, type[RunConfig]]) -> list[Prerequisite]:
+    """Every run that ``config``, read from ``path``, needs, each once and after all that it needs itself."""
+    found: dict[Path, Prerequisite] = {}
+
+    def visit(above: list[str], config: RunConfig) -> None:
+        for name in config.prerequisites:
+            if Path(name).resolve() in {Path(other).resolve() for other in above}:
+                raise UserError(f"prerequisites go round in a circle: {' needs '.join([*above, name])}")
+            if Path(name).resolve() in found:
+                continue
+            try:
+                own = load_config(name, [], runs)
+            except UserError as error:
+                raise UserError(f"prerequisites of {above[-1]}: {error}") from None
+            visit([*above, name], own)
+            found[Path(name).resolve()] = Prerequisite(name, own)
+
+    visit([path], config)
+    return list(found.values())
+
+
+def train_prerequisites(needed: Sequence[Prerequisite], command: Sequence[str], is_main: bool,
+                        say: Callable[[str], None]) -> int:
+    """Train what is missing or unfinished, in order, each by ``command`` and its config; the first status but 0, or 0.
+
+    Of several processes the main one does it and the others wait; where it fails, their launcher ends them.
+    """
+    for one in needed:
+        if not is_main:
+            while one.state != "finished":
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        elif one.state != "finished":
+            say(f"prerequisite: {one.config.folder} is {one.state}, training it first "
+                f"(python launch/train.py {one.path})")
+            status = run_to_its_end([*command, one.path])
+            if status:
+                say(f"the prerequisite {one.path} ended with status {status}; nothing after it was started")
+                return status
+            if one.state != "finished":
+                raise UserError(f"{one.path} ended well, but {one.config.folder} is {one.state}: is anything else "
+                                "writing there?")
+    return 0
+
+
+def run_to_its_end(command: Sequence[str]) -> int:
+    """The exit status of a command on its own. Signals that ask for a stop are passed on, so that it saves."""
+    environment = {name: value for name, value in os.environ.items() if not OF_A_GROUP.fullmatch(name)}
+    process = subprocess.Popen(command, env=environment)
+    handlers = {signal.Signals[name]: lambda number, frame: process.send_signal(number) for name in STOP_SIGNALS}
+    handlers[signal.SIGINT] = lambda number, frame: None       # a terminal sends it to both
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+@contextmanager
+def missing_runs_explained(path: str, needed: Callable[[], Sequence[Prerequisite]]) -> Iterator[None]:
+    """Add to the error about a run that does not exist how to make it, where a config of it is known."""
+    try:
+        yield
+    except UserError as error:
+        missing = missing_model(error)
+        advice = how_to_make(missing, path, needed()) if missing is not None else None
+        if advice is None:
+            raise
+        raise UserError(f"{error}; make it first: {advice}") from error
+
+
+def missing_model(error: BaseException | None) -> Path | None:
+    """Where the model should be whose absence is behind ``error``."""
+    while error is not None:
+        if isinstance(error, MissingModel):
+            return Path(error.path)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def how_to_make(folder: Path, path: str, needed: Sequence[Prerequisite]) -> str | None:
+    """The command for the run in ``folder``: of a prerequisite, or of a config beside the one at ``path``."""
+    for one in needed:
+        if is_inside(folder, one.config.folder):
+            return f"python launch/train.py {one.path}, or add --with-prerequisites"
+    for other in sorted(Path(path).parent.glob("*.yaml")):
+        if is_inside(folder, folder_of(other)):
+            return f"python launch/train.py {other}"
+    return None
+
+
+def folder_of(path: Path) -> Path | None:
+    """The run's folder, by a config that is not validated."""
+    try:
+        tree: dict[str, Any] = read_yaml(path)
+        return Path(tree.get("output", "runs")) / tree["name"]
+    except (UserError, KeyError, TypeError):
+        return None
+
+
+def is_inside(folder: Path, run: Path | None) -> bool:
+    return run is not None and run.absolute() in (folder.absolute(), *folder.absolute().parents)
+
+
+def check_data(data: DataConfig) -> None:
+    """:class:`UserError` with the command for a part of a data set of the project that was not made yet."""
+    parts = {"train": data.train, "validation": data.validation, "tokenizer": data.tokenizer}
+    for key, spec in parts.items():
+        for place in (spec or "").split("::"):
+            match = re.match(rf"((?:.*/)?data/({'|'.join(RECIPES)}))/([^/*?\[{{]+)", place)
+            if match and not Path(match[1], match[3]).exists():
+                made_by = RECIPES[match[2]][key == "tokenizer"].format(root=match[1])
+                raise UserError(f"data.{key}: {match[1]}/{match[3]} does not exist; make it first: {made_by}")
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
