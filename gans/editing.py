@@ -1,0 +1,52 @@
+"""What systems that edit a picture after a sentence share: what they give, and how a run shows it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from dalle.data.index import ShardIndex
+from dalle.evaluation.references import ShardReferences, read_pictures
+from dalle.training.task import Networks
+from gans.layers import Augmented
+from gans.task import GANTask
+
+MOST_LOOKED_AT = 64      # pictures, for enough that can be read
+
+
+class Edited(NamedTuple):
+    """Edited pictures [B, 3, S, S] in [-1, 1], and the conditions that they were made with."""
+
+    image: Tensor
+    augmented: Augmented
+
+
+class EditingTask(GANTask):
+    """A GAN whose generator takes a picture, ``source``."""
+
+    _sources: Tensor | None = None      # of the previews, once they were asked for
+
+    @torch.no_grad()
+    def preview(self, networks: Networks, step: int) -> dict[str, Tensor]:
+        """``samples``: held-out pictures in the first row, and below it, for each caption, what becomes of them."""
+        settings = self.config.preview
+        sources = self.preview_sources()
+        if not settings.captions or not len(sources):
+            return {}
+        captions = [caption for caption in settings.captions for _ in sources]
+        seeds = list(range(len(sources))) * len(settings.captions)
+        edited = self.generator(networks).generate(captions, seeds,
+                                                   sources=sources.repeat(len(settings.captions), 1, 1, 1))
+        return {"samples": make_grid(torch.cat([sources, edited]), nrow=len(sources), padding=2)}
+
+    def preview_sources(self) -> Tensor:
+        """uint8 [``columns``, 3, S, S]: the first pictures of ``data.validation``, or of the training set without."""
+        if self._sources is None:
+            data = self.config.data
+            spec = data.validation or data.train
+            index = ShardIndex.load(spec)
+            numbers = list(range(min(index.num_samples, MOST_LOOKED_AT)))
+            pictures, _, _ = read_pictures(ShardReferences(spec, index), numbers, data.image_size)
+            self._sources = pictures[:self.config.preview.columns]
+        return self._sources

@@ -1,0 +1,318 @@
+"""The one task of all GANs: what goes into a step, in which order the players move, and what is exported.
+
+A system subclasses :class:`GANTask` and writes down its networks and its two losses. What a step is made of (texts,
+mismatched pairs, noise) is a function of the seed, the step and the global batch, so that any number of processes
+trains the same: sample i of the global batch is sample i // R of rank i mod R.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+from dalle.config import Section
+from dalle.data.decode import BadSample
+from dalle.data.index import ShardIndex
+from dalle.errors import UserError
+from dalle.evaluation.captions import CaptionSource
+from dalle.evaluation.small_config import SmallEvaluationConfig
+from dalle.models.base import ModelConfig
+from dalle.training.gathering import in_global_order
+from dalle.training.optimizers import OptimizerConfig
+from dalle.training.run import RunConfig
+from dalle.training.task import Batch, Loss, Networks, Phase, Player, Task
+from gans.generator import TEXT_FOLDER, GANGenerator, Noise, Painter, draw_noise
+from gans.layers import spectrally_normalised, synchronised
+from gans.losses import r1_penalty
+from gans.text import StandardisedTextEncoder, Text, load_text_encoder
+
+CAPTIONS_FOR_STATISTICS = 2000
+PREVIEW_CAPTIONS = ("a red circle", "a blue square above a green star", "a small yellow triangle", "a purple heart")
+
+Config = TypeVar("Config", bound=ModelConfig)
+
+
+class GANOptimizer(OptimizerConfig):
+    """Adam as DCGAN has it (arXiv 1511.06434): no clipping, no decay, a constant rate."""
+
+    lr: float = Field(default=2e-4, gt=0)
+    betas: tuple[float, float] = (0.5, 0.999)
+    clip: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
+
+
+class StabiliserConfig(Section):
+    """What the classic systems did not have; off in their configs."""
+
+    r1: float = Field(default=0.0, ge=0, description="gamma of the R1 penalty on real pictures; 0: none")
+    r1_every: int = Field(default=16, ge=1, description="steps between two penalties, each that much stronger")
+    spectral_norm: bool = Field(default=False, description="of every layer of the discriminator")
+
+
+class GANPreviewConfig(Section):
+    """The pictures in the log: each caption with ``columns`` seeds, counted from 0."""
+
+    captions: tuple[str, ...] = PREVIEW_CAPTIONS
+    columns: int = Field(default=4, ge=1)
+
+
+class PaintingRun(RunConfig):
+    """What every run has whose network paints captions."""
+
+    sync_batch_norm: bool = Field(default=False, description="statistics over the batches of all processes")
+    preview: GANPreviewConfig = GANPreviewConfig()
+    evaluation: SmallEvaluationConfig = SmallEvaluationConfig()
+
+
+class GANRun(PaintingRun):
+    """What every GAN's run has; a system adds ``task``, ``generator``, ``discriminator`` and ``loss``."""
+
+    text_encoder: str | None = Field(default=None, description="a run or model folder (ds_sje, vse, damsm, clip), "
+                                     "open_clip:NAME/TAG or transformers:NAME; frozen")
+    standardise_text: bool = Field(default=False, description="each dimension of the text to mean 0 and deviation 1")
+    generator_optimizer: GANOptimizer = GANOptimizer()
+    discriminator_optimizer: GANOptimizer = GANOptimizer()
+    stabiliser: StabiliserConfig = StabiliserConfig()
+
+    @model_validator(mode="after")
+    def _pairs_are_read(self) -> "GANRun":
+        if not self.data.images:
+            raise ValueError("a GAN is trained on pictures: leave data.images as it is")
+        if self.text_encoder is not None and self.data.caption == "none":
+            raise ValueError("text_encoder reads captions, but data.caption is none: leave one of them out")
+        return self
+
+
+class Exchange:
+    """Moves tensors between this rank's share of the global batch and all of it."""
+
+    def __init__(self, networks: Networks):
+        self._rank, self._world_size = networks.rank, networks.world_size
+
+    def everyone(self, tensor: Tensor) -> Tensor:
+        """[b, ...] -> [B, ...], in the order of the global batch; without gradient."""
+        return in_global_order(tensor, self._world_size) if self._world_size > 1 else tensor
+
+    def mine(self, tensor: Tensor) -> Tensor:
+        """[B, ...] -> [b, ...]."""
+        return tensor[self._rank::self._world_size]
+
+    def size(self, own: int) -> int:
+        """B for a share of ``own``."""
+        return own * self._world_size
+
+
+class GANTask(Task):
+    """A generator against a discriminator: the base of every system's task.
+
+    Class attributes say what a system's step needs. ``fresh_noise``: the generator's phase gets a noise of its own,
+    ``noise_g``. ``wrong_images``: ``wrong_image`` is drawn from the global batch, of another class where there are
+    classes, or just another one. ``wrong_texts``: ``wrong_text`` is the text ``wrong_text_shift`` samples further on.
+    """
+
+    splits_batch = False       # batch normalisation and mismatched pairs couple the samples
+    fresh_noise: ClassVar[bool] = False
+    wrong_images: ClassVar[Literal["other_class", "other"] | None] = None
+    wrong_texts: ClassVar[Literal["rolled"] | None] = None
+    wrong_text_shift: ClassVar[int] = 1
+    generator_repeats: ClassVar[int] = 1
+    config: PaintingRun
+    players: dict[str, Player]
+
+    # -- what a system writes
+
+    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+        """The discriminator's loss; the fakes are painted without gradient."""
+        raise NotImplementedError
+
+    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+        """The generator's loss."""
+        raise NotImplementedError
+
+    def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
+        """The logits of real, matching pairs, for R1; ``image`` takes the place of the batch's."""
+        raise NotImplementedError
+
+    # -- what it gets
+
+    def assemble(self, config: GANRun, generator: Painter, discriminator: nn.Module,
+                 text_encoder: nn.Module | None, frozen: Mapping[str, nn.Module] | None = None) -> None:
+        """Set players, frozen networks and phases; the last line of a system's ``__init__``."""
+        self.config = config
+        if config.stabiliser.spectral_norm:
+            discriminator = spectrally_normalised(discriminator)
+        if config.sync_batch_norm:
+            generator, discriminator = synchronised(generator), synchronised(discriminator)
+        # as convolutions on CPU cores and tensor cores read them: a quarter of the step's time
+        generator, discriminator = (module.to(memory_format=torch.channels_last) for module in
+                                    (generator, discriminator))
+        self.players = {"generator": Player(generator, config.generator_optimizer),
+                        "discriminator": Player(discriminator, config.discriminator_optimizer)}
+        self.frozen = {**({"text": text_encoder} if text_encoder is not None else {}), **(frozen or {})}
+        self.phases = [Phase("discriminator", player="discriminator", loss=self.d_loss)]
+        if config.stabiliser.r1:
+            self.phases.append(Phase("r1", player="discriminator", loss=self.r1_loss,
+                                     every=config.stabiliser.r1_every))
+        self.phases.append(Phase("generator", player="generator", loss=self.g_loss, repeats=self.generator_repeats))
+
+    @property
+    def network(self) -> Painter:
+        """The generator itself."""
+        return self.players["generator"].module
+
+    def exchange(self, networks: Networks) -> Exchange:
+        return Exchange(networks)
+
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+        """The step's tensors, those of :class:`GANTask`'s attributes included.
+
+        ``image`` float [b, 3, S, S] in [-1, 1], ``text``, ``noise``, ``class_id`` int64 [b], ``caption``, and as
+        configured ``noise_g``, ``wrong_image``, ``wrong_class_id``, ``wrong_text``.
+        """
+        exchange = self.exchange(networks)
+        prepared: Batch = {"image": batch["image"].float() / 127.5 - 1, "class_id": batch["class_id"],
+                           "caption": batch.get("caption")}
+        if "text" in self.frozen:
+            prepared["text"] = self.encode(networks, batch)
+        for stream, name in enumerate(("noise", "noise_g") if self.fresh_noise else ("noise",)):
+            prepared[name] = self.draw(exchange, len(batch["image"]), step, stream, batch["image"].device)
+        if self.wrong_images is not None:
+            prepared |= self.draw_wrong_images(exchange, batch, step)
+        if self.wrong_texts is not None:
+            prepared["wrong_text"] = self.roll_text(exchange, prepared["text"])
+        return prepared
+
+    def encode(self, networks: Networks, batch: Batch) -> Text:
+        """The frozen encoder's text; the sentence is the mean over a sample's captions where it has several."""
+        encoder = networks.bare("text")
+        if "captions" not in batch:
+            return floated(encoder(batch["caption"]))
+        count = len(batch["captions"][0])
+        text = floated(encoder([caption for captions in batch["captions"] for caption in captions]))
+        return Text(text.sentence.unflatten(0, (-1, count)).mean(dim=1), text.words[::count], text.mask[::count])
+
+    def draw(self, exchange: Exchange, own: int, step: int, stream: int, device: torch.device) -> Noise:
+        """This rank's rows of the step's noise."""
+        source = step_generator(self.config.seed, step, stream)
+        noise = draw_noise(source, exchange.size(own), self.network.noise_dims, self.network.noise_law)
+        return {name: exchange.mine(values).to(device, non_blocking=True) for name, values in noise.items()}
+
+    def draw_wrong_images(self, exchange: Exchange, batch: Batch, step: int) -> Batch:
+        """For each sample another picture of the global batch, and its class."""
+        images, classes = exchange.everyone(batch["image"]), exchange.everyone(batch["class_id"])
+        chosen = other_samples(classes, self.wrong_images == "other_class",
+                               step_generator(self.config.seed, step, 100))
+        mine = exchange.mine(chosen)
+        return {"wrong_image": images[mine].float() / 127.5 - 1, "wrong_class_id": classes[mine]}
+
+    def roll_text(self, exchange: Exchange, text: Text) -> Text:
+        """Sample i gets the text of sample i + shift of the global batch."""
+        return Text(*(exchange.mine(exchange.everyone(part).roll(-self.wrong_text_shift, 0)) for part in text))
+
+    def r1_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+        """gamma / 2 of the gradient penalty on real pictures, times the steps between two (lazy regularisation)."""
+        image = batch["image"].clone().requires_grad_(True)
+        scores = self.real_scores(networks.penalty("discriminator"), batch, image)
+        penalty = r1_penalty(torch.cat([score.flatten() for score in scores]), image)
+        settings = self.config.stabiliser
+        return Loss(0.5 * settings.r1 * settings.r1_every * penalty, {"gradient": penalty.detach()})
+
+    # -- looking and keeping
+
+    def generator(self, networks: Networks) -> GANGenerator:
+        """What paints with the networks as they are now."""
+        encoder = networks.bare("text") if "text" in self.frozen else None
+        return GANGenerator(networks.bare("generator"), encoder)
+
+    @torch.no_grad()
+    def preview(self, networks: Networks, step: int) -> dict[str, Tensor]:
+        """``samples``: a row for each caption, a column for each seed."""
+        settings = self.config.preview
+        if not settings.captions or self.network.edits:
+            return {}
+        captions = [caption for caption in settings.captions for _ in range(settings.columns)]
+        seeds = list(range(settings.columns)) * len(settings.captions)
+        images = self.generator(networks).generate(captions, seeds)
+        return {"samples": make_grid(images, nrow=settings.columns, padding=2)}
+
+    def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:
+        """The generator, and in ``text/`` the encoder: all that sampling needs."""
+        self.network.save_pretrained(folder, states["generator"])
+        if "text" in self.frozen:
+            self.frozen["text"].save(Path(folder) / TEXT_FOLDER)
+
+
+def load_encoder(config: GANRun, default: str | None = None) -> nn.Module:
+    """The run's text encoder, or the one called ``default``, frozen; ``UserError`` when none is named."""
+    name = config.text_encoder or default
+    if name is None:
+        raise UserError(f"{config.task} reads captions: set text_encoder to a run of ds_sje, vse, damsm or clip, "
+                        "open_clip:NAME/TAG or transformers:NAME")
+    encoder = load_text_encoder(name)
+    if not config.standardise_text:
+        return encoder
+    return StandardisedTextEncoder.over(encoder, first_captions(config.data.train))
+
+
+def first_captions(shards: str) -> list[str]:
+    """A caption of each of the first samples of a split, to take statistics over."""
+    source = CaptionSource(ShardIndex.load(shards))
+    captions = []
+    for position in range(min(source.index.num_samples, CAPTIONS_FOR_STATISTICS)):
+        with suppress(BadSample):
+            own = source.captions(position)
+            captions.append(own[position % len(own)])
+    return captions
+
+
+def filled(config: Config, **values: Any) -> Config:
+    """``config`` with what follows from elsewhere filled in; ``UserError`` for a value that contradicts it."""
+    for name, value in values.items():
+        default = type(config).model_fields[name].default      # what a saved config has in it, though nobody chose it
+        if getattr(config, name) not in (value, default):
+            raise UserError(f"generator.{name} is {getattr(config, name)}, but it follows from the data and the text "
+                            f"encoder and is {value}: leave it out")
+    try:
+        return type(config).model_validate({**config.model_dump(exclude_unset=True), **values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["generator", *map(str, first["loc"])])
+        raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def pyramid(image: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """[B, 3, S, S] resized to each size: lower levels are copies of one crop, not crops of their own."""
+    return [image if size == image.shape[-1] else
+            F.interpolate(image, (size, size), mode="bilinear", antialias=True, align_corners=False) for size in sizes]
+
+
+def floated(text: Text) -> Text:
+    return Text(text.sentence.float(), text.words.float(), text.mask)
+
+
+def step_generator(*key: int) -> torch.Generator:
+    """A source of random numbers that is a function of ``key`` alone."""
+    digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8, person=b"gan-step").digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def other_samples(classes: Tensor, of_other_class: bool, source: torch.Generator) -> Tensor:
+    """int64 [B]: for each sample another one at random; of another class where there is one (-1: a class of its own).
+
+    A batch in which all samples are of one class gives just others; a batch of one sample gives that one.
+    """
+    count = len(classes)
+    order = torch.rand(count, count, generator=source)
+    order.fill_diagonal_(-2)                                    # never itself, unless it is alone
+    if of_other_class:
+        known = classes.cpu()
+        alike = (known[:, None] == known[None, :]) & (known >= 0)[:, None]
+        order -= alike.float() * (1 - torch.eye(count))         # behind all of another class
+    return order.argmax(dim=1).to(classes.device)
