@@ -1,0 +1,519 @@
+"""DAMSM, the matching model of AttnGAN (arXiv 1711.10485, section 3.2): regions of a picture against words.
+
+A bi-LSTM reads the caption, a trunk and two projections see the picture; a pair fits when its words find regions that
+look like them, and when the two whole vectors point the same way. It serves three times: as a text encoder, as a
+generator's loss through the frozen picture side, and as the ranker of R-precision.
+
+Where paper and released code differ, the code is followed: gamma 4, 5, 10 for the paper's 5, 5, 10; means for sums; a
+score without 1 / gamma_2, hence sharper by that factor; a frozen trunk whose batch norms see the batch while training
+(``trunk_batch_statistics``), so that their running statistics drift to the data.
+Not as in the code: Adam's moments go on over the epochs instead of starting anew with each of them.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from dalle.config import Section
+from dalle.data.tokenizer import CaptionTokenizer
+from dalle.errors import UserError
+from dalle.metrics.retrieval import r_precision_hits
+from dalle.models.base import ModelConfig, PretrainedModel
+from dalle.sampling.generator import (
+    identify,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    model_kind,
+    truncation_warnings,
+)
+from dalle.sampling.rerank import FeatureReranker
+from dalle.tasks.clip import POOLS, RANKS, full_precision, pooled_recalls, recall
+from dalle.training.gathering import in_global_order, in_global_order_with_gradient
+from dalle.training.optimizers import OptimizerConfig
+from dalle.training.run import RunConfig
+from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
+from gans.layers import synchronised
+from gans.task import step_generator
+from gans.text import TOKENIZER_FOLDER, Text, TextEncoder, length_mask, token_ids
+from gans.trunks import build_trunk
+
+SMALLEST = 1e-8         # of the product of two lengths, in every cosine
+WORD_DROPOUT_STREAM, WORD_CHOICE_STREAM = 200, 201
+R_PRECISION_CANDIDATES = 100
+
+
+class Gammas(NamedTuple):
+    """How sharp attention, the sum over words and the softmax over pairs are (the code's values)."""
+
+    attention: float = 4.0
+    words: float = 5.0
+    pairs: float = 10.0
+
+
+GAMMAS = Gammas()
+
+
+class MatchingLosses(NamedTuple):
+    """Picture to captions and caption to pictures, of words and of sentences; the DAMSM loss is their sum."""
+
+    words0: Tensor
+    words1: Tensor
+    sent0: Tensor
+    sent1: Tensor
+
+
+# -- the model
+
+class DamsmConfig(ModelConfig):
+    """The paper's sizes, with CUB's vocabulary."""
+
+    num_text_tokens: int = Field(default=5450, ge=2, description="the tokenizer's vocabulary, 0 for no word included")
+    text_length: int = Field(default=18, ge=1)
+    dim: int = Field(default=256, ge=2, multiple_of=2, description="D of the common space; half a direction")
+    embedding_dim: int = Field(default=300, ge=1)
+    dropout: float = Field(default=0.5, ge=0, lt=1, description="of the embeddings")
+    trunk: str | None = Field(default="inception_v3", description="as in gans/trunks.py; null: a text encoder alone")
+    gammas: Gammas = GAMMAS
+
+
+class WordEncoder(nn.Module):
+    """Word ids -> one vector a word and one for the whole caption, by an LSTM in both directions."""
+
+    def __init__(self, num_text_tokens: int, dim: int = 256, embedding_dim: int = 300, dropout: float = 0.5):
+        super().__init__()
+        self.dropout = dropout
+        self.embedding = nn.Embedding(num_text_tokens, embedding_dim)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        self.lstm = nn.LSTM(embedding_dim, dim // 2, batch_first=True, bidirectional=True)
+
+    def forward(self, ids: Tensor, kept: Tensor | None = None) -> Text:
+        """int64 [B, T] (0 behind the end) -> sentence [B, D], words [B, D, T] (0 behind the end) and mask [B, T].
+
+        ``kept`` bool [B, T, embedding_dim]: what the dropout leaves, for the same whatever the number of processes.
+        """
+        with full_precision(ids.device):
+            mask = length_mask((ids != 0).sum(dim=1), ids.shape[1])
+            embedded = self.embedding(ids)
+            if kept is not None:
+                embedded = embedded * kept / (1 - self.dropout)
+            else:
+                embedded = F.dropout(embedded, self.dropout, self.training)
+            packed = pack_padded_sequence(embedded, mask.sum(dim=1).cpu(), batch_first=True, enforce_sorted=False)
+            outputs, (last, _) = self.lstm(packed)
+            words, _ = pad_packed_sequence(outputs, batch_first=True, total_length=ids.shape[1])
+            return Text(torch.cat([last[0], last[1]], dim=1), words.transpose(1, 2), mask)
+
+
+class RegionEncoder(nn.Module):
+    """Pictures -> one vector a region and one for the whole, by two projections over a trunk."""
+
+    def __init__(self, trunk: nn.Module, dim: int = 256, trunk_batch_statistics: bool = False):
+        super().__init__()
+        self.trunk, self.trunk_batch_statistics = trunk, trunk_batch_statistics
+        self.local = nn.Conv2d(trunk.local_dim, dim, 1, bias=False)
+        self.pooled = nn.Linear(trunk.pooled_dim, dim)
+        nn.init.uniform_(self.local.weight, -0.1, 0.1)
+        nn.init.uniform_(self.pooled.weight, -0.1, 0.1)
+
+    def forward(self, images: Tensor | None = None,
+                features: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Pictures float [B, 3, H, W] in [-1, 1], or the trunk's features -> regions [B, D, h, w], whole [B, D]."""
+        local, pooled = self.trunk(images) if features is None else features
+        with full_precision(local.device):
+            return self.local(at_least_single(local)), self.pooled(at_least_single(pooled))
+
+    def train(self, mode: bool = True) -> Self:
+        """A frozen trunk stays in evaluation mode, unless its batch norms shall see the batch."""
+        super().train(mode)
+        if not self.trunk.trained and not self.trunk_batch_statistics:
+            self.trunk.eval()
+        return self
+
+
+class Damsm(PretrainedModel):
+    """Both encoders; ``image`` is None in what was saved for its text side alone."""
+
+    model_type = "damsm"
+    Config = DamsmConfig
+    config: DamsmConfig
+
+    def __init__(self, config: DamsmConfig):
+        super().__init__(config)
+        self.text = WordEncoder(config.num_text_tokens, config.dim, config.embedding_dim, config.dropout)
+        self.image = None
+        if config.trunk is not None:        # weights come from the task that makes it, or from the saved model
+            self.image = RegionEncoder(build_trunk(config.trunk, load=False), config.dim)
+
+    @classmethod
+    def load(cls, name: str | Path, device: torch.device | str = "cpu") -> Self:
+        """The model of a run or model folder, frozen; what it says of a picture is differentiable by the picture.
+
+        Raises ``UserError`` for anything else, and for a text encoder alone.
+        """
+        folder = model_folder(str(name))
+        if (kind := model_kind(folder)) != cls.model_type:
+            raise UserError(f"{name} holds a {kind!r} model, not {cls.model_type!r}: give the folder of a "
+                            f"{cls.model_type} run")
+        return with_pictures(load_model(cls, folder, device), folder).requires_grad_(False)
+
+    def losses(self, images: Tensor, text: Text, class_ids: Tensor | None = None,
+               world_size: int = 1) -> MatchingLosses:
+        """How badly pictures float [B, 3, H, W] in [-1, 1] fit their texts, among those of the global batch."""
+        return damsm_losses(*self.image(images), text, class_ids, self.config.gammas, world_size)
+
+
+def with_pictures(model: Damsm, folder: Path) -> Damsm:
+    if model.image is None:
+        raise UserError(f"{folder} holds the text side of a damsm model only: give the folder of the damsm run itself")
+    return model
+
+
+def at_least_single(tensor: Tensor) -> Tensor:
+    """fp32 for what autocast has made narrower."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+# -- how well words fit regions
+
+def func_attention(words: Tensor, regions: Tensor, gamma1: float = 4.0,
+                   mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What each word of [B, D, T] sees of its picture's regions [B, D, h, w] (equations 8 and 9).
+
+    The scores of a region are a softmax over the words first, then a word's weights one over the regions: contexts
+    [B, D, T], weights [B, T, h, w]. ``mask`` bool [B, T]: which words there are; all, without it. The weights of a
+    word that is not there mean nothing.
+    """
+    flat = regions.flatten(2)                                                       # [B, D, R]
+    scores = words.transpose(1, 2) @ flat                                           # [B, T, R]
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], -math.inf)
+    weights = (gamma1 * scores.softmax(dim=1)).softmax(dim=2)
+    return flat @ weights.transpose(1, 2), weights.unflatten(2, regions.shape[2:])
+
+
+def word_scores(regions: Tensor, words: Tensor, mask: Tensor, gamma1: float = 4.0, gamma2: float = 5.0,
+                gamma3: float = 10.0) -> Tensor:
+    """S [N, M] of the pictures' regions [N, D, h, w] and the captions' words [M, D, T], mask [M, T].
+
+    S = gamma_3 ln sum_i exp(gamma_2 cos(c_i, e_i)): equation 10 without its exponent 1 / gamma_2, as released. All
+    pairs at once, with what ``func_attention`` does for each of them.
+    """
+    used = int(mask.any(dim=0).sum())                                               # to the longest caption's end
+    words, mask = words[:, :, :used].transpose(1, 2), mask[:, :used]                # [M, T, D], [M, T]
+    captions, length, dim = words.shape
+    flat = regions.flatten(2)                                                       # [N, D, R]
+    scores = (words.reshape(-1, dim) @ flat).unflatten(1, (captions, length))       # [N, M, T, R]
+    scores = scores.masked_fill(~mask[None, :, :, None], -math.inf).softmax(dim=2)
+    weights = (gamma1 * scores).softmax(dim=3).flatten(1, 2)              # [N, M T, R]
+    contexts = (weights @ flat.transpose(1, 2)).unflatten(1, (captions, length))    # [N, M, T, D]
+    lengths = contexts.norm(dim=3) * words.norm(dim=2)
+    cosines = (contexts * words).sum(dim=3) / lengths.clamp(min=SMALLEST)           # [N, M, T]
+    fits = (gamma2 * cosines).masked_fill(~mask, -math.inf).logsumexp(dim=2)
+    return gamma3 * fits
+
+
+def sentence_scores(pooled: Tensor, sentence: Tensor, gamma3: float = 10.0) -> Tensor:
+    """S [pictures, captions] = gamma_3 cos of whole pictures [N, D] and sentences [M, D]."""
+    lengths = pooled.norm(dim=1)[:, None] * sentence.norm(dim=1)[None, :]
+    return gamma3 * (pooled @ sentence.T) / lengths.clamp(min=SMALLEST)
+
+
+def pair_losses(scores: Tensor, class_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy over rows and over columns of S [B, B] (equations 11 and 12; means, as released).
+
+    Other samples of the same class are no mismatch and are left out; -1 is a class of its own.
+    """
+    if class_ids is not None:
+        alike = (class_ids[:, None] == class_ids[None, :]) & (class_ids >= 0)
+        scores = scores.masked_fill(alike.fill_diagonal_(False), -math.inf)
+    own = torch.arange(len(scores), device=scores.device)
+    return F.cross_entropy(scores, own), F.cross_entropy(scores.T, own)
+
+
+def words_loss(regions: Tensor, words: Tensor, mask: Tensor, class_ids: Tensor | None = None,
+               gamma1: float = 4.0, gamma2: float = 5.0, gamma3: float = 10.0) -> tuple[Tensor, Tensor]:
+    """The word-level losses of B pairs: regions [B, D, h, w], words [B, D, T], mask bool [B, T]."""
+    return pair_losses(word_scores(regions, words, mask, gamma1, gamma2, gamma3), class_ids)
+
+
+def sent_loss(pooled: Tensor, sentence: Tensor, class_ids: Tensor | None = None,
+              gamma3: float = 10.0) -> tuple[Tensor, Tensor]:
+    """The sentence-level losses of B pairs [B, D], [B, D]."""
+    return pair_losses(sentence_scores(pooled, sentence, gamma3), class_ids)
+
+
+def damsm_losses(local: Tensor, pooled: Tensor, text: Text, class_ids: Tensor | None = None,
+                 gammas: Gammas = GAMMAS, world_size: int = 1) -> MatchingLosses:
+    """All four of the global batch: this rank's regions [b, D, h, w], wholes [b, D], texts and classes [b].
+
+    Every process computes the same losses, with gradient to its own share; the engine's mean over the processes of
+    their parameters' gradients is then that of one process.
+    """
+    with full_precision(local.device):
+        local, pooled, sentence, words = (in_global_order_with_gradient(at_least_single(part), world_size)
+                                          for part in (local, pooled, text.sentence, text.words))
+        mask = in_global_order(text.mask, world_size)
+        if class_ids is not None:
+            class_ids = in_global_order(class_ids, world_size)
+        return MatchingLosses(*words_loss(local, words, mask, class_ids, *gammas),
+                              *sent_loss(pooled, sentence, class_ids, gammas.pairs))
+
+
+# -- training
+
+class DamsmArchitecture(Section):
+    """The sizes that are free; vocabulary and length follow from the tokenizer and the data."""
+
+    dim: int = Field(default=256, ge=2, multiple_of=2)
+    embedding_dim: int = Field(default=300, ge=1)
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    trunk: str = Field(default="inception_v3", description="small[:WIDTH], or inception_v3, googlenet or vgg16 with "
+                       "nothing (torchvision's hub), :FILE or :random behind it")
+
+
+class DamsmOptimizer(OptimizerConfig):
+    """Adam at 0.002; in the schedule ``step`` the rate falls until it has reached ``lowest_lr``."""
+
+    lr: float = Field(default=2e-3, gt=0)
+    betas: tuple[float, float] = (0.5, 0.999)
+    clip: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
+    lowest_lr: float = Field(default=2e-4, gt=0, description="of the schedule step: falls no more from here on")
+
+    def factor(self, step: int, steps: int) -> float:
+        if self.schedule != "step" or self.step_factor == 1:
+            return super().factor(step, steps)
+        falls = max(0, math.ceil(math.log(self.lowest_lr / self.lr) / math.log(self.step_factor)))
+        return super().factor(min(step, self.warmup + falls * self.step_every), steps)
+
+
+class DamsmTextOptimizer(DamsmOptimizer):
+    """The same, with the text encoder's gradient clipped."""
+
+    clip: float = Field(default=0.25, ge=0)
+
+
+class DamsmLossConfig(Section):
+    """How sharp the losses are, and which pairs they compare."""
+
+    gamma1: float = Field(default=4.0, gt=0, description="of the attention over regions; the paper has 5")
+    gamma2: float = Field(default=5.0, gt=0, description="of the sum over words")
+    gamma3: float = Field(default=10.0, gt=0, description="of the softmax over pairs")
+    same_class: Literal["left_out", "mismatched"] = Field(
+        default="left_out", description="what another sample of one's own class is; a sample without class has none")
+
+    @property
+    def gammas(self) -> Gammas:
+        return Gammas(self.gamma1, self.gamma2, self.gamma3)
+
+
+class DamsmRun(RunConfig):
+    """A DAMSM run: sizes, trunk, losses and how the two encoders move."""
+
+    task: Literal["damsm"] = "damsm"
+    model: DamsmArchitecture = DamsmArchitecture()
+    text_optimizer: DamsmTextOptimizer = DamsmTextOptimizer()
+    image_optimizer: DamsmOptimizer = DamsmOptimizer()
+    loss: DamsmLossConfig = DamsmLossConfig()
+    trunk_batch_statistics: bool = Field(default=True, description="the batch norms of a frozen trunk see the "
+                                         "batch, as in the released code; false: the statistics that it came with")
+    long_captions: Literal["random_words", "head"] = Field(
+        default="random_words", description="what training keeps of captions over data.text_length: a random choice of "
+                                            "their words, in order, or the first ones")
+
+    @model_validator(mode="after")
+    def _pieces_fit(self) -> "DamsmRun":
+        if self.data.tokenizer is None:
+            raise ValueError("DAMSM reads captions: set data.tokenizer to a tokenizer folder")
+        if not self.data.images:
+            raise ValueError("DAMSM looks at pictures: set data.images to true")
+        if self.train.batch_size < 2:
+            raise ValueError("the losses compare the pairs of a batch: set train.batch_size to 2 or more")
+        return self
+
+
+class DamsmTask(Task):
+    """The matching losses over the pairs of the global batch.
+
+    Two players, because the text encoder's gradient is clipped by itself. Both move along the gradient of one and the
+    same loss: each phase takes the other side's codes as they were before either moved.
+    """
+
+    splits_batch = False    # every pair of the batch is a mismatch of every other
+
+    def __init__(self, config: DamsmRun):
+        self.config = config
+        self.tokenizer = CaptionTokenizer.load(config.data.tokenizer)
+        self.model = Damsm(DamsmConfig(**config.model.model_dump(), num_text_tokens=self.tokenizer.vocab_size,
+                                       text_length=config.data.text_length, gammas=config.loss.gammas))
+        image = self.model.image
+        if not image.trunk.trained:
+            image.trunk = build_trunk(config.model.trunk)
+            if config.trunk_batch_statistics:       # those of the global batch, on any number of processes
+                image.trunk, image.trunk_batch_statistics = synchronised(image.trunk), True
+        image.trunk.requires_grad_(image.trunk.trained)
+        self.players = {"image": Player(image, config.image_optimizer),
+                        "text": Player(self.model.text, config.text_optimizer)}
+        self.frozen = {}
+        self.phases = [Phase("image", player="image", loss=self.image_loss),
+                       Phase("text", player="text", loss=self.text_loss)]
+        self.tokens_per_sample = config.data.text_length
+
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+        """Pictures in [-1, 1] (or the features of a frozen trunk), ids, the dropout's choice, and the codes of text."""
+        images = batch["image"].float() / 127.5 - 1
+        ids = self.shortened(batch) if self.config.long_captions == "random_words" else batch["text"]
+        kept = self.draw_kept(networks, ids, step)
+        prepared: Batch = {"ids": ids, "kept": kept, "text": networks.bare("text")(ids, kept), "class_ids": None}
+        if self.config.loss.same_class == "left_out":
+            prepared["class_ids"] = batch["class_id"]
+        image = networks.bare("image")
+        if image.trunk.trained:
+            return prepared | {"seen": {"images": images}}
+        return prepared | {"seen": {"features": tuple(part.float() for part in image.trunk(images))}}
+
+    def draw_kept(self, networks: Networks, ids: Tensor, step: int) -> Tensor | None:
+        """bool [b, T, embedding_dim]: this rank's rows of what the step's dropout leaves."""
+        settings = self.config.model
+        if settings.dropout == 0:
+            return None
+        source = step_generator(self.config.seed, step, WORD_DROPOUT_STREAM)
+        shape = (len(ids) * networks.world_size, ids.shape[1], settings.embedding_dim)
+        kept = torch.rand(shape, generator=source) >= settings.dropout
+        return kept[networks.rank::networks.world_size].to(ids.device, non_blocking=True)
+
+    def shortened(self, batch: Batch) -> Tensor:
+        """The ids [b, T], where a caption that is too long keeps T of its words, drawn by its position, in order."""
+        ids, length = batch["text"], self.config.data.text_length
+        full = (ids[:, -1] != 0).nonzero().flatten().tolist()
+        if not full:
+            return ids
+        ids = ids.clone()
+        for row in full:
+            words = torch.tensor(self.tokenizer.token_ids(batch["caption"][row]))
+            if len(words) > length:
+                source = step_generator(self.config.seed, int(batch["position"][row]), WORD_CHOICE_STREAM)
+                chosen = torch.randperm(len(words), generator=source)[:length].sort().values
+                ids[row] = words[chosen].to(ids.device)
+        return ids
+
+    def image_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+        """L_DAMSM (equation 13) for the picture side, whose codes it leaves behind for the other phase."""
+        codes = networks["image"](**batch["seen"])
+        batch["codes"] = tuple(code.detach() for code in codes)
+        return self.matching(networks, batch, codes, batch["text"])
+
+    def text_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+        """The same loss for the text side."""
+        return self.matching(networks, batch, batch["codes"], networks["text"](batch["ids"], batch["kept"]))
+
+    def matching(self, networks: Networks, batch: Batch, codes: tuple[Tensor, Tensor], text: Text) -> Loss:
+        losses = damsm_losses(*codes, Text(*text), batch["class_ids"], self.config.loss.gammas, networks.world_size)
+        return Loss(sum(losses), {name: loss.detach() for name, loss in losses._asdict().items()})
+
+    @torch.no_grad()
+    def validate(self, networks: Networks, batches: Iterable[Batch]) -> dict[str, Mean]:
+        """Recall in whole pools by the sentence, as for a CLIP, and by the words; R-precision by the sentence.
+
+        R-precision is that of the real pictures, each among 99 other captions of the rank's share; where there are not
+        so many different ones, the figure is absent.
+        """
+        image, text = networks.bare("image"), networks.bare("text")
+        figures: dict[str, Mean] = {}
+        wholes, sentences, captions, waiting = [], [], [], []
+        with full_precision(image.local.weight.device):
+            for batch in batches:
+                local, pooled = image(batch["image"].float() / 127.5 - 1)
+                said = text(batch["text"])
+                waiting = word_recalls(figures, [*waiting, *zip(local, said.words, said.mask, strict=True)],
+                                       self.config.loss.gammas)
+                wholes.append(F.normalize(pooled, dim=1))
+                sentences.append(F.normalize(said.sentence, dim=1))
+                captions += batch["caption"]
+            figures = pooled_recalls(list(zip(wholes, sentences, strict=True))) | figures
+            if len(set(captions)) >= R_PRECISION_CANDIDATES:
+                hits = r_precision_hits(torch.cat(wholes), torch.cat(sentences), R_PRECISION_CANDIDATES,
+                                        captions=captions)
+                figures["rprecision"] = Mean(float(hits.sum()), len(hits))
+        return figures
+
+    def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:
+        """``config.json``, ``model.safetensors`` and ``tokenizer/``: all that the three uses need."""
+        state = {f"{player}.{name}": tensor for player, tensors in states.items() for name, tensor in tensors.items()}
+        self.model.save_pretrained(folder, state)
+        self.tokenizer.save(Path(folder) / TOKENIZER_FOLDER)
+
+
+def word_recalls(figures: dict[str, Mean], pairs: list[tuple[Tensor, Tensor, Tensor]],
+                 gammas: Gammas) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Add ``words_recall@k_in_64``, by the word-level score, of the whole pools among ``pairs``; the rest is returned.
+
+    A pair is regions [D, h, w], words [D, T] and mask [T]: too large to keep them all.
+    """
+    pool = POOLS[0]
+    while len(pairs) >= pool:
+        regions, words, mask = (torch.stack(parts) for parts in zip(*pairs[:pool], strict=True))
+        scores = word_scores(regions, words, mask, *gammas)
+        for k in RANKS:
+            figures.setdefault(f"words_recall@{k}_in_{pool}", Mean()).add(recall(scores, k), count=pool)
+        pairs = pairs[pool:]
+    return pairs
+
+
+# -- the trained model at work
+
+class DAMSMTextEncoder(TextEncoder):
+    """The text side of a DAMSM run."""
+
+    model_type = Damsm.model_type
+
+    def __init__(self, network: WordEncoder, config: DamsmConfig, tokenizer: CaptionTokenizer):
+        super().__init__()
+        self.network, self.config, self.tokenizer = network, config, tokenizer
+        self.sentence_dim = self.word_dim = config.dim
+        self.text_length = config.text_length
+        self.freeze()
+
+    def encode(self, captions: list[str]) -> Text:
+        return self.network(token_ids(self.tokenizer, captions, self.text_length).to(self.device))
+
+    def warnings(self, captions: Iterable[str]) -> list[str]:
+        return truncation_warnings(list(captions), self.tokenizer, self.text_length, "caption for the text encoder")
+
+    def save(self, folder: str | Path) -> None:
+        """A DAMSM without a picture side."""
+        model = Damsm(self.config.model_copy(update={"trunk": None}))
+        model.text = self.network
+        model.save_pretrained(folder)
+        self.tokenizer.save(Path(folder) / TOKENIZER_FOLDER)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        model = load_model(Damsm, folder, "cpu")
+        return cls(model.text, model.config, load_tokenizer(folder / TOKENIZER_FOLDER))
+
+
+def load_reranker(folder: Path, device: torch.device | str = "cpu") -> FeatureReranker:
+    """The model of ``folder`` as a ranker: the cosine of whole picture and sentence, as R-precision takes it."""
+    model = with_pictures(load_model(Damsm, folder, device), folder)
+    tokenizer, length = load_tokenizer(folder / TOKENIZER_FOLDER), model.config.text_length
+
+    def encode_image(images: Tensor) -> Tensor:
+        _, pooled = model.image(images.to(device).float() / 127.5 - 1)
+        return F.normalize(pooled, dim=1)
+
+    def encode_captions(captions: list[str]) -> Tensor:
+        return F.normalize(model.text(token_ids(tokenizer, captions, length).to(device)).sentence, dim=1)
+
+    def warnings(captions: list[str]) -> list[str]:
+        return truncation_warnings(captions, tokenizer, length, "caption for the reranker")
+
+    return FeatureReranker(encode_image, encode_captions, identify(folder), warnings)
