@@ -1,0 +1,349 @@
+"""AC-GAN (Odena, Olah, Shlens, arXiv 1610.09585): a class-conditional GAN whose discriminator also names the class.
+
+The authors published no code. The layer table is the one that two independent reimplementations agree on; its "linear
+768" is read as 8x8x768, the only start from which four doublings reach 128 pixels.
+
+The class comes from the sample's ``class_id``; the discriminator never sees it. A caption is painted as the class whose
+prototype, the mean sentence vector of the captions seen with the class, has the highest cosine with it: the zero-shot
+rule of DS-SJE (arXiv 1605.05395). ``class:12`` in place of a caption is class 12 itself.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from dalle.config import Section
+from dalle.errors import UserError
+from dalle.models.base import ModelConfig
+from dalle.training.task import Batch, Loss, Networks
+from gans.generator import Noise, Painter
+from gans.layers import dcgan_init, leaky
+from gans.losses import bce
+from gans.task import GANRun, GANTask, filled, load_encoder, step_generator
+from gans.text import Text
+
+FEWEST = 2                                         # side of the first feature map
+LITERAL = re.compile(r"\s*class:\s*(\d+)\s*")      # a prompt that names a class
+
+
+# -- the generator
+
+class ACGANConfig(ModelConfig):
+    """``preset`` names an entry of :data:`PRESETS`; the other keys given beside it replace its values."""
+
+    image_size: int = Field(default=128, ge=4)
+    num_classes: int = Field(default=10, ge=1)
+    noise_dim: int = Field(default=100, ge=1)
+    channels: tuple[int, ...] = Field(default=(768, 384, 256, 192), min_length=1,
+                                      description="of the feature maps; each map doubles the size of the one before")
+    sentence_dim: int = Field(default=1024, ge=1, description="length of the classes' prototypes")
+
+    @property
+    def start_size(self) -> int:
+        """The side of the first feature map."""
+        return self.image_size // 2 ** len(self.channels)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "preset" not in values:
+            return values
+        name = values["preset"]
+        if name not in PRESETS:
+            raise ValueError(f"unknown AC-GAN preset {name!r}; known: {', '.join(PRESETS)}")
+        return PRESETS[name] | {key: value for key, value in values.items() if key != "preset"}
+
+    @model_validator(mode="after")
+    def _doubles_to_the_size(self) -> "ACGANConfig":
+        if self.start_size < FEWEST or self.start_size * 2 ** len(self.channels) != self.image_size:
+            raise ValueError(f"{len(self.channels)} channels double the first map {len(self.channels)} times, which "
+                             f"does not end at {self.image_size} pixels: give a multiple of "
+                             f"{FEWEST * 2 ** len(self.channels)}, or another number of channels")
+        return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "imagenet": {"image_size": 128, "channels": (768, 384, 256, 192)},
+    "cifar": {"image_size": 32, "channels": (384, 192, 96)},
+}
+
+
+class ClassPrototypes(nn.Module):
+    """The mean sentence vector of each class's captions, [K, D], and of how many it is the mean, [K]."""
+
+    def __init__(self, num_classes: int, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(num_classes, dim))
+        self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
+
+    @torch.no_grad()
+    def add(self, sentence: Tensor, class_id: Tensor) -> None:
+        """Take [B, D] of captions whose pictures are of the classes [B] into the means."""
+        with torch.autocast(sentence.device.type, enabled=False):
+            # a product, not index_add_, whose order of summation differs from call to call on a GPU
+            members = F.one_hot(class_id, len(self.count)).T.float()                    # [K, B]
+            added = members.sum(dim=1)
+            self.count += added.long()
+            difference = members @ sentence.float() - added[:, None] * self.mean
+            self.mean += difference / self.count.clamp(min=1)[:, None]
+
+    def nearest(self, sentence: Tensor) -> Tensor:
+        """[B, D] -> the class of highest cosine among those seen, int64 [B]."""
+        with torch.autocast(sentence.device.type, enabled=False):
+            cosines = F.normalize(sentence.float(), dim=1) @ F.normalize(self.mean.float(), dim=1).T    # [B, K]
+        return cosines.masked_fill(self.count == 0, -torch.inf).argmax(dim=1)
+
+
+class ACGANGenerator(Painter):
+    """Noise and a class to a picture; with the prototypes that give a caption its class."""
+
+    model_type = "acgan"
+    Config = ACGANConfig
+    config: ACGANConfig
+
+    def __init__(self, config: ACGANConfig):
+        super().__init__(config)
+        self.stem = nn.Linear(config.noise_dim + config.num_classes, config.start_size ** 2 * config.channels[0])
+        blocks = [nn.Sequential(doubling(*widths, bias=False), nn.BatchNorm2d(widths[1]), nn.ReLU())
+                  for widths in pairwise(config.channels)]
+        self.body = nn.Sequential(*blocks, doubling(config.channels[-1], 3, bias=True), nn.Tanh())
+        self.prototypes = ClassPrototypes(config.num_classes, config.sentence_dim)
+        dcgan_init(self, linear=True)
+
+    @property
+    def noise_dims(self) -> dict[str, int]:
+        return {"z": self.config.noise_dim}
+
+    def forward(self, noise: Noise, class_id: Tensor) -> Tensor:
+        """z [B, Z] and classes [B] -> [B, 3, S, S] in [-1, 1]."""
+        condition = F.one_hot(class_id, self.config.num_classes).to(noise["z"].dtype)
+        side = self.config.start_size
+        first = F.relu(self.stem(torch.cat([noise["z"], condition], dim=1)))
+        return self.body(first.unflatten(1, (self.config.channels[0], side, side)))
+
+    @torch.no_grad()
+    def paint(self, noise: Noise, text: Text | None,
+              class_id: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pictures of the classes [B]; without them, of the classes that the text is nearest to."""
+        return self(noise, self.prototypes.nearest(text.sentence) if class_id is None else class_id), {}
+
+    def conditions(self, captions: Sequence[str], text: Text | None) -> dict[str, Tensor]:
+        """``class_id``: what a prompt names, otherwise the class of the nearest prototype."""
+        named = named_classes(captions, self.config.num_classes).to(self.stem.weight.device)
+        if not (named < 0).any():
+            return {"class_id": named}
+        if text is None or not self.prototypes.count.any():
+            raise UserError("this AC-GAN has seen no captions, so it knows its classes by number alone: ask for "
+                            f"class:0 to class:{self.config.num_classes - 1}, or train it with a text_encoder")
+        return {"class_id": torch.where(named < 0, self.prototypes.nearest(text.sentence), named)}
+
+
+def doubling(inputs: int, outputs: int, bias: bool) -> nn.ConvTranspose2d:
+    """[B, inputs, H, W] -> [B, outputs, 2H, 2W]."""
+    return nn.ConvTranspose2d(inputs, outputs, 5, stride=2, padding=2, output_padding=1, bias=bias)
+
+
+def named_classes(prompts: Sequence[str], num_classes: int) -> Tensor:
+    """The class that each prompt of the form ``class:12`` names, -1 for captions; int64 [N]."""
+    found = [LITERAL.fullmatch(prompt) for prompt in prompts]
+    named = [int(match[1]) if match else -1 for match in found]
+    if max(named, default=-1) >= num_classes:
+        raise UserError(f"class:{max(named)} is out of range: this model has the classes 0 to {num_classes - 1}")
+    return torch.tensor(named, dtype=torch.int64)
+
+
+# -- the discriminator
+
+class ACGANDiscriminatorConfig(Section):
+    """Six 3x3 convolutions of strides 2, 1, 2, 1, 2, 1 at the paper's sizes."""
+
+    channels: tuple[int, ...] = Field(default=(16, 32, 64, 128, 256, 512), min_length=1)
+    dropout: float = Field(default=0.5, ge=0, lt=1, description="share of the activations set to 0, in every layer")
+    activation_noise: float = Field(default=0.0, ge=0, description="deviation of what is added to every layer's input; "
+                                                                   "the paper tried 0, 0.1 and 0.2")
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** -(-len(self.channels) // 2)
+
+
+class Verdict(NamedTuple):
+    """Logits of the source (real or not) [B] and of the classes [B, K]."""
+
+    source: Tensor
+    classes: Tensor
+
+
+class ActivationNoise(nn.Module):
+    """Normal noise on the activations, in training."""
+
+    def __init__(self, deviation: float):
+        super().__init__()
+        self.deviation = deviation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.deviation == 0:
+            return x
+        return x + self.deviation * torch.randn_like(x)
+
+
+class ACGANDiscriminator(nn.Module):
+    """A picture to its source and its class."""
+
+    def __init__(self, config: ACGANDiscriminatorConfig, image_size: int, num_classes: int):
+        super().__init__()
+        side = image_size // config.downsampling
+        widths = (3, *config.channels)
+        self.trunk = nn.Sequential(*(self.block(config, index, *pair) for index, pair in enumerate(pairwise(widths))))
+        self.head = nn.Linear(side * side * widths[-1], 1 + num_classes)
+        dcgan_init(self, linear=True)
+
+    @staticmethod
+    def block(config: ACGANDiscriminatorConfig, index: int, inputs: int, outputs: int) -> nn.Sequential:
+        first = index == 0
+        convolution = nn.Conv2d(inputs, outputs, 3, stride=2 - index % 2, padding=1, bias=first)
+        norm = nn.Identity() if first else nn.BatchNorm2d(outputs)
+        return nn.Sequential(ActivationNoise(config.activation_noise), convolution, norm, leaky(),
+                             nn.Dropout(config.dropout))
+
+    def forward(self, image: Tensor) -> Verdict:
+        """[B, 3, S, S]; the class is not among the arguments."""
+        logits = self.head(self.trunk(image).flatten(1))
+        return Verdict(logits[:, 0], logits[:, 1:])
+
+
+# -- the losses, as what is minimised
+
+def discriminator_loss(real: Verdict, fake: Verdict, real_class: Tensor, fake_class: Tensor,
+                       class_weight: float = 1.0) -> Tensor:
+    """-(L_S + L_C), eqs. 2 and 3: the class of the fakes, too, is the discriminator's to name."""
+    source = bce(real.source, 1) + bce(fake.source, 0)
+    return source + class_weight * (class_loss(real, real_class) + class_loss(fake, fake_class))
+
+
+def generator_loss(fake: Verdict, fake_class: Tensor, class_weight: float = 1.0) -> Tensor:
+    """-L_C on the fakes, and the non-saturating form of L_S."""
+    return bce(fake.source, 1) + class_weight * class_loss(fake, fake_class)
+
+
+def class_loss(verdict: Verdict, class_id: Tensor) -> Tensor:
+    """Softmax cross-entropy of the classes, mean."""
+    return F.cross_entropy(verdict.classes.float(), class_id)
+
+
+def class_accuracy(classes: Tensor, class_id: Tensor) -> Tensor:
+    """The share of [B, K] whose highest logit is at ``class_id`` [B]."""
+    return (classes.detach().argmax(dim=1) == class_id).float().mean()
+
+
+# -- training
+
+class ACGANLossConfig(Section):
+    """The paper's sum has no weights."""
+
+    class_weight: float = Field(default=1.0, ge=0, description="of L_C beside L_S")
+
+
+class ACGANRun(GANRun):
+    """An AC-GAN's run. ``text_encoder`` is optional: without one, the model takes ``class:N`` alone."""
+
+    task: Literal["acgan"] = "acgan"
+    generator: ACGANConfig = ACGANConfig()
+    discriminator: ACGANDiscriminatorConfig = ACGANDiscriminatorConfig()
+    loss: ACGANLossConfig = ACGANLossConfig()
+
+    @model_validator(mode="after")
+    def _pieces_fit(self) -> "ACGANRun":
+        factor = self.discriminator.downsampling
+        if self.data.image_size % factor:
+            raise ValueError(f"the discriminator halves {self.data.image_size} pixels (data.image_size) until they "
+                             f"are {factor} times fewer: give a multiple of {factor}")
+        captions = [caption for caption in self.preview.captions if not LITERAL.fullmatch(caption)]
+        if self.text_encoder is None and self.train.preview_every and captions:
+            raise ValueError("without a text_encoder the model takes no captions: set preview.captions to class:0, "
+                             "class:1 and the like")
+        return self
+
+
+class ClassCheck:
+    """Refuses classes that the model does not have. On an accelerator a step late: no step waits for the device."""
+
+    def __init__(self, task: str, key: str, num_classes: int):
+        self.task, self.key, self.num_classes = task, key, num_classes
+        self._copied: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def __call__(self, class_id: Tensor) -> Tensor:
+        """Class ids of the whole batch [B] -> the same, none of them out of range."""
+        if class_id.device.type != "cuda":
+            self._refuse(class_id)
+            return class_id
+        if self._copied is not None:
+            values, arrived = self._copied
+            arrived.synchronize()
+            self._refuse(values)
+        values = torch.empty(class_id.shape, dtype=class_id.dtype, pin_memory=True)
+        self._copied = values.copy_(class_id, non_blocking=True), torch.cuda.current_stream().record_event()
+        return class_id.clamp(0, self.num_classes - 1)      # an index out of range would end the process
+
+    def _refuse(self, class_id: Tensor) -> None:
+        lowest, highest = int(class_id.min()), int(class_id.max())
+        if lowest < 0:
+            raise UserError(f"data.train: a sample has no class, and {self.task} needs that of each: write class_id "
+                            "into the samples' JSON, or train a system that needs none")
+        if highest >= self.num_classes:
+            raise UserError(f"data.train: a sample is of class {highest}, but {self.key} is {self.num_classes}: set it "
+                            f"to the number of classes, {highest + 1} or more")
+
+
+class ACGANTask(GANTask):
+    """One step of each player; each draws noise and classes of its own."""
+
+    fresh_noise = True
+    config: ACGANRun
+    class_streams: ClassVar[dict[str, int]] = {"fake_class": 200, "fake_class_g": 201}
+
+    def __init__(self, config: ACGANRun):
+        encoder = load_encoder(config) if config.text_encoder is not None else None
+        length = {} if encoder is None else {"sentence_dim": encoder.sentence_dim}
+        settings = filled(config.generator, image_size=config.data.image_size, **length)
+        discriminator = ACGANDiscriminator(config.discriminator, settings.image_size, settings.num_classes)
+        self.check = ClassCheck("AC-GAN", "generator.num_classes", settings.num_classes)
+        self.assemble(config, ACGANGenerator(settings), discriminator, encoder)
+
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+        """Also ``fake_class`` and ``fake_class_g`` [b], uniform; takes the captions into the class prototypes."""
+        exchange, settings = self.exchange(networks), self.network.config
+        everyones = self.check(exchange.everyone(batch["class_id"]))
+        prepared = super().prepare({**batch, "class_id": exchange.mine(everyones)}, networks, step)
+        for name, stream in self.class_streams.items():
+            source = step_generator(self.config.seed, step, stream)
+            drawn = torch.randint(settings.num_classes, everyones.shape, generator=source)
+            prepared[name] = exchange.mine(drawn).to(everyones.device, non_blocking=True)
+        if "text" in prepared:
+            # of the whole batch: the same sums on every rank
+            self.network.prototypes.add(exchange.everyone(prepared["text"].sentence), everyones)
+        return prepared
+
+    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+        """Also the shares of the classes that are named right, of real pictures and of fakes."""
+        discriminator = networks["discriminator"]
+        with torch.no_grad():
+            painted = networks["generator"](batch["noise"], batch["fake_class"])
+        real, fake = discriminator(batch["image"]), discriminator(painted)
+        total = discriminator_loss(real, fake, batch["class_id"], batch["fake_class"], self.config.loss.class_weight)
+        return Loss(total, {"real_accuracy": class_accuracy(real.classes, batch["class_id"]),
+                            "fake_accuracy": class_accuracy(fake.classes, batch["fake_class"])})
+
+    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+        fake = networks["discriminator"](networks["generator"](batch["noise_g"], batch["fake_class_g"]))
+        return Loss(generator_loss(fake, batch["fake_class_g"], self.config.loss.class_weight),
+                    {"accuracy": class_accuracy(fake.classes, batch["fake_class_g"])})
+
+    def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
+        return [discriminator(image).source]

@@ -1,0 +1,341 @@
+"""StackGAN++ (arXiv 1710.10916): one generator that paints a picture at several sizes, and a discriminator for each.
+
+With captions (section 4.1) every discriminator judges the picture alone and the picture with its caption, *jointly*;
+without them (``generator.conditional: false``, section 4.2) only the picture alone, and the colours of neighbouring
+sizes are tied together (section 4.3). Weights and the wrong pair, which eq. 11 leaves out, follow the authors' code.
+
+The wrong picture is of another class, where the code draws again only once. A model without captions is asked for
+pictures as any other, but a prompt is no more than a name there: the seed alone says what is painted.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from dalle.config import Section
+from dalle.models.base import ModelConfig
+from dalle.training.task import Batch, Loss, Networks
+from gans.generator import Noise, Painter
+from gans.layers import (
+    ConditioningAugmentation,
+    conv3,
+    down,
+    join,
+    orthogonal_init,
+    residual_glu,
+    same,
+    up_glu,
+)
+from gans.losses import bce
+from gans.task import GANOptimizer, GANRun, GANTask, filled, load_encoder, pyramid
+from gans.text import Text
+
+SMALLEST = 4             # the side at which the generator begins and the discriminators end
+
+
+# -- the generator (section 4)
+
+class StackGANv2Config(ModelConfig):
+    """Sizes of the generator; the defaults are the paper's: 64, 128 and 256 pixels, with captions."""
+
+    image_size: int = Field(default=256, description="of the last level; each has half the side of the next")
+    levels: int = Field(default=3, ge=1)
+    width: int = Field(default=64, ge=2, description="channels at the first level; half of them at the next")
+    residuals: int = Field(default=2, ge=0, description="blocks at each level but the first")
+    z_dim: int = Field(default=100, ge=1)
+    conditional: bool = True
+    condition_dim: int = Field(default=128, ge=1)
+    sentence_dim: int = Field(default=1024, ge=1)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "StackGANv2Config":
+        if self.image_size & (self.image_size - 1) or self.sizes[0] < 2 * SMALLEST:
+            raise ValueError(f"image_size is a power of two, and {self.levels} levels need {SMALLEST * 2**self.levels} "
+                             f"or more, not {self.image_size}")
+        if self.width % 2**(self.levels - 1):
+            raise ValueError(f"width is halved at each of {self.levels} levels: {self.width} does not allow it")
+        return self
+
+    @property
+    def sizes(self) -> list[int]:
+        """The side of each level's picture, the smallest first."""
+        return [self.image_size >> level for level in reversed(range(self.levels))]
+
+
+class Painted(NamedTuple):
+    """``images`` [B, 3, s, s], the smallest first; with captions the augmentation's ``mean`` [B, d] and KL term."""
+
+    images: list[Tensor]
+    mean: Tensor | None
+    kl: Tensor | None
+
+
+class FirstLevel(nn.Module):
+    """F0: a vector [B, D] to features [B, width, s, s]."""
+
+    def __init__(self, inputs: int, width: int, size: int):
+        super().__init__()
+        count = int(math.log2(size // SMALLEST))
+        widths = [width * 2**level for level in reversed(range(count + 1))]
+        first = 2 * widths[0] * SMALLEST**2
+        self.linear = nn.Sequential(nn.Linear(inputs, first, bias=False), nn.BatchNorm1d(first), nn.GLU(dim=1))
+        self.ups = nn.Sequential(*(up_glu(wide, narrow) for wide, narrow in pairwise(widths)))
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.ups(self.linear(vector).unflatten(1, (-1, SMALLEST, SMALLEST)))
+
+
+class NextLevel(nn.Module):
+    """F1, F2: features [B, width, s, s] and a vector to features [B, width / 2, 2s, 2s]."""
+
+    def __init__(self, width: int, vector_dim: int, residuals: int):
+        super().__init__()
+        self.joint = nn.Sequential(conv3(width + vector_dim, 2 * width), nn.BatchNorm2d(2 * width), nn.GLU(dim=1))
+        self.residuals = nn.Sequential(*(residual_glu(width) for _ in range(residuals)))
+        self.up = up_glu(width, width // 2)
+
+    def forward(self, features: Tensor, vector: Tensor) -> Tensor:
+        return self.up(self.residuals(self.joint(join(features, vector))))
+
+
+class StackGANv2Generator(Painter):
+    """A tree: each level's features make that level's picture, and the next level's features."""
+
+    model_type = "stackgan_v2"
+    Config = StackGANv2Config
+    config: StackGANv2Config
+
+    def __init__(self, config: StackGANv2Config):
+        super().__init__(config)
+        widths = [config.width >> level for level in range(config.levels)]
+        told = config.condition_dim if config.conditional else config.z_dim        # what later levels are told again
+        self.augmentation = ConditioningAugmentation(config.sentence_dim, config.condition_dim, "glu") \
+            if config.conditional else None
+        self.first = FirstLevel(config.z_dim + (config.condition_dim if config.conditional else 0), config.width,
+                                config.sizes[0])
+        self.later = nn.ModuleList(NextLevel(width, told, config.residuals) for width in widths[:-1])
+        self.images = nn.ModuleList(nn.Sequential(conv3(width, 3), nn.Tanh()) for width in widths)
+        orthogonal_init(self)
+
+    @property
+    def noise_dims(self) -> dict[str, int]:
+        eps = {"eps": self.config.condition_dim} if self.config.conditional else {}
+        return {"z": self.config.z_dim, **eps}
+
+    def forward(self, noise: Noise, sentence: Tensor | None = None) -> Painted:
+        if self.augmentation is None:
+            return Painted(self.grow(noise["z"], noise["z"]), None, None)
+        augmented = self.augmentation(sentence, noise["eps"])
+        images = self.grow(torch.cat([augmented.condition, noise["z"]], dim=1), augmented.condition)
+        return Painted(images, augmented.mean, self.augmentation.kl(augmented))
+
+    def mean(self, sentence: Tensor) -> Tensor:
+        """[B, sentence_dim] -> [B, condition_dim]: where the augmentation is centred."""
+        eps = sentence.new_zeros(len(sentence), self.config.condition_dim)
+        return self.augmentation(sentence, eps).mean
+
+    def grow(self, root: Tensor, told: Tensor) -> list[Tensor]:
+        """The pictures of all levels, from the first level's vector and what the later ones are told."""
+        features = [self.first(root)]
+        for level in self.later:
+            features.append(level(features[-1], told))
+        return [image(each) for image, each in zip(self.images, features, strict=True)]
+
+    def paint(self, noise: Noise, text: Text | None, **conditions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        sentence = text.sentence if self.config.conditional else None
+        return self(noise, sentence).images[-1], {}
+
+
+# -- the discriminators
+
+class DiscriminatorConfig(Section):
+    """Sizes of the discriminators; the rest follows from the pictures."""
+
+    width: int = Field(default=64, ge=1, description="channels after the first halving")
+
+
+class Scores(NamedTuple):
+    """One level's logits [B]: for the picture with the caption, and for the picture alone; None: no such head."""
+
+    matched: Tensor | None
+    alone: Tensor | None
+
+
+class LevelDiscriminator(nn.Module):
+    """Pictures of one size to 4 x 4, then to the channels of the first level's discriminator, then a logit a head."""
+
+    def __init__(self, size: int, first_size: int, width: int, condition_dim: int | None, alone: bool):
+        super().__init__()
+        widths = [width * 2**level for level in range(int(math.log2(size // SMALLEST)))]
+        channels = width * first_size // (2 * SMALLEST)
+        self.trunk = nn.Sequential(down(3, width, norm=False), *(down(one, two) for one, two in pairwise(widths)))
+        while widths[-1] > channels:
+            widths.append(widths[-1] // 2)
+            self.trunk.append(same(widths[-2], widths[-1]))
+        self.joint = None if condition_dim is None else same(channels + condition_dim, channels)
+        self.matched = None if condition_dim is None else nn.Conv2d(channels, 1, SMALLEST)
+        self.alone = nn.Conv2d(channels, 1, SMALLEST) if alone else None
+
+    def forward(self, image: Tensor, mean: Tensor | None) -> Scores:
+        features = self.trunk(image)
+        matched = None if self.joint is None else self.matched(self.joint(join(features, mean))).flatten()
+        return Scores(matched, None if self.alone is None else self.alone(features).flatten())
+
+
+class Discriminators(nn.Module):
+    """One for each level, independent of one another."""
+
+    def __init__(self, sizes: Sequence[int], width: int, condition_dim: int | None, alone: bool = True):
+        super().__init__()
+        self.levels = nn.ModuleList(LevelDiscriminator(size, sizes[0], width, condition_dim, alone) for size in sizes)
+        orthogonal_init(self)
+
+    def forward(self, images: Sequence[Tensor], mean: Tensor | None = None) -> list[Scores]:
+        """The pictures, the smallest first, and the mean of the augmentation [B, condition_dim]."""
+        return [level(image, mean) for level, image in zip(self.levels, images, strict=True)]
+
+
+# -- losses
+
+class StackGANv2LossConfig(Section):
+    """Weights and terms of the losses."""
+
+    kl: float = Field(default=2.0, ge=0, description="of the mean over the condition's dimensions")
+    joint: bool = Field(default=True, description="with captions: judge the picture alone, too (JCU)")
+    colour: float | None = Field(default=None, ge=0, description="alpha of the colour consistency; null: 0 with "
+                                                                 "captions, 50 without")
+
+
+def conditional_loss(real: Scores, wrong: Scores, fake: Scores) -> Tensor:
+    """One level's discriminator, eq. 11. A wrong picture is a real one to the head that sees it alone.
+
+    Without that head the two kinds of wrong pairs share the weight of the right one.
+    """
+    if real.alone is None:
+        return bce(real.matched, 1) + 0.5 * (bce(wrong.matched, 0) + bce(fake.matched, 0))
+    return (bce(real.matched, 1) + bce(wrong.matched, 0) + bce(fake.matched, 0)
+            + bce(real.alone, 1) + bce(wrong.alone, 1) + bce(fake.alone, 0))
+
+
+def unconditional_loss(real: Scores, fake: Scores) -> Tensor:
+    """One level's discriminator without captions, eq. 9."""
+    return bce(real.alone, 1) + bce(fake.alone, 0)
+
+
+def adversarial_loss(fakes: Sequence[Scores]) -> Tensor:
+    """The generator's: at every level every head takes the fake for real, eqs. 10 and 12."""
+    return sum(bce(logits, 1) for level in fakes for logits in level if logits is not None)
+
+
+def colour_statistics(image: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, 3, H, W] -> the mean colour [B, 3] and the covariance [B, 3, 3] of each picture's pixels."""
+    pixels = image.float().flatten(2)
+    mean = pixels.mean(dim=2)
+    centred = pixels - mean[:, :, None]
+    return mean, centred @ centred.transpose(1, 2) / pixels.shape[2]
+
+
+def colour_consistency(images: Sequence[Tensor]) -> Tensor:
+    """Eq. 13, lambda_1 = 1 and lambda_2 = 5, without alpha: each picture has the colours of the next smaller one.
+
+    The smaller one is the standard and gets no gradient. Means over elements, where the paper has squared norms.
+    """
+    total = images[0].new_zeros(())
+    for smaller, larger in pairwise(images):
+        mean, covariance = colour_statistics(larger)
+        target_mean, target_covariance = colour_statistics(smaller.detach())
+        total = total + F.mse_loss(mean, target_mean) + 5 * F.mse_loss(covariance, target_covariance)
+    return total
+
+
+# -- training
+
+class StackGANv2Run(GANRun):
+    """A StackGAN++ run; without captions ``text_encoder`` is left out."""
+
+    task: Literal["stackgan_v2"] = "stackgan_v2"
+    generator: StackGANv2Config = StackGANv2Config()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    generator_optimizer: GANOptimizer = GANOptimizer(ema=0.999)
+    loss: StackGANv2LossConfig = StackGANv2LossConfig()
+
+    @model_validator(mode="after")
+    def _text_is_read(self) -> "StackGANv2Run":
+        if not self.generator.conditional and self.text_encoder is not None:
+            raise ValueError("without captions (generator.conditional: false) no text is read: leave text_encoder out")
+        return self
+
+
+class StackGANv2Task(GANTask):
+    """One step of all discriminators, then one of the generator on the same fakes."""
+
+    config: StackGANv2Run
+
+    def __init__(self, config: StackGANv2Run):
+        self.conditional = config.generator.conditional
+        encoder = load_encoder(config) if self.conditional else None
+        known = {"image_size": config.data.image_size}
+        if encoder is not None:
+            known["sentence_dim"] = encoder.sentence_dim
+        sizes = filled(config.generator, **known)
+        discriminators = Discriminators(sizes.sizes, config.discriminator.width,
+                                        sizes.condition_dim if self.conditional else None,
+                                        alone=config.loss.joint or not self.conditional)
+        self.wrong_images = "other_class" if self.conditional else None
+        usual = 0.0 if self.conditional else 50.0
+        self.colour = usual if config.loss.colour is None else config.loss.colour
+        self.assemble(config, StackGANv2Generator(sizes), discriminators, encoder)
+
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+        """Also ``images``, the pictures at every size; with captions ``wrong_images``, ``sentence`` [b, D] and the
+        augmentation's ``mean`` [b, condition_dim], which are None without."""
+        prepared = super().prepare({"caption": None, **batch}, networks, step)      # data.caption may be none
+        prepared["images"] = self.pyramid(prepared["image"])
+        prepared["sentence"] = prepared["mean"] = None
+        if self.conditional:
+            prepared["wrong_images"] = self.pyramid(prepared["wrong_image"])
+            prepared["sentence"] = sentence = prepared["text"].sentence
+            with torch.no_grad():
+                prepared["mean"] = networks.bare("generator").mean(sentence)
+        return prepared
+
+    def pyramid(self, image: Tensor) -> list[Tensor]:
+        return pyramid(image, self.network.config.sizes)
+
+    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+        discriminator = networks["discriminator"]
+        with torch.no_grad():
+            fakes = networks["generator"](batch["noise"], batch["sentence"]).images
+        real = discriminator(batch["images"], batch["mean"])
+        fake = discriminator(fakes, batch["mean"])
+        if self.conditional:
+            wrong = discriminator(batch["wrong_images"], batch["mean"])
+            losses = [conditional_loss(*scores) for scores in zip(real, wrong, fake, strict=True)]
+        else:
+            losses = [unconditional_loss(*scores) for scores in zip(real, fake, strict=True)]
+        sizes = self.network.config.sizes
+        return Loss(sum(losses), {f"at_{size}": loss.detach() for size, loss in zip(sizes, losses, strict=True)})
+
+    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+        """The mean keeps its gradient here: the augmentation learns from what the discriminators make of it, too."""
+        painted = networks["generator"](batch["noise"], batch["sentence"])
+        total = adversarial_loss(networks["discriminator"](painted.images, painted.mean))
+        parts = {"adversarial": total.detach()}
+        if painted.kl is not None:
+            total = total + self.config.loss.kl * painted.kl
+            parts["kl"] = painted.kl.detach()
+        if self.colour:
+            colour = colour_consistency(painted.images)
+            total = total + self.colour * colour
+            parts["colour"] = colour.detach()
+        return Loss(total, parts)
+
+    def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
+        scores = discriminator(self.pyramid(image), batch["mean"])
+        return [logits for level in scores for logits in level if logits is not None]
