@@ -1,0 +1,247 @@
+"""What every system of ``SYSTEMS`` promises, found by the table: a new system is tested here without a line of its own.
+
+Each is trained from its own small config, on tiny data at half its side, over the prerequisites that the config names.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import gans
+from dalle.config import load_config
+from dalle.data.loader import train_batches
+from dalle.sampling.generator import load_generator
+from dalle.tasks import RUNS, TASKS
+from dalle.training.checkpoint import read_state
+from dalle.training.engine import create_engine
+from dalle.training.optimizers import OptimizerConfig
+from gans import SYSTEMS
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "gans"
+SIZE, BATCH, STEPS = 32, 8, 4
+PAINTING = [name for name, system in SYSTEMS.items() if system.paints]
+# Small steps, and none whole for what is rounding in a vanishing gradient: else two processes are soon two trainings.
+GENTLY = {"lr": 5e-6, "eps": 1e-3}
+LOSS_TOLERANCE = 1e-4      # relative, of two processes against one
+NORM_TOLERANCE = 2e-2      # of the gradients' norms, which jump where an activation is zero but for rounding
+
+gans.register()
+
+
+def in_order() -> list[str]:
+    """The systems, each behind those that its small config needs."""
+    needs = {name: [Path(path).name.removesuffix("_shapes.yaml") for path in small_config(name)["prerequisites"]]
+             for name in SYSTEMS}
+    ordered: list[str] = []
+
+    def add(name: str) -> None:
+        for other in needs[name]:
+            add(other)
+        if name not in ordered:
+            ordered.append(name)
+
+    for name in SYSTEMS:
+        add(name)
+    return ordered
+
+
+def small_config(name: str) -> dict:
+    tree = yaml.safe_load((CONFIGS / f"{name}_shapes.yaml").read_text())
+    tree.setdefault("prerequisites", [])
+    return tree
+
+
+@dataclass
+class Zoo:
+    """Every system trained for a few steps: runs in ``folder``/gans/SYSTEM_shapes."""
+
+    folder: Path
+    data: Path
+    train: object
+
+    def config(self, name: str, output: Path | None = None) -> Path:
+        """The small config made tiny, its runs below ``folder``; what it trains goes below ``output``."""
+        tree = moved(small_config(name), self.folder)
+        tree["output"] = str(output or self.folder)
+        data = tree["data"]
+        data |= {"train": str(self.data / "train"), "validation": str(self.data / "validation"), "image_size": SIZE,
+                 "workers": 0}
+        if "tokenizer" in data:
+            data["tokenizer"] = str(self.data / "tokenizer")
+        tree["train"] = {"steps": STEPS, "batch_size": BATCH, "precision": "fp32", "log_every": 1,
+                         "preview_every": STEPS, "save_every": 2, "validate_every": 0}
+        tree.pop("evaluation", None)
+        tree["prerequisites"] = []
+        fields = RUNS[tree["task"]].model_fields
+        if "sync_batch_norm" in fields:
+            tree["sync_batch_norm"] = True
+        for field, info in fields.items():
+            if isinstance(info.annotation, type) and issubclass(info.annotation, OptimizerConfig):
+                tree[field] = {**tree.get(field, {}), **GENTLY}
+        path = Path(tree["output"]) / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    def run(self, name: str, output: Path | None = None) -> Path:
+        return (output or self.folder) / "gans" / f"{name}_shapes"
+
+
+def moved(tree: object, folder: Path) -> object:
+    """Paths of runs/ put below ``folder``."""
+    if isinstance(tree, dict):
+        return {key: moved(value, folder) for key, value in tree.items()}
+    if isinstance(tree, str) and tree.startswith("runs/"):
+        return str(folder / tree.removeprefix("runs/"))
+    return tree
+
+
+@pytest.fixture(scope="module")
+def zoo(workshop, commands, tmp_path_factory) -> Zoo:
+    """All systems, trained in the order of their prerequisites through the command that a person types."""
+    made = Zoo(tmp_path_factory.mktemp("zoo"), workshop.folder / "data", commands["train"])
+    for name in in_order():
+        assert made.train(made.config(name)) == 0
+    return made
+
+
+def players(run: Path) -> dict[str, torch.Tensor]:
+    """All that the newest checkpoint keeps of the players."""
+    newest = max((run / "checkpoints").glob("step_*"))
+    return {f"{path.relative_to(newest)}/{name}": tensor for path in sorted(newest.rglob("*.safetensors"))
+            for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_system_says_where_it_comes_from_and_has_what_users_look_for(name):
+    system = SYSTEMS[name]
+    assert re.fullmatch(r"\d{4}\.\d{5}", system.paper)
+    assert (CONFIGS / f"{name}.yaml").is_file() and (CONFIGS / f"{name}_shapes.yaml").is_file()
+    assert (ROOT / "tests" / "gans" / f"test_{system.module.removeprefix('gans.')}.py").is_file()
+    readme = (ROOT / "README.md").read_text()
+    assert re.search(rf"^\|.*`{name}`.*{re.escape(system.paper)}", readme, re.MULTILINE), "no row in the README"
+    load_config(CONFIGS / f"{name}.yaml", [], RUNS)
+    assert load_config(CONFIGS / f"{name}_shapes.yaml", [], RUNS).name == f"gans/{name}_shapes"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_valid_and_says_what_to_expect(path):
+    config = load_config(path, [], RUNS)
+    for prerequisite in config.prerequisites:
+        assert (ROOT / prerequisite).is_file()
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"launch/train.py configs/gans/{path.name}" in line for line in head)
+    assert any("arXiv" in line for line in head) and any("Hardware" in line for line in head)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_only_the_phases_player_moves(zoo, name, tmp_path):
+    config = load_config(zoo.config(name, tmp_path), [], RUNS)
+    engine = create_engine(config)
+    torch.manual_seed(0)
+    task = TASKS[name](config)
+    engine.prepare(task, tmp_path)
+    batch = next(iter(train_batches(config.data, seed=0, batch_size=BATCH)))
+    with torch.no_grad():
+        prepared = task.prepare(engine.to_device(batch), engine.networks, 0)
+    for phase in task.phases:
+        before = {player: parameters(engine.networks.bare(player)) for player in task.players}
+        frozen = {other: states(module) for other, module in task.frozen.items()}
+        engine.begin_phase(phase, 0, STEPS)
+        engine.begin_micro_batch(last=True)
+        engine.backward(phase.loss(engine.networks, prepared, 0).total)
+        assert not float(engine.step().skipped)
+        for player in task.players:
+            after = parameters(engine.networks.bare(player))
+            same = all(torch.equal(before[player][key], after[key]) for key in after)
+            assert same == (player != phase.player), f"phase {phase.name}: {player}"
+        for other, module in task.frozen.items():
+            assert all(torch.equal(frozen[other][key], value) for key, value in states(module).items()), other
+
+
+def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.detach().clone() for key, value in module.named_parameters()}
+
+
+def states(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", PAINTING)
+def test_pictures_are_of_the_configured_size_and_follow_from_their_seeds(zoo, name):
+    generator = load_generator(zoo.run(name))
+    source = torch.randint(0, 256, (1, 3, SIZE, SIZE), dtype=torch.uint8)
+    captions, seeds = ["a red circle", "a blue square", "a red circle", "a red circle"], [1, 1, 2, 1]
+
+    def painted(*rows: int) -> torch.Tensor:
+        options = {"sources": source.expand(len(rows), -1, -1, -1)} if generator.edits else {}
+        return generator.generate([captions[row] for row in rows], [seeds[row] for row in rows], **options)
+
+    images = painted(0, 1, 2, 3)
+    assert images.dtype == torch.uint8 and images.shape == (4, 3, SIZE, SIZE)
+    assert images.float().std() > 0
+    assert torch.equal(images[0], images[3]) and torch.equal(painted(2)[0], images[2])
+    assert generator.image_size == SIZE and generator.identity["kind"] == name
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_four_steps_are_two_and_two(zoo, name, tmp_path):
+    """Bit for bit: weights, optimisers, averages, buffers."""
+    config = zoo.config(name, tmp_path)
+    assert zoo.train(config, "--stop-after", 2) == 0
+    assert zoo.train(config) == 0
+    whole, parts = players(zoo.run(name)), players(zoo.run(name, tmp_path))
+    assert whole.keys() == parts.keys()
+    assert [key for key in whole if not torch.equal(whole[key], parts[key])] == []
+    newest = max((zoo.run(name, tmp_path) / "checkpoints").glob("step_*"))
+    assert read_state(newest)["step"] == STEPS
+
+
+@pytest.fixture(scope="module")
+def together(zoo, two_processes, tmp_path_factory) -> Path:
+    """All systems trained by two processes in one job, by DDP; then one by ZeRO-2, and by ZeRO-3."""
+    out = tmp_path_factory.mktemp("together")
+    two_processes(Path(__file__).with_name("worker.py"), *(zoo.config(name, out / "ddp") for name in in_order()),
+                  "zero=2", zoo.config("gan_int_cls", out / "zero2"),
+                  "zero=3", zoo.config("gan_int_cls", out / "zero3"), seconds=900)
+    return out
+
+
+def measured(run: Path) -> dict[tuple[int, str], float]:
+    """What the log says of every step's losses and gradients."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {(line["step"], key): value for line in lines for key, value in line.items()
+            if key.split("/")[-1] in ("loss", "grad_norm")}
+
+
+def different(one: Path, two: Path) -> dict[tuple[int, str], tuple[float, float]]:
+    """The figures of two runs that are not the same but for rounding."""
+    expected, found = measured(one), measured(two)
+    assert expected.keys() == found.keys() and {step for step, _ in expected} == set(range(1, STEPS + 1))
+    tolerance = {key: NORM_TOLERANCE if key[1].endswith("norm") else LOSS_TOLERANCE for key in expected}
+    return {key: (value, found[key]) for key, value in expected.items()
+            if found[key] != pytest.approx(value, rel=tolerance[key], abs=1e-6)}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_two_processes_train_as_one(zoo, together, name):
+    assert different(zoo.run(name), zoo.run(name, together / "ddp")) == {}
+
+
+def test_zero2_trains_a_gan_as_one_process_does(zoo, together):
+    run = zoo.run("gan_int_cls", together / "zero2")
+    assert all((run / f"deepspeed_{player}.json").is_file() for player in ("generator", "discriminator"))
+    assert different(zoo.run("gan_int_cls"), run) == {}
+
+
+def test_zero3_is_refused_for_two_players(together):
+    refusal = (together / "zero3" / "gan_int_cls.yaml.refused").read_text()
+    assert "ZeRO-3 with 2 players costs more than it saves" in refusal and "launch with DDP or ZeRO-1/2" in refusal
+    assert [path.parent.name for path in together.rglob("*.refused")] == ["zero3"]
