@@ -245,3 +245,12 @@ def test_zero3_is_refused_for_two_players(together):
     refusal = (together / "zero3" / "gan_int_cls.yaml.refused").read_text()
     assert "ZeRO-3 with 2 players costs more than it saves" in refusal and "launch with DDP or ZeRO-1/2" in refusal
     assert [path.parent.name for path in together.rglob("*.refused")] == ["zero3"]
+
+
+def test_the_schema_knows_every_system(monkeypatch, capsys):
+    from gans.__main__ import main
+
+    monkeypatch.setattr("sys.argv", ["gans", "schema"])
+    main()
+    kinds = json.loads(capsys.readouterr().out)["discriminator"]["mapping"]
+    assert SYSTEMS.keys() | {"dvae", "transformer", "clip", "vs"} <= kinds.keys()
