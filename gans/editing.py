@@ -7,6 +7,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from dalle.data.index import ShardIndex
+from dalle.errors import UserError
 from dalle.evaluation.references import ShardReferences, read_pictures
 from dalle.training.task import Networks
 from gans.layers import Augmented
@@ -20,6 +21,16 @@ class Edited(NamedTuple):
 
     image: Tensor
     augmented: Augmented
+
+
+def halvings(image_size: int, side: int, least: int = 1) -> int:
+    """How often a picture's side is halved until ``side`` is left; ``UserError`` for one that never gets there."""
+    count = (image_size // side).bit_length() - 1
+    if count < least or image_size != side << count:
+        sides = ", ".join(str(side << level) for level in range(least, least + 4))
+        raise UserError(f"data.image_size is {image_size}; this system's discriminator halves it down to {side}: set "
+                        f"it to {sides}, ...")
+    return count
 
 
 class EditingTask(GANTask):

@@ -20,7 +20,7 @@ from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.models.foreign import read_foreign_state
 from dalle.training.task import Batch, Loss, Networks
-from gans.editing import Edited, EditingTask
+from gans.editing import Edited, EditingTask, halvings
 from gans.generator import Noise, Painter
 from gans.layers import (
     ConditioningAugmentation,
@@ -45,6 +45,7 @@ from gans.trunks import HUB, IMAGENET_MEAN, IMAGENET_STD, hub_state
 
 VGG_WIDTHS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, 512, 512, 512)    # up to conv4_3, one pool left out
 VGG_LEFT_OUT = 23                # torchvision's number of that pool among the layers
+LAST_SIDE = 4            # of the discriminator's features
 VGG_WEIGHTS = "VGG16_BN_Weights.IMAGENET1K_V1"
 RANDOM = "random"
 
@@ -189,7 +190,7 @@ class SISGANDiscriminator(nn.Module):
 
     def __init__(self, config: SISGANDiscriminatorConfig, image_size: int, sentence_dim: int):
         super().__init__()
-        widths = [config.channels * min(2**level, 8) for level in range(halvings_to_four(image_size))]
+        widths = [config.channels * min(2**level, 8) for level in range(halvings(image_size, LAST_SIDE, least=2))]
         wide = widths[-1]
         self.trunk = sequence(
             conv4(3, widths[0], bias=True), leaky(),
@@ -204,15 +205,6 @@ class SISGANDiscriminator(nn.Module):
     def forward(self, image: Tensor, sentence: Tensor) -> Tensor:
         """[B, 3, S, S] in [-1, 1] and [B, D] -> [B]."""
         return self.head(join(self.trunk(image), self.text(sentence))).flatten()
-
-
-def halvings_to_four(image_size: int) -> int:
-    """How often a side is halved until 4 pixels are left; ``UserError`` for a side that never gets there."""
-    count = image_size.bit_length() - 3
-    if count < 2 or image_size != 4 * 2**count:
-        raise UserError(f"data.image_size is {image_size}; this system's discriminator halves it down to 4: "
-                        "set it to 16, 32, 64, 128, ...")
-    return count
 
 
 # -- the losses, as functions of logits
@@ -261,7 +253,7 @@ class SISGANTask(EditingTask):
 
     def __init__(self, config: SISGANRun):
         encoder = load_encoder(config)
-        halvings_to_four(config.data.image_size)
+        halvings(config.data.image_size, LAST_SIDE, least=2)      # before a network of another side is built
         generator = SISGANGenerator(filled(config.generator, image_size=config.data.image_size,
                                            sentence_dim=encoder.sentence_dim))
         if config.generator.encoder == "vgg16" and config.vgg_weights != RANDOM:

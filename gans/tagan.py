@@ -21,10 +21,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dalle.config import Section
-from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.training.task import Batch, Loss, Networks
-from gans.editing import Edited, EditingTask
+from gans.editing import Edited, EditingTask, halvings
 from gans.generator import Noise, Painter
 from gans.layers import (
     ConditioningAugmentation,
@@ -46,6 +45,7 @@ from gans.text import Text
 
 SCORE_EPS = 1e-7         # added to a word's score before its logarithm
 SCALES = 3               # 16 x 16, 8 x 8 and 4 x 4
+FIRST_SIDE = 16
 RECONSTRUCTION_STREAM = 2
 
 
@@ -204,7 +204,7 @@ class TAGANDiscriminator(nn.Module):
         super().__init__()
         channels = config.channels
         widths = scale_widths(channels)
-        self.first = first_scale(channels, halvings_to_sixteen(image_size))                  # [B, 4C, 16, 16]
+        self.first = first_scale(channels, halvings(image_size, FIRST_SIDE))                  # [B, 4C, 16, 16]
         self.further = nn.ModuleList(down(*pair) for pair in pairwise(widths))               # 8C at 8 x 8, 4 x 4
         self.head = nn.Conv2d(widths[-1], 1, 4)
         self.look = nn.ModuleList(same(width, width) for width in widths)
@@ -249,15 +249,6 @@ def first_scale(channels: int, halvings: int) -> nn.Sequential:
     """
     widths = [max(1, 4 * channels >> left) for left in reversed(range(halvings))]
     return sequence(conv4(3, widths[0], bias=True), leaky(), *(down(*pair) for pair in pairwise(widths)))
-
-
-def halvings_to_sixteen(image_size: int) -> int:
-    """How often a side is halved until 16 pixels are left; ``UserError`` for a side that never gets there."""
-    count = image_size.bit_length() - 5
-    if count < 1 or image_size != 16 * 2**count:
-        raise UserError(f"data.image_size is {image_size}; TAGAN's discriminator looks at 16 x 16, 8 x 8 and 4 x 4 "
-                        "places: set it to 32, 64, 128, 256, ...")
-    return count
 
 
 # -- the losses, as functions of logits

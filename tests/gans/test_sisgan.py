@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from dalle.errors import UserError
+from gans.editing import halvings
 from gans.sisgan import (
     SISGANConfig,
     SISGANDiscriminator,
@@ -17,7 +18,6 @@ from gans.sisgan import (
     VGGEncoder,
     discriminator_loss,
     generator_loss,
-    halvings_to_four,
     relevant,
     relevant_text,
 )
@@ -73,10 +73,10 @@ def test_other_sides_fit(size):
 
 
 def test_a_side_that_cannot_be_halved_to_four_is_refused():
-    assert [halvings_to_four(side) for side in (16, 64, 256)] == [2, 4, 6]
+    assert [halvings(side, 4, least=2) for side in (16, 64, 256)] == [2, 4, 6]
     for side in (8, 48, 65):
         with pytest.raises(UserError, match=f"image_size is {side}"):
-            halvings_to_four(side)
+            halvings(side, 4, least=2)
 
 
 def test_configs_that_cannot_be_built_are_refused():

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy
 
 from dalle.errors import UserError
+from gans.editing import halvings
 from gans.losses import bce
 from gans.tagan import (
     Sentence,
@@ -22,7 +23,6 @@ from gans.tagan import (
     conditional_score,
     discriminator_loss,
     generator_loss,
-    halvings_to_sixteen,
     logit_of,
     reconstruction_error,
     word_attention,
@@ -86,7 +86,7 @@ def test_the_scales_are_16_8_and_4_whatever_the_side(size, layers):
 def test_a_side_that_cannot_be_halved_to_sixteen_is_refused():
     for side in (16, 96, 100):
         with pytest.raises(UserError, match=f"image_size is {side}"):
-            halvings_to_sixteen(side)
+            halvings(side, 16)
     with pytest.raises(ValidationError, match="multiple of 8"):
         TAGANConfig(image_size=100)
 
