@@ -8,8 +8,8 @@
 Each system is trained from configs/gans/SYSTEM_shapes.yaml for that config's steps, or --minutes if they are over
 before; its text encoder and other prerequisites before that and apart from it. Then it is measured by
 launch/evaluate.py with --samples captions, and timed. A row is kept in OUT/rows and made once; `--only` makes some of
-them, `--again` makes them anew. The transformer of the quickstart stands beside them where its run exists. Writes
-leaderboard.md, leaderboard.json and curves.png into --out.
+them, `--again` makes them anew, `--measure` measures runs that are there without training them. The transformer of the
+quickstart stands beside them where its run exists. Writes leaderboard.md, leaderboard.json and curves.png into --out.
 """
 
 import argparse
@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=15.0, help="of training each, at most (default: %(default)s)")
     parser.add_argument("--only", metavar="A,B", help="these systems alone (default: all that paint)")
     parser.add_argument("--again", action="store_true", help="train and measure anew where a row exists")
+    parser.add_argument("--measure", action="store_true", help="measure the runs that are there, without training")
     parser.add_argument("--table", action="store_true", help="write the leaderboard from the rows that are there")
     parser.add_argument("--set", default="shapes", help="the configs' set, configs/gans/SYSTEM_SET.yaml")
     parser.add_argument("--data", help="captions and real pictures (default: data/SET/validation)")
@@ -77,7 +78,7 @@ def main() -> int:
     if not arguments.table:
         for system in systems:
             path = rows / f"{system}.json"
-            if path.exists() and not arguments.again:
+            if path.exists() and not (arguments.again or arguments.measure):
                 print(f"{system}: has its row, {path}")
                 continue
             try:
@@ -137,6 +138,8 @@ def train(config: Path, arguments: argparse.Namespace, row: Row) -> Path:
 
     gans.register()
     loaded = load_config(config, [], RUNS)
+    if arguments.measure:
+        return loaded.folder
     for needed in loaded.prerequisites:
         command("launch/train.py", needed, "--with-prerequisites")
     before = children_seconds()
