@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.errors import UserError
 from dalle.models.base import CONFIG_FILE, PretrainedModel
-from dalle.sampling.generator import identify, load_model, model_kind, to_bytes
+from dalle.sampling.generator import fit_picture, identify, load_model, model_kind, to_bytes
 from gans.text import Text, load_text_encoder
 
 TEXT_FOLDER = "text"       # of an exported generator
@@ -150,12 +149,7 @@ def draw_noise(source: torch.Generator, count: int, dims: Mapping[str, int], law
 
 def fitted(images: Tensor, size: int) -> Tensor:
     """uint8 [N, 3, H, W] -> float [N, 3, size, size] in [-1, 1]: the centred square, resized."""
-    side = min(images.shape[-2:])
-    top, left = (images.shape[-2] - side) // 2, (images.shape[-1] - side) // 2
-    square = images[:, :, top:top + side, left:left + side].float() / 127.5 - 1
-    if side == size:
-        return square
-    return F.interpolate(square, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return to_bytes(torch.stack([fit_picture(image, size) for image in images])).float() / 127.5 - 1
 
 
 def load_gan(folder: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> GANGenerator:

@@ -135,13 +135,16 @@ def train(config: Path, arguments: argparse.Namespace, row: Row) -> Path:
     """Run the training command, behind that of its prerequisites; the run's folder."""
     from dalle.config import load_config
     from dalle.tasks import RUNS
+    from dalle.training.prerequisites import prerequisites, train_prerequisites
 
     gans.register()
     loaded = load_config(config, [], RUNS)
     if arguments.measure:
         return loaded.folder
-    for needed in loaded.prerequisites:
-        command("launch/train.py", needed, "--with-prerequisites")
+    status = train_prerequisites(prerequisites(str(config), loaded, RUNS),
+                                 [sys.executable, str(ROOT / "launch/train.py")], is_main=True, say=print)
+    if status:
+        raise UserError(f"a prerequisite of {config} ended with status {status}")
     before = children_seconds()
     command("launch/train.py", config, f"train.minutes={arguments.minutes}", "--resume", "none",
             accepted=(0, EXIT_STOPPED_BY_SIGNAL))
