@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 
 def load(name: str, file: str) -> ModuleType:
-    """The test file under the name that pytest gave it, which pickled arguments may hold."""
+    """The test file under the name that pytest gave it, which pickled arguments may hold; it finds what lies beside."""
+    sys.path.insert(0, str(Path(file).parent))
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bare import BareNetworks, LetterEncoder
 from pydantic import ValidationError
 from torch import nn
 
@@ -27,34 +28,10 @@ from gans.acgan import (
     named_classes,
 )
 from gans.generator import GANGenerator
-from gans.text import Text
 
 BATCH, CLASSES, DIM = 6, 3, 8
 SMALL = {"image_size": 16, "num_classes": CLASSES, "noise_dim": 4, "channels": (8, 8)}
 SMALL_DISCRIMINATOR = {"channels": (4, 4, 4), "dropout": 0.0}
-
-
-class LetterEncoder(nn.Module):
-    """The sentence counts the caption's letters a to h."""
-
-    sentence_dim, word_dim, text_length = DIM, 1, 1
-
-    def forward(self, captions):
-        counts = torch.tensor([[float(caption.count(letter)) for letter in "abcdefgh"] for caption in captions])
-        return Text(counts, torch.ones(len(counts), 1, 1), torch.ones(len(counts), 1, dtype=torch.bool))
-
-
-class BareNetworks:
-    """Processes without an engine: every network as it is."""
-
-    def __init__(self, task, rank: int = 0, world_size: int = 1):
-        self.modules = {**{name: player.module for name, player in task.players.items()}, **task.frozen}
-        self.rank, self.world_size = rank, world_size
-
-    def __getitem__(self, name):
-        return self.modules[name]
-
-    bare = penalty = __getitem__
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bare import BareNetworks
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -280,19 +281,6 @@ class TinyTrunk(Trunk):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         local = self.body(images)
         return local, local.mean(dim=(2, 3))
-
-
-class BareNetworks:
-    """One process without an engine: every network as it is."""
-
-    def __init__(self, task: DamsmTask, rank: int = 0, world_size: int = 1):
-        self.rank, self.world_size = rank, world_size
-        self.modules = {name: player.module for name, player in task.players.items()}
-
-    def __getitem__(self, name):
-        return self.modules[name]
-
-    bare = __getitem__
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
+from bare import BareNetworks
 from pydantic import ValidationError
 from torch import nn
 
@@ -242,20 +243,6 @@ def settings(workshop, **changes) -> dict:
             "train": {"steps": 4, "batch_size": 8, "precision": "fp32", "log_every": 1, "validate_every": 4,
                       "save_every": 2},
             **changes}
-
-
-class BareNetworks:
-    """One process without an engine: every network as it is."""
-
-    rank, world_size = 0, 1
-
-    def __init__(self, task):
-        self.modules = {**{name: player.module for name, player in task.players.items()}, **task.frozen}
-
-    def __getitem__(self, name):
-        return self.modules[name]
-
-    bare = __getitem__
 
 
 class StandInTrunk(nn.Module):

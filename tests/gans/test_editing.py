@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from bare import BareNetworks
 
 from gans import sisgan, tagan
 from gans.editing import EditingTask
@@ -25,23 +26,6 @@ class Encoder(torch.nn.Module):
         return Text(words.sum(dim=2), words, mask)
 
 
-class Networks:
-    """The engine's networks, for one process."""
-
-    rank, world_size = 0, 1
-
-    def __init__(self, task):
-        self.task = task
-
-    def __getitem__(self, name):
-        return self.bare(name)
-
-    penalty = __getitem__
-
-    def bare(self, name):
-        return self.task.players[name].module if name in self.task.players else self.task.frozen[name]
-
-
 def settings(**sections):
     return {"name": "t", "text_encoder": "none", "data": {"train": "none", "image_size": SIDE}, **sections}
 
@@ -50,7 +34,7 @@ def build(monkeypatch, module, run, task, **sections):
     monkeypatch.setattr(module, "load_encoder", lambda config: Encoder())
     torch.manual_seed(0)
     built = task(run.model_validate(settings(**sections)))
-    return built, Networks(built)
+    return built, BareNetworks(built)
 
 
 @pytest.fixture(params=["sisgan", "tagan"])

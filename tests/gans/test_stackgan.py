@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bare import BareNetworks
 from scipy import stats
 from torch import nn
 
@@ -288,20 +289,6 @@ def test_the_losses_agree_with_sums_written_out():
 
 
 # -- training
-
-class BareNetworks:
-    """One process without an engine: every network as it is."""
-
-    rank, world_size = 0, 1
-
-    def __init__(self, task):
-        self.modules = {**{name: player.module for name, player in task.players.items()}, **task.frozen}
-
-    def __getitem__(self, name):
-        return self.modules[name]
-
-    bare = penalty = __getitem__
-
 
 CAPTIONS = ["a red circle", "a blue square", "a green star", "a yellow heart"]
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from bare import BareNetworks
 from pydantic import ValidationError
 from torch import nn
 
@@ -239,20 +240,6 @@ def test_the_smaller_picture_is_the_standard():
 
 
 # -- training
-
-class BareNetworks:
-    """One process without an engine: every network as it is."""
-
-    rank, world_size = 0, 1
-
-    def __init__(self, task):
-        self.modules = {**{name: player.module for name, player in task.players.items()}, **task.frozen}
-
-    def __getitem__(self, name):
-        return self.modules[name]
-
-    bare = penalty = __getitem__
-
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> str:

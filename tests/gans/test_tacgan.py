@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bare import BareNetworks, LetterEncoder, sentence_text
 from pydantic import ValidationError
 from torch import nn
 
@@ -25,37 +26,8 @@ from gans.tacgan import (
     normalisation,
     unit_halves,
 )
-from gans.text import Text
 
 BATCH, CLASSES, DIM = 6, 3, 8
-
-
-class LetterEncoder(nn.Module):
-    """The sentence counts the caption's letters a to h."""
-
-    sentence_dim, word_dim, text_length = DIM, 1, 1
-
-    def forward(self, captions):
-        counts = torch.tensor([[float(caption.count(letter)) for letter in "abcdefgh"] for caption in captions])
-        return make_text(counts)
-
-
-def make_text(sentence: torch.Tensor) -> Text:
-    return Text(sentence, torch.ones(len(sentence), 1, 1), torch.ones(len(sentence), 1, dtype=torch.bool))
-
-
-class BareNetworks:
-    """One process without an engine: every network as it is."""
-
-    rank, world_size = 0, 1
-
-    def __init__(self, task):
-        self.modules = {**{name: player.module for name, player in task.players.items()}, **task.frozen}
-
-    def __getitem__(self, name):
-        return self.modules[name]
-
-    bare = penalty = __getitem__
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +77,7 @@ def test_each_layer_has_the_published_shape():
     sizes = []
     for block in (generator.first, *generator.body, *discriminator.trunk):
         block.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[1:])))
-    text = make_text(torch.randn(1, DIM))
+    text = sentence_text(torch.randn(1, DIM))
     image = generator({"z": torch.randn(1, 100)}, text)
     assert sizes == [(512, 8, 8), (256, 16, 16), (128, 32, 32), (64, 64, 64), (3, 128, 128)]
     sizes.clear()
@@ -119,7 +91,7 @@ def test_each_layer_has_the_published_shape():
 def test_the_sizes_follow_the_picture(image_size):
     generator = TACGANGenerator(TACGANConfig(image_size=image_size, width=2, sentence_dim=DIM))
     discriminator = TACGANDiscriminator(TACGANDiscriminatorConfig(width=2), image_size, DIM)
-    text = make_text(torch.randn(2, DIM))
+    text = sentence_text(torch.randn(2, DIM))
     image = generator({"z": torch.randn(2, 100)}, text)
     assert image.shape == (2, 3, image_size, image_size)
     assert discriminator(image, text).classes.shape == (2, 102)
@@ -129,7 +101,7 @@ def test_pictures_are_in_0_1_inside_and_in_minus_1_1_outside():
     generator = TACGANGenerator(TACGANConfig(image_size=16, width=2, sentence_dim=DIM)).eval()
     with torch.no_grad():
         generator.body[-1].weight.mul_(100)
-    noise, text = {"z": torch.randn(4, 100)}, make_text(torch.randn(4, DIM))
+    noise, text = {"z": torch.randn(4, 100)}, sentence_text(torch.randn(4, DIM))
     image, details = generator.paint(noise, text)
     inside = generator(noise, text)
     assert 0 <= inside.min() < 0.1 and 0.9 < inside.max() <= 1 and not details
@@ -168,18 +140,20 @@ def test_each_half_of_the_text_has_length_1():
 def test_whether_the_length_of_the_text_counts(halves):
     generator = TACGANGenerator(TACGANConfig(image_size=16, width=2, sentence_dim=DIM, halves=halves)).eval()
     noise, sentence = {"z": torch.randn(1, 100)}, torch.ones(1, DIM)
-    assert torch.allclose(generator(noise, make_text(sentence)), generator(noise, make_text(5 * sentence))) == halves
+    images = [generator(noise, sentence_text(scale * sentence)) for scale in (1, 5)]
+    assert torch.allclose(*images) == halves
 
 
 def test_in_evaluation_a_sample_does_not_depend_on_its_company():
     generator = TACGANGenerator(TACGANConfig(image_size=16, width=2, sentence_dim=DIM)).eval()
     discriminator = TACGANDiscriminator(TACGANDiscriminatorConfig(width=2), 16, DIM).eval()
     z, sentence, order = torch.randn(4, 100), torch.randn(4, DIM), torch.tensor([2, 0, 3, 1])
-    image = generator({"z": z}, make_text(sentence))
-    torch.testing.assert_close(generator({"z": z[order]}, make_text(sentence[order])), image[order])
-    assert not torch.allclose(generator({"z": -z}, make_text(sentence)), image)
-    verdict = discriminator(image, make_text(sentence))
-    torch.testing.assert_close(discriminator(image[order], make_text(sentence[order])).classes, verdict.classes[order])
+    image = generator({"z": z}, sentence_text(sentence))
+    torch.testing.assert_close(generator({"z": z[order]}, sentence_text(sentence[order])), image[order])
+    assert not torch.allclose(generator({"z": -z}, sentence_text(sentence)), image)
+    verdict = discriminator(image, sentence_text(sentence))
+    again = discriminator(image[order], sentence_text(sentence[order]))
+    torch.testing.assert_close(again.classes, verdict.classes[order])
 
 
 # -- the losses
