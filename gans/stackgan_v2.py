@@ -158,6 +158,8 @@ class DiscriminatorConfig(Section):
     """Sizes of the discriminators; the rest follows from the pictures."""
 
     width: int = Field(default=64, ge=1, description="channels after the first halving")
+    reads: Literal["mean", "sentence"] = Field(default="mean", description="what stands for the caption: the mean of "
+                                               "the generator's augmentation, or the encoder's sentence itself")
 
 
 class Scores(NamedTuple):
@@ -182,9 +184,9 @@ class LevelDiscriminator(nn.Module):
         self.matched = None if condition_dim is None else nn.Conv2d(channels, 1, SMALLEST)
         self.alone = nn.Conv2d(channels, 1, SMALLEST) if alone else None
 
-    def forward(self, image: Tensor, mean: Tensor | None) -> Scores:
+    def forward(self, image: Tensor, condition: Tensor | None) -> Scores:
         features = self.trunk(image)
-        matched = None if self.joint is None else self.matched(self.joint(join(features, mean))).flatten()
+        matched = None if self.joint is None else self.matched(self.joint(join(features, condition))).flatten()
         return Scores(matched, None if self.alone is None else self.alone(features).flatten())
 
 
@@ -196,9 +198,9 @@ class Discriminators(nn.Module):
         self.levels = nn.ModuleList(LevelDiscriminator(size, sizes[0], width, condition_dim, alone) for size in sizes)
         orthogonal_init(self)
 
-    def forward(self, images: Sequence[Tensor], mean: Tensor | None = None) -> list[Scores]:
-        """The pictures, the smallest first, and the mean of the augmentation [B, condition_dim]."""
-        return [level(image, mean) for level, image in zip(self.levels, images, strict=True)]
+    def forward(self, images: Sequence[Tensor], condition: Tensor | None = None) -> list[Scores]:
+        """The pictures, the smallest first, and what stands for the captions [B, condition_dim]."""
+        return [level(image, condition) for level, image in zip(self.levels, images, strict=True)]
 
 
 # -- losses
@@ -284,8 +286,9 @@ class StackGANv2Task(GANTask):
         if encoder is not None:
             known["sentence_dim"] = encoder.sentence_dim
         sizes = filled(config.generator, **known)
-        discriminators = Discriminators(sizes.sizes, config.discriminator.width,
-                                        sizes.condition_dim if self.conditional else None,
+        self.reads_mean = config.discriminator.reads == "mean"
+        read = sizes.condition_dim if self.reads_mean else sizes.sentence_dim
+        discriminators = Discriminators(sizes.sizes, config.discriminator.width, read if self.conditional else None,
                                         alone=config.loss.joint or not self.conditional)
         self.wrong_images = "other_class" if self.conditional else None
         usual = 0.0 if self.conditional else 50.0
@@ -293,16 +296,17 @@ class StackGANv2Task(GANTask):
         self.assemble(config, StackGANv2Generator(sizes), discriminators, encoder)
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Also ``images``, the pictures at every size; with captions ``wrong_images``, ``sentence`` [b, D] and the
-        augmentation's ``mean`` [b, condition_dim], which are None without."""
+        """Also ``images``, the pictures at every size; with captions ``wrong_images``, ``sentence`` [b, D] and
+        ``condition``, what the discriminators read of it, which are None without."""
         prepared = super().prepare({"caption": None, **batch}, networks, step)      # data.caption may be none
         prepared["images"] = self.pyramid(prepared["image"])
-        prepared["sentence"] = prepared["mean"] = None
+        prepared["sentence"] = prepared["condition"] = None
         if self.conditional:
             prepared["wrong_images"] = self.pyramid(prepared["wrong_image"])
-            prepared["sentence"] = sentence = prepared["text"].sentence
-            with torch.no_grad():
-                prepared["mean"] = networks.bare("generator").mean(sentence)
+            prepared["sentence"] = prepared["condition"] = sentence = prepared["text"].sentence
+            if self.reads_mean:
+                with torch.no_grad():
+                    prepared["condition"] = networks.bare("generator").mean(sentence)
         return prepared
 
     def pyramid(self, image: Tensor) -> list[Tensor]:
@@ -312,10 +316,10 @@ class StackGANv2Task(GANTask):
         discriminator = networks["discriminator"]
         with torch.no_grad():
             fakes = networks["generator"](batch["noise"], batch["sentence"]).images
-        real = discriminator(batch["images"], batch["mean"])
-        fake = discriminator(fakes, batch["mean"])
+        real = discriminator(batch["images"], batch["condition"])
+        fake = discriminator(fakes, batch["condition"])
         if self.conditional:
-            wrong = discriminator(batch["wrong_images"], batch["mean"])
+            wrong = discriminator(batch["wrong_images"], batch["condition"])
             losses = [conditional_loss(*scores) for scores in zip(real, wrong, fake, strict=True)]
         else:
             losses = [unconditional_loss(*scores) for scores in zip(real, fake, strict=True)]
@@ -325,7 +329,8 @@ class StackGANv2Task(GANTask):
     def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
         """The mean keeps its gradient here: the augmentation learns from what the discriminators make of it, too."""
         painted = networks["generator"](batch["noise"], batch["sentence"])
-        total = adversarial_loss(networks["discriminator"](painted.images, painted.mean))
+        condition = painted.mean if self.reads_mean else batch["condition"]
+        total = adversarial_loss(networks["discriminator"](painted.images, condition))
         parts = {"adversarial": total.detach()}
         if painted.kl is not None:
             total = total + self.config.loss.kl * painted.kl
@@ -337,5 +342,5 @@ class StackGANv2Task(GANTask):
         return Loss(total, parts)
 
     def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
-        scores = discriminator(self.pyramid(image), batch["mean"])
+        scores = discriminator(self.pyramid(image), batch["condition"])
         return [logits for level in scores for logits in level if logits is not None]

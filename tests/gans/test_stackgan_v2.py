@@ -254,12 +254,12 @@ def encoder(tmp_path_factory) -> str:
     return str(folder)
 
 
-def make_task(encoder: str, conditional: bool = True, **settings) -> StackGANv2Task:
+def make_task(encoder: str, conditional: bool = True, reads: str = "mean", **settings) -> StackGANv2Task:
     torch.manual_seed(0)
     sizes = {name: value for name, value in TINY.items() if name != "image_size"}
     return StackGANv2Task(StackGANv2Run(
         name="two", text_encoder=encoder if conditional else None, data=DataConfig(train="none", image_size=32),
-        generator={"conditional": conditional, **sizes}, discriminator={"width": 4}, **settings))
+        generator={"conditional": conditional, **sizes}, discriminator={"width": 4, "reads": reads}, **settings))
 
 
 def loaded() -> dict:
@@ -323,6 +323,21 @@ def test_the_augmentation_learns_from_the_generators_conditions_only(encoder):
     task.g_loss(networks, batch, 0).total.backward()
     weight = networks["generator"].augmentation.project.weight
     assert weight.grad.abs().sum() > 0
+
+
+def test_a_sentence_that_is_read_itself_does_not_pass_through_the_augmentation(encoder):
+    task = make_task(encoder, reads="sentence")
+    networks = BareNetworks(task)
+    batch = task.prepare(loaded(), networks, 0)
+    assert torch.equal(batch["condition"], batch["text"].sentence)
+    told = seen_by(networks["discriminator"])
+    task.d_loss(networks, batch, 0)
+    task.g_loss(networks, batch, 0)
+    assert len(told) == 4 and all(condition is batch["condition"] for _, condition in told)
+    task.network.zero_grad()
+    networks.modules["discriminator"] = lambda images, condition: [Scores(images[-1].mean(dim=(1, 2, 3)), None)]
+    task.g_loss(networks, batch, 0).total.backward()
+    assert task.network.augmentation.project.weight.grad.abs().sum() > 0        # by way of the pictures
 
 
 def test_r1_looks_at_every_head_of_every_level(encoder):
