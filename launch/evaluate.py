@@ -31,8 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", metavar="SHARDS", help="the held-out split: captions and, without --reference, "
                         "the real pictures")
     parser.add_argument("--metrics", default="fid,kid", metavar="A,B",
-                        help="of fid, kid, is, clip, rprecision, vs, judge; for codecs fid, kid, is, psnr, ssim "
-                        "(default: %(default)s)")
+                        help="of fid, kid, is, clip, rprecision, vs, judge, msssim; for codecs fid, kid, is, psnr, "
+                        "ssim (default: %(default)s)")
     parser.add_argument("--samples", type=whole, default=30000, help="captions, each drawn once (default: %(default)s)")
     parser.add_argument("--extractor", metavar="SPEC", help="what fid, kid and is look through: inception:FILE, "
                         "inception-torchvision:FILE, open_clip:NAME/TAG, clip:RUN (default: clip: of the named CLIP)")

@@ -29,6 +29,7 @@ from dalle.errors import EXIT_STOPPED_BY_SIGNAL, UserError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOUR = "judge/object_colour"
+REAL = "ms-ssim-real"
 CURVE = f"evaluation/{COLOUR}"
 TRANSFORMER = "transformer"
 TIMED_PICTURES, TIMED_ROUNDS = 64, 3
@@ -82,7 +83,7 @@ def main() -> int:
                 print(f"{system}: has its row, {path}")
                 continue
             try:
-                row = make_row(system, arguments)
+                row = make_row(system, arguments, path)
             except UserError as error:
                 print(f"error: {system}: {error}", file=sys.stderr, flush=True)
                 failed.append(system)
@@ -113,8 +114,8 @@ def chosen(arguments: argparse.Namespace) -> list[str]:
 
 # -- one row
 
-def make_row(system: str, arguments: argparse.Namespace) -> Row:
-    """Train, measure and time one system."""
+def make_row(system: str, arguments: argparse.Namespace, known: Path) -> Row:
+    """Train, measure and time one system; ``--measure`` takes the training's processor time from the ``known`` row."""
     if system == TRANSFORMER:
         row, run = Row(system, "2102.12092"), Path(arguments.transformer)
     else:
@@ -124,6 +125,8 @@ def make_row(system: str, arguments: argparse.Namespace) -> Row:
             raise UserError(f"{config} does not exist: the zoo trains a system from its small config")
         run = train(config, arguments, row)
         row.parameters = planned_parameters(config)
+    if arguments.measure and known.exists():
+        row.processor_seconds = json.loads(known.read_text())["processor_seconds"]
     read_log(run / "log.jsonl", row)
     data = arguments.data or f"data/{arguments.set}/validation"
     measure(run, data, arguments, row)
@@ -168,7 +171,7 @@ def planned_parameters(config: Path) -> dict[str, int]:
 def measure(run: Path, data: str, arguments: argparse.Namespace, row: Row) -> None:
     """The figures of launch/evaluate.py: the judge's where captions are of its grammar, the CLIP's everywhere."""
     out = arguments.out / "evaluation" / row.system
-    metrics = "fid,kid,clip,rprecision" + (",judge" if arguments.set == "shapes" else "")
+    metrics = "fid,kid,clip,rprecision,msssim" + (",judge" if arguments.set == "shapes" else "")
     command("launch/evaluate.py", "--model", run, "--data", data, "--metrics", metrics, "--samples", arguments.samples,
             "--extractor", f"clip:{arguments.clip}", "--judge-clip", arguments.clip, "--out", out)
     for line in json.loads((out / "results.json").read_text())["rows"]:
@@ -254,13 +257,18 @@ def to_markdown(rows: Sequence[Row]) -> str:
                  *(f"{row.figures[name]:.4g}" if name in row.figures else "-" for name in columns),
                  human(row), f"{row.trained_a_second:.0f}", f"{row.painted_a_second:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    guesses = "; ".join(f"{name}: {chance}" for name, chance in GUESS.items())
-    return "\n".join([*lines, "", f"By chance: {guesses}."]) + "\n"
+    remarks = "By chance: " + "; ".join(f"{name}: {chance}" for name, chance in GUESS.items()) + "."
+    real = {f"{row.figures[REAL]:.4g}" for row in rows if REAL in row.figures}
+    if real:
+        remarks += f" Real pictures: ms-ssim: {', '.join(sorted(real))}."
+    return "\n".join([*lines, "", remarks]) + "\n"
 
 
 def wanted(name: str) -> bool:
-    """Of the judge's figures the objects' alone."""
-    return not name.startswith("judge/") or name in (COLOUR, "judge/object_shape", "judge/colour_shape")
+    """Of the judge's figures the objects' alone; what real pictures have stands below the table."""
+    if name.startswith("judge/"):
+        return name in (COLOUR, "judge/object_shape", "judge/colour_shape")
+    return name != REAL
 
 
 def minutes(seconds: float) -> str:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dalle.data.decode import BadSample, sample_captions
+from dalle.data.decode import BadSample, class_id, decode_meta, read_member, sample_captions
 from dalle.data.index import ShardIndex, ShardReader
 from dalle.data.order import SequentialOrder, stable_argsort
 from dalle.errors import UserError
@@ -28,9 +28,18 @@ class CaptionSource:
 
     def captions(self, position: int) -> list[str]:
         """Raises :class:`BadSample` for a sample without any."""
+        return sample_captions(self._reader, *self._place(position))
+
+    def class_of(self, position: int) -> int:
+        """The sample's ``class_id``, -1 without one. Raises :class:`BadSample` for damaged meta data."""
+        data = read_member(self._reader, *self._place(position), "json")
+        return class_id(decode_meta(data)) if data is not None else -1
+
+    def _place(self, position: int) -> tuple[int, np.void]:
+        """The sample's shard and its row of the index."""
         _, shards, indices = self._order.locate(np.array([position]))
-        shard, index = int(shards[0]), int(indices[0])
-        return sample_captions(self._reader, shard, self._reader.row(shard, index))
+        shard = int(shards[0])
+        return shard, self._reader.row(shard, int(indices[0]))
 
 
 def draw_captions(index: ShardIndex, count: int, seed: int) -> tuple[list[Drawn], Counter[str]]:

@@ -17,6 +17,7 @@ from dalle.metrics.distributions import (
     kernel_distance,
 )
 from dalle.metrics.features import FeatureExtractor, metric_name
+from dalle.metrics.images import ms_ssim_scales
 from dalle.metrics.judge_report import JudgeReport
 from dalle.metrics.retrieval import clip_score, mean_and_error, r_precision_hits
 from dalle.metrics.vs import mean_and_deviation
@@ -74,6 +75,15 @@ def judge_rows(report: JudgeReport, protocol: Protocol) -> Iterator[Row]:
         error = math.sqrt(value * (1 - value) / asked) if asked else None
         yield Row(f"judge/{name}", f"judge/{name}", value, error, replace(
             protocol, detail=f"over {asked} captions, ± standard error" if asked else "over what captions name"))
+
+
+def diversity_rows(made: Tensor, real: Tensor, image_size: int, protocol: Protocol) -> Iterator[Row]:
+    """MS-SSIM of pairs of one class, painted and real; ``protocol`` names the reference."""
+    detail = f"{ms_ssim_scales(image_size)} scales, lower is more diverse, ± standard error"
+    for name, values in (("ms-ssim", made), ("ms-ssim-real", real)):
+        if len(values) > 1:
+            yield Row(name, name, *mean_and_error(values), replace(
+                protocol, detail=f"{len(values)} pairs of one class, {detail}"))
 
 
 def vs_row(cosines: Tensor, protocol: Protocol) -> Row:

@@ -11,7 +11,7 @@ from dalle.metrics.distributions import IS_SPLITS
 from dalle.metrics.judge_report import JudgeReport
 
 DISTRIBUTION = ("fid", "kid", "is")
-OF_CAPTIONS = ("clip", "rprecision", "vs", "judge")
+OF_CAPTIONS = ("clip", "rprecision", "vs", "judge", "msssim")
 OF_CODECS = ("psnr", "ssim")
 METRICS = (*DISTRIBUTION, *OF_CAPTIONS, *OF_CODECS)
 

@@ -15,6 +15,7 @@ from dalle.data.shapes_grammar import parse_caption
 from dalle.errors import UserError
 from dalle.evaluation.blocks import BlockStore
 from dalle.evaluation.captions import draw_captions, shuffled_positions
+from dalle.evaluation.diversity import classes_of, same_class_pairs, similarity_of_pairs, similarity_of_real
 from dalle.evaluation.extraction import (
     chosen,
     extract,
@@ -23,7 +24,7 @@ from dalle.evaluation.extraction import (
     extract_reference,
     left_out_of,
 )
-from dalle.evaluation.figures import CHOICES, distribution_rows, judge_rows, score_rows, vs_row
+from dalle.evaluation.figures import CHOICES, distribution_rows, diversity_rows, judge_rows, score_rows, vs_row
 from dalle.evaluation.job import DISTRIBUTION, OF_CAPTIONS, OF_CODECS, Job, Results, check
 from dalle.evaluation.origin import Origin, origin_of
 from dalle.evaluation.pictures import Painted, Reconstructed
@@ -94,6 +95,11 @@ def evaluate_generator(job: Job, generator: Generator, reranker: Reranker | None
         clip = load_reranker(judge_spec(job, metrics), job.device)
     if "vs" in metrics:
         vs, vs_name, vs_digest = named_vs(job)
+    if "msssim" in metrics:
+        alike = same_class_pairs(classes_of(index, drawn), job.seed)
+        if len(alike) < 2:
+            metrics = left_out(results, metrics, ("msssim",), "compares pictures of one class; the samples drawn from "
+                               f"{job.data} share no class_id", say)
     refuse_nothing(metrics, results)
 
     precision = getattr(generator, "precision", job.precision)      # some are always in fp32
@@ -136,6 +142,13 @@ def evaluate_generator(job: Job, generator: Generator, reranker: Reranker | None
             for column, protocol in enumerate(protocols):
                 values = torch.from_numpy(chosen(cosines, "cosines", painted.slots(column)))
                 results.rows.append(vs_row(values, replace(protocol, judge=vs_name, judge_digest=vs_digest)))
+    if "msssim" in metrics and processes.is_main:
+        originals = ShardReferences(job.data, index)
+        real = similarity_of_real(originals, drawn, alike, generator.image_size)
+        for column, protocol in enumerate(protocols):
+            images = torch.from_numpy(chosen(painted.store, "images", painted.slots(column)))
+            results.rows += diversity_rows(similarity_of_pairs(images, alike), real, generator.image_size,
+                                           against(protocol, originals))
     if "judge" in metrics and processes.is_main:
         for column, protocol in enumerate(protocols):
             images = chosen(painted.store, "images", painted.slots(column))

@@ -15,6 +15,7 @@ from dalle.metrics.judge_report import JudgeReport
 AXES = {"fid": "FID (lower is better)", "rfid": "rFID (lower is better)", "kid": "KID (lower is better)",
         "is": "Inception Score (higher is better)", "clip-score": "CLIP score, 100 x cosine (higher is better)",
         "r-precision": "R-precision (share of 1)", "vs": "VS similarity (cosine)",
+        "ms-ssim": "MS-SSIM of pairs of one class (lower is more diverse)",
         "judge/colour_shape": "shapes judge: share of right pictures"}
 OF_BLUR = ("fid", "rfid", "is")
 OF_CANDIDATES = ("fid", "is", "kid", "clip-score", "r-precision", "vs", "judge/colour_shape")

@@ -46,16 +46,29 @@ def test_the_table_has_a_line_for_each_row_and_a_dash_for_what_is_missing(zoo, t
     rows = [zoo.Row("good", "1111.11111", processor_seconds=300, steps=1000, parameters={"g": 5, "d": 7},
                     figures={"judge/object_colour": 0.5, "judge/place": 0.1, "fid-clip:x": 0.25}, trained_a_second=99.6,
                     painted_a_second=12.3, curve=[(1, 0.1), (2, 0.5)]),
-            zoo.Row("better", "2222.22222", figures={"judge/object_colour": 0.75})]
+            zoo.Row("better", "2222.22222", figures={"judge/object_colour": 0.75, "ms-ssim-real": 0.34})]
     zoo.write_leaderboard(rows, tmp_path)
     lines = (tmp_path / "leaderboard.md").read_text().splitlines()
     assert lines[0] == ("| system | steps | core minutes | judge/object_colour | fid-clip:x | parameters | "
                         "pictures/s trained | pictures/s painted |")
     assert lines[2].startswith("| better (2222.22222) |") and "| - |" in lines[2]
     assert lines[3] == "| good (1111.11111) | 1,000 | 5.0 | 0.5 | 0.25 | 12 | 100 | 12 |"
-    assert "1 in 8" in lines[-1]
+    assert "1 in 8" in lines[-1] and lines[-1].endswith("Real pictures: ms-ssim: 0.34.")
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert [row["system"] for row in json.loads((tmp_path / "leaderboard.json").read_text())] == ["better", "good"]
+
+
+def test_measuring_again_keeps_what_the_training_cost(zoo, tmp_path, monkeypatch):
+    log_of(tmp_path / "log.jsonl", {"event": "start"}, {"step": 9, "samples_per_second": 2.0, "seconds_per_step": 1.0})
+    monkeypatch.setattr(zoo, "train", lambda config, arguments, row: tmp_path)
+    monkeypatch.setattr(zoo, "planned_parameters", lambda config: {"generator": 3})
+    monkeypatch.setattr(zoo, "measure", lambda run, data, arguments, row: row.figures.update(fid=1.0))
+    monkeypatch.setattr(zoo, "painting_speed", lambda run, data: 7.0)
+    known = tmp_path / "row.json"
+    known.write_text(json.dumps({"processor_seconds": 120.0}))
+    for given, seconds in (["--measure"], 120.0), ([], 0.0):
+        row = zoo.make_row("attngan", zoo.build_parser().parse_args(given), known)
+        assert (row.processor_seconds, row.steps, row.figures, row.painted_a_second) == (seconds, 9, {"fid": 1.0}, 7.0)
 
 
 def test_unknown_systems_and_an_empty_zoo_are_refused(zoo, monkeypatch, tmp_path):

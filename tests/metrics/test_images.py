@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle.metrics.images import psnr, ssim
+from dalle.metrics.images import MS_SSIM_WEIGHTS, ms_ssim, ms_ssim_scales, psnr, ssim
 
 
 def test_psnr_by_hand():
@@ -46,7 +46,7 @@ def test_ssim_is_the_formula_of_the_paper():
         assert float(measured) == pytest.approx(np.mean(values), abs=1e-6)
 
 
-@pytest.mark.parametrize("metric", [psnr, ssim])
+@pytest.mark.parametrize("metric", [psnr, ssim, ms_ssim])
 def test_other_shapes_are_refused(metric):
     with pytest.raises(ValueError, match="one shape"):
         metric(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 8, 8))
@@ -55,3 +55,21 @@ def test_other_shapes_are_refused(metric):
 def test_ssim_refuses_pictures_smaller_than_its_window_reaches():
     with pytest.raises(ValueError, match="more than 5 pixels"):
         ssim(torch.zeros(1, 3, 5, 8), torch.zeros(1, 3, 5, 8))
+
+
+@pytest.mark.parametrize(("side", "scales"), [(64, 3), (128, 4), (256, 5)])
+def test_ms_ssim_of_equal_and_of_flat_pictures_by_hand(side, scales):
+    noise = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    assert ms_ssim(noise, noise).tolist() == pytest.approx([1, 1], abs=1e-5)
+    light, dark = torch.full((1, 3, side, side), 0.8), torch.full((1, 3, side, side), 0.2)
+    luminance = (2 * 0.8 * 0.2 + 1e-4) / (0.8**2 + 0.2**2 + 1e-4)      # of the coarsest scale alone
+    weights = MS_SSIM_WEIGHTS[:scales]
+    assert ms_ssim_scales(side) == scales and sum(MS_SSIM_WEIGHTS) == pytest.approx(1, abs=1e-3)
+    assert float(ms_ssim(light, dark)) == pytest.approx(
+        luminance ** (weights[-1] * sum(MS_SSIM_WEIGHTS) / sum(weights)), abs=1e-4)
+
+
+def test_ms_ssim_refuses_pictures_smaller_than_its_window():
+    assert ms_ssim_scales(11) == 1
+    with pytest.raises(ValueError, match="more than 10 pixels"):
+        ms_ssim(torch.zeros(1, 3, 10, 10), torch.zeros(1, 3, 10, 10))

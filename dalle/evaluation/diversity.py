@@ -1,0 +1,66 @@
+"""How much pictures of one class differ: MS-SSIM over random pairs (arXiv 1610.09585, section 4.2).
+
+Lower is more diverse; pictures of one class that all look alike have a high one. Real pictures set the standard.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dalle.data.decode import BadSample
+from dalle.data.index import ShardIndex
+from dalle.evaluation.captions import CaptionSource, Drawn, shuffled_positions
+from dalle.evaluation.references import References, read_pictures
+from dalle.metrics.images import ms_ssim
+
+MOST_PAIRS = 2000
+BATCH = 64
+
+
+def classes_of(index: ShardIndex, drawn: Sequence[Drawn]) -> Tensor:
+    """int64 [N]: the class of each caption's sample, -1 where there is none that can be read."""
+    source = CaptionSource(index)
+    classes = []
+    for one in drawn:
+        try:
+            classes.append(source.class_of(one.position))
+        except BadSample:
+            classes.append(-1)
+    return torch.tensor(classes, dtype=torch.int64)
+
+
+def same_class_pairs(classes: Tensor, seed: int, most: int = MOST_PAIRS) -> Tensor:
+    """int64 [N] (-1: no class) -> [P, 2], numbers of two samples of one class; the same for the same seed.
+
+    The members of each class stand in a random circle, and neighbours are pairs. A random choice of ``most`` is kept.
+    """
+    pairs = []
+    for number in classes[classes >= 0].unique().tolist():
+        members = (classes == number).nonzero().flatten()
+        members = members[shuffled_positions(len(members), seed, number)]
+        if len(members) > 1:
+            circle = torch.stack([members, members.roll(-1)], dim=1)
+            pairs.append(circle if len(members) > 2 else circle[:1])
+    if not pairs:
+        return torch.empty(0, 2, dtype=torch.int64)
+    joined = torch.cat(pairs)
+    return joined[shuffled_positions(len(joined), seed)[:most]]
+
+
+def similarity_of_pairs(images: Tensor, pairs: Tensor) -> Tensor:
+    """uint8 [N, 3, H, W] and [P, 2] -> the pairs' MS-SSIM, float [P]."""
+    if not len(pairs):
+        return torch.empty(0)
+    return torch.cat([ms_ssim(*(images[part[:, side]].float() / 255 for side in (0, 1)))
+                      for part in pairs.split(BATCH)])
+
+
+def similarity_of_real(references: References, drawn: Sequence[Drawn], pairs: Tensor, size: int) -> Tensor:
+    """The same for the real pictures of the captions; pairs with one that cannot be read are left out."""
+    wanted = sorted({drawn[number].position for number in pairs.flatten().tolist()})
+    images, readable, _ = read_pictures(references, wanted, size)
+    rows = {position: row for row, position in enumerate(readable)}
+    kept = [[rows[drawn[number].position] for number in pair] for pair in pairs.tolist()
+            if all(drawn[number].position in rows for number in pair)]
+    return similarity_of_pairs(images, torch.tensor(kept, dtype=torch.int64).view(-1, 2))
