@@ -4,12 +4,14 @@
     python launch/zoo.py
     python launch/zoo.py --only attngan,stackgan_v2 --again
     python launch/zoo.py --table                # from the rows that are there
+    python launch/zoo.py --set emoji
 
-Each system is trained from configs/gans/SYSTEM_shapes.yaml for that config's steps, or --minutes if they are over
+Each system is trained from configs/gans/SYSTEM_SET.yaml for that config's steps, or --minutes if they are over
 before; its text encoder and other prerequisites before that and apart from it. Then it is measured by
 launch/evaluate.py with --samples captions, and timed. A row is kept in OUT/rows and made once; `--only` makes some of
 them, `--again` makes them anew, `--measure` measures runs that are there without training them. The transformer of the
-quickstart stands beside them where its run exists. Writes leaderboard.md, leaderboard.json and curves.png into --out.
+quickstart stands beside them where its run exists. Writes leaderboard.md, leaderboard.json and, where a judge looked at
+the pictures while they trained, curves.png into --out.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gans
 from dalle.errors import EXIT_STOPPED_BY_SIGNAL, UserError, run_command
@@ -31,9 +33,23 @@ ROOT = Path(__file__).resolve().parent.parent
 COLOUR = "judge/object_colour"
 REAL = "ms-ssim-real"
 CURVE = f"evaluation/{COLOUR}"
+METRICS = "fid,kid,clip,rprecision,msssim,judge"
 TRANSFORMER = "transformer"
 TIMED_PICTURES, TIMED_ROUNDS = 64, 3
-GUESS = {COLOUR: "1 in 8", "rprecision": "1 in 100"}
+GUESS = {COLOUR: "1 in 8", "r-precision": "1 in 100"}
+
+
+class PictureSet(NamedTuple):
+    """What the systems of one set are measured with."""
+
+    data: str             # captions and real pictures
+    clip: str             # trained apart from all systems
+    transformer: str      # stands beside them
+
+
+SETS = {"shapes": PictureSet("data/shapes/validation", "runs/quickstart/clip", "runs/quickstart/transformer"),
+        # captions that were trained on: there are too few others, and unseen emoji cannot be guessed
+        "emoji": PictureSet("data/emoji/train", "runs/emoji/clip", "runs/emoji/transformer")}
 
 
 @dataclass
@@ -60,18 +76,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--again", action="store_true", help="train and measure anew where a row exists")
     parser.add_argument("--measure", action="store_true", help="measure the runs that are there, without training")
     parser.add_argument("--table", action="store_true", help="write the leaderboard from the rows that are there")
-    parser.add_argument("--set", default="shapes", help="the configs' set, configs/gans/SYSTEM_SET.yaml")
-    parser.add_argument("--data", help="captions and real pictures (default: data/SET/validation)")
+    parser.add_argument("--set", default="shapes", choices=SETS, help="of configs and pictures (default: %(default)s)")
+    parser.add_argument("--data", help="captions and real pictures (default: the set's)")
     parser.add_argument("--samples", type=int, default=1000, help="captions, a picture each (default: %(default)s)")
-    parser.add_argument("--clip", default="runs/quickstart/clip", metavar="RUN",
-                        help="for FID, CLIP score and R-precision: trained apart from all of them")
-    parser.add_argument("--transformer", default="runs/quickstart/transformer", metavar="RUN")
-    parser.add_argument("--out", type=Path, default=Path("runs/zoo"))
+    parser.add_argument("--clip", metavar="RUN", help="for FID, CLIP score and R-precision: trained apart from all of "
+                        "them (default: the quickstart's of the set)")
+    parser.add_argument("--transformer", metavar="RUN", help="default: the quickstart's of the set")
+    parser.add_argument("--out", type=Path, help="default: runs/zoo/SET")
     return parser
 
 
+def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, what was left out by the set."""
+    arguments = build_parser().parse_args(given)
+    for name, value in SETS[arguments.set]._asdict().items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    arguments.out = arguments.out or Path("runs/zoo") / arguments.set
+    return arguments
+
+
 def main() -> int:
-    arguments = build_parser().parse_args()
+    arguments = parse()
     systems = chosen(arguments)
     rows = arguments.out / "rows"
     rows.mkdir(parents=True, exist_ok=True)
@@ -101,10 +127,12 @@ def main() -> int:
 
 
 def chosen(arguments: argparse.Namespace) -> list[str]:
-    """The systems to train; the transformer last."""
+    """The systems to train: all that the set has a config for; the transformer last, if its run is there."""
     known = [name for name, system in gans.SYSTEMS.items() if system.paints] + [TRANSFORMER]
     if arguments.only is None:
-        return [name for name in known if name != TRANSFORMER or Path(arguments.transformer).is_dir()]
+        transformer = Path(arguments.transformer)
+        return [name for name in known
+                if (transformer if name == TRANSFORMER else small_config(name, arguments.set)).exists()]
     wanted = [name.strip() for name in arguments.only.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in known]
     if unknown:
@@ -120,7 +148,7 @@ def make_row(system: str, arguments: argparse.Namespace, known: Path) -> Row:
         row, run = Row(system, "2102.12092"), Path(arguments.transformer)
     else:
         row = Row(system, gans.SYSTEMS[system].paper)
-        config = ROOT / "configs" / "gans" / f"{system}_{arguments.set}.yaml"
+        config = small_config(system, arguments.set)
         if not config.is_file():
             raise UserError(f"{config} does not exist: the zoo trains a system from its small config")
         run = train(config, arguments, row)
@@ -128,10 +156,13 @@ def make_row(system: str, arguments: argparse.Namespace, known: Path) -> Row:
     if arguments.measure and known.exists():
         row.processor_seconds = json.loads(known.read_text())["processor_seconds"]
     read_log(run / "log.jsonl", row)
-    data = arguments.data or f"data/{arguments.set}/validation"
-    measure(run, data, arguments, row)
-    row.painted_a_second = painting_speed(run, data)
+    measure(run, arguments, row)
+    row.painted_a_second = painting_speed(run, arguments.data)
     return row
+
+
+def small_config(system: str, pictures: str) -> Path:
+    return ROOT / "configs" / "gans" / f"{system}_{pictures}.yaml"
 
 
 def train(config: Path, arguments: argparse.Namespace, row: Row) -> Path:
@@ -168,12 +199,11 @@ def planned_parameters(config: Path) -> dict[str, int]:
     return json.loads(printed[printed.index("{"):])["players"]
 
 
-def measure(run: Path, data: str, arguments: argparse.Namespace, row: Row) -> None:
-    """The figures of launch/evaluate.py: the judge's where captions are of its grammar, the CLIP's everywhere."""
+def measure(run: Path, arguments: argparse.Namespace, row: Row) -> None:
+    """The figures of launch/evaluate.py, which leaves out what the set has no classes or no grammar for."""
     out = arguments.out / "evaluation" / row.system
-    metrics = "fid,kid,clip,rprecision,msssim" + (",judge" if arguments.set == "shapes" else "")
-    command("launch/evaluate.py", "--model", run, "--data", data, "--metrics", metrics, "--samples", arguments.samples,
-            "--extractor", f"clip:{arguments.clip}", "--judge-clip", arguments.clip, "--out", out)
+    command("launch/evaluate.py", "--model", run, "--data", arguments.data, "--metrics", METRICS, "--samples",
+            arguments.samples, "--extractor", f"clip:{arguments.clip}", "--judge-clip", arguments.clip, "--out", out)
     for line in json.loads((out / "results.json").read_text())["rows"]:
         row.figures[line["metric"]] = line["value"]
         row.protocol[line["metric"]] = json.dumps({key: value for key, value in line.items()
@@ -240,11 +270,19 @@ def painting_speed(run: Path, data: str) -> float:
 # -- the leaderboard
 
 def write_leaderboard(rows: Sequence[Row], out: Path) -> None:
-    """All rows, the best colours first."""
-    ranked = sorted(rows, key=lambda row: -row.figures.get(COLOUR, float("-inf")))
+    """All rows, the best colours first, or where no judge reads the captions the best R-precision."""
+    ranked = sorted(rows, key=lambda row: -merit(row))
     (out / "leaderboard.json").write_text(json.dumps([asdict(row) for row in ranked], indent=2) + "\n")
     (out / "leaderboard.md").write_text(to_markdown(ranked))
-    draw_curves(ranked, out / "curves.png")
+    if any(row.curve for row in ranked):
+        draw_curves(ranked, out / "curves.png")
+
+
+def merit(row: Row) -> float:
+    """What rows are ranked by."""
+    found = [value for name, value in row.figures.items() if name == COLOUR]
+    found += [value for name, value in row.figures.items() if name.startswith("r-precision")]
+    return found[0] if found else float("-inf")
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
@@ -257,11 +295,12 @@ def to_markdown(rows: Sequence[Row]) -> str:
                  *(f"{row.figures[name]:.4g}" if name in row.figures else "-" for name in columns),
                  human(row), f"{row.trained_a_second:.0f}", f"{row.painted_a_second:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    remarks = "By chance: " + "; ".join(f"{name}: {chance}" for name, chance in GUESS.items()) + "."
-    real = {f"{row.figures[REAL]:.4g}" for row in rows if REAL in row.figures}
-    if real:
-        remarks += f" Real pictures: ms-ssim: {', '.join(sorted(real))}."
-    return "\n".join([*lines, "", remarks]) + "\n"
+    guesses = [f"{name}: {chance}" for name, chance in GUESS.items()
+               if any(column.startswith(name) for column in columns)]
+    real = sorted({f"{row.figures[REAL]:.4g}" for row in rows if REAL in row.figures})
+    remarks = [f"By chance: {'; '.join(guesses)}."] if guesses else []
+    remarks += [f"Real pictures: ms-ssim: {', '.join(real)}."] if real else []
+    return "\n".join([*lines, *(["", " ".join(remarks)] if remarks else [])]) + "\n"
 
 
 def wanted(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The zoo: its rows from a run's log, its table, and a whole row made by the commands."""
+"""The zoo: its rows from a run's log, what each set is measured with, its table."""
 
 import json
 from pathlib import Path
@@ -62,12 +62,12 @@ def test_measuring_again_keeps_what_the_training_cost(zoo, tmp_path, monkeypatch
     log_of(tmp_path / "log.jsonl", {"event": "start"}, {"step": 9, "samples_per_second": 2.0, "seconds_per_step": 1.0})
     monkeypatch.setattr(zoo, "train", lambda config, arguments, row: tmp_path)
     monkeypatch.setattr(zoo, "planned_parameters", lambda config: {"generator": 3})
-    monkeypatch.setattr(zoo, "measure", lambda run, data, arguments, row: row.figures.update(fid=1.0))
+    monkeypatch.setattr(zoo, "measure", lambda run, arguments, row: row.figures.update(fid=1.0))
     monkeypatch.setattr(zoo, "painting_speed", lambda run, data: 7.0)
     known = tmp_path / "row.json"
     known.write_text(json.dumps({"processor_seconds": 120.0}))
     for given, seconds in (["--measure"], 120.0), ([], 0.0):
-        row = zoo.make_row("attngan", zoo.build_parser().parse_args(given), known)
+        row = zoo.make_row("attngan", zoo.parse(given), known)
         assert (row.processor_seconds, row.steps, row.figures, row.painted_a_second) == (seconds, 9, {"fid": 1.0}, 7.0)
 
 
@@ -81,6 +81,23 @@ def test_unknown_systems_and_an_empty_zoo_are_refused(zoo, monkeypatch, tmp_path
 
 
 def test_encoders_are_not_in_the_zoo(zoo):
-    arguments = zoo.build_parser().parse_args(["--transformer", "nowhere"])
-    systems = zoo.chosen(arguments)
+    systems = zoo.chosen(zoo.parse(["--transformer", "nowhere"]))
     assert "attngan" in systems and "damsm" not in systems and "transformer" not in systems
+
+
+def test_each_set_has_its_pictures_its_clip_and_its_systems(zoo):
+    arguments = zoo.parse(["--set", "emoji", "--transformer", "nowhere"])
+    assert (arguments.data, arguments.clip, str(arguments.out)) == ("data/emoji/train", "runs/emoji/clip",
+                                                                    "runs/zoo/emoji")
+    assert zoo.parse([]).out != arguments.out and zoo.parse(["--data", "mine"]).data == "mine"
+    systems = zoo.chosen(arguments)
+    assert "attngan" in systems and "acgan" not in systems      # emoji have no classes
+
+
+def test_without_a_judge_rows_are_ranked_by_r_precision_and_have_no_curves(zoo, tmp_path):
+    rows = [zoo.Row("good", "1111.11111", figures={"r-precision-clip:x": 0.25}),
+            zoo.Row("better", "2222.22222", figures={"r-precision-clip:x": 0.5})]
+    zoo.write_leaderboard(rows, tmp_path)
+    table = (tmp_path / "leaderboard.md").read_text()
+    assert table.index("better") < table.index("good") and table.endswith("By chance: r-precision: 1 in 100.\n")
+    assert not (tmp_path / "curves.png").exists()
