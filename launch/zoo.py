@@ -292,7 +292,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for row in rows:
         cells = [f"{row.system} ({row.paper})", f"{row.steps:,}", minutes(row.processor_seconds),
-                 *(f"{row.figures[name]:.4g}" if name in row.figures else "-" for name in columns),
+                 *(f"{row.figures[name]:.3g}" if name in row.figures else "-" for name in columns),
                  human(row), f"{row.trained_a_second:.0f}", f"{row.painted_a_second:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     guesses = [f"{name}: {chance}" for name, chance in GUESS.items()
