@@ -78,7 +78,7 @@ def judge_rows(report: JudgeReport, protocol: Protocol) -> Iterator[Row]:
 
 
 def diversity_rows(made: Tensor, real: Tensor, image_size: int, protocol: Protocol) -> Iterator[Row]:
-    """MS-SSIM of pairs of one class, painted and real; ``protocol`` names the reference."""
+    """MS-SSIM of pairs of one class, painted and real: of the samples that the captions belong to."""
     detail = f"{ms_ssim_scales(image_size)} scales, lower is more diverse, ± standard error"
     for name, values in (("ms-ssim", made), ("ms-ssim-real", real)):
         if len(values) > 1:

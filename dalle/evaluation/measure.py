@@ -143,12 +143,10 @@ def evaluate_generator(job: Job, generator: Generator, reranker: Reranker | None
                 values = torch.from_numpy(chosen(cosines, "cosines", painted.slots(column)))
                 results.rows.append(vs_row(values, replace(protocol, judge=vs_name, judge_digest=vs_digest)))
     if "msssim" in metrics and processes.is_main:
-        originals = ShardReferences(job.data, index)
-        real = similarity_of_real(originals, drawn, alike, generator.image_size)
+        real = similarity_of_real(ShardReferences(job.data, index), drawn, alike, generator.image_size)
         for column, protocol in enumerate(protocols):
             images = torch.from_numpy(chosen(painted.store, "images", painted.slots(column)))
-            results.rows += diversity_rows(similarity_of_pairs(images, alike), real, generator.image_size,
-                                           against(protocol, originals))
+            results.rows += diversity_rows(similarity_of_pairs(images, alike), real, generator.image_size, protocol)
     if "judge" in metrics and processes.is_main:
         for column, protocol in enumerate(protocols):
             images = chosen(painted.store, "images", painted.slots(column))

@@ -11,6 +11,7 @@ from dalle.evaluation import measure
 from dalle.evaluation.captions import draw_captions
 from dalle.evaluation.diversity import classes_of, same_class_pairs, similarity_of_pairs, similarity_of_real
 from dalle.evaluation.references import ShardReferences, read_pictures
+from dalle.evaluation.report import to_markdown
 from dalle.metrics.images import ms_ssim
 
 
@@ -56,7 +57,9 @@ def test_rows_say_how_alike_the_painted_and_the_real_pictures_of_a_class_are(job
         assert rows["ms-ssim-real"].value == pytest.approx(float(real.mean()), abs=1e-5)
         assert 0 < rows["ms-ssim"].value < 1 and rows["ms-ssim"].error > 0
         assert rows["ms-ssim"].protocol.detail.startswith(f"{job.samples} pairs of one class, 1 scales")
-        assert rows["ms-ssim"].protocol.reference == job.data
+        assert rows["ms-ssim"].protocol.captions == job.data
+    report = to_markdown(results)
+    assert report.count("| ms-ssim | ") == report.count("| ms-ssim-real | ") == 1 + len(job.candidates)
 
 
 def test_pairs_of_real_pictures_with_an_unreadable_one_are_left_out(split, monkeypatch):
