@@ -297,9 +297,11 @@ def to_markdown(rows: Sequence[Row]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     guesses = [f"{name}: {chance}" for name, chance in GUESS.items()
                if any(column.startswith(name) for column in columns)]
-    real = sorted({f"{row.figures[REAL]:.4g}" for row in rows if REAL in row.figures})
+    real = sorted({(json.loads(row.protocol[REAL])["image_size"], row.figures[REAL])
+                   for row in rows if REAL in row.figures})
     remarks = [f"By chance: {'; '.join(guesses)}."] if guesses else []
-    remarks += [f"Real pictures: ms-ssim: {', '.join(real)}."] if real else []
+    if real:
+        remarks.append(f"Real pictures: ms-ssim: {', '.join(f'{value:.3g} at {size} px' for size, value in real)}.")
     return "\n".join([*lines, *(["", " ".join(remarks)] if remarks else [])]) + "\n"
 
 

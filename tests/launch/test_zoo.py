@@ -46,14 +46,15 @@ def test_the_table_has_a_line_for_each_row_and_a_dash_for_what_is_missing(zoo, t
     rows = [zoo.Row("good", "1111.11111", processor_seconds=300, steps=1000, parameters={"g": 5, "d": 7},
                     figures={"judge/object_colour": 0.5, "judge/place": 0.1, "fid-clip:x": 0.25}, trained_a_second=99.6,
                     painted_a_second=12.3, curve=[(1, 0.1), (2, 0.5)]),
-            zoo.Row("better", "2222.22222", figures={"judge/object_colour": 0.75, "ms-ssim-real": 0.34})]
+            zoo.Row("better", "2222.22222", figures={"judge/object_colour": 0.75, "ms-ssim-real": 0.34},
+                    protocol={"ms-ssim-real": '{"image_size": 64}'})]
     zoo.write_leaderboard(rows, tmp_path)
     lines = (tmp_path / "leaderboard.md").read_text().splitlines()
     assert lines[0] == ("| system | steps | core minutes | judge/object_colour | fid-clip:x | parameters | "
                         "pictures/s trained | pictures/s painted |")
     assert lines[2].startswith("| better (2222.22222) |") and "| - |" in lines[2]
     assert lines[3] == "| good (1111.11111) | 1,000 | 5.0 | 0.5 | 0.25 | 12 | 100 | 12 |"
-    assert "1 in 8" in lines[-1] and lines[-1].endswith("Real pictures: ms-ssim: 0.34.")
+    assert "1 in 8" in lines[-1] and lines[-1].endswith("Real pictures: ms-ssim: 0.34 at 64 px.")
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert [row["system"] for row in json.loads((tmp_path / "leaderboard.json").read_text())] == ["better", "good"]
 
