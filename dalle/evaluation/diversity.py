@@ -4,13 +4,17 @@ Lower is more diverse; pictures of one class that all look alike have a high one
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dalle.data.decode import BadSample
 from dalle.data.index import ShardIndex
+from dalle.evaluation.blocks import BlockStore
 from dalle.evaluation.captions import CaptionSource, Drawn, shuffled_positions
+from dalle.evaluation.extraction import chosen
 from dalle.evaluation.references import References, read_pictures
 from dalle.metrics.images import ms_ssim
 
@@ -19,15 +23,15 @@ BATCH = 64
 
 
 def classes_of(index: ShardIndex, drawn: Sequence[Drawn]) -> Tensor:
-    """int64 [N]: the class of each caption's sample, -1 where there is none that can be read."""
-    source = CaptionSource(index)
-    classes = []
-    for one in drawn:
-        try:
-            classes.append(source.class_of(one.position))
-        except BadSample:
-            classes.append(-1)
-    return torch.tensor(classes, dtype=torch.int64)
+    """int64 [N]: the class of each caption's sample; -1 where none can be read, and for a sample's further captions."""
+    source, seen = CaptionSource(index), set()
+    classes = torch.full((len(drawn),), -1, dtype=torch.int64)
+    for number, one in enumerate(drawn):
+        if one.position not in seen:
+            seen.add(one.position)
+            with suppress(BadSample):
+                classes[number] = source.class_of(one.position)
+    return classes
 
 
 def same_class_pairs(classes: Tensor, seed: int, most: int = MOST_PAIRS) -> Tensor:
@@ -54,6 +58,15 @@ def similarity_of_pairs(images: Tensor, pairs: Tensor) -> Tensor:
         return torch.empty(0)
     return torch.cat([ms_ssim(*(images[part[:, side]].float() / 255 for side in (0, 1)))
                       for part in pairs.split(BATCH)])
+
+
+def similarity_of_painted(store: BlockStore, slots: Sequence[np.ndarray], pairs: Tensor) -> Tensor:
+    """The same for captions: caption i of the list has row ``slots[block]`` of its block's ``images``."""
+    wanted, places = pairs.unique(return_inverse=True)
+    starts = np.cumsum([0, *map(len, slots)])
+    own = [rows[np.isin(np.arange(start, start + len(rows)), wanted.numpy())]
+           for start, rows in zip(starts[:-1], slots, strict=True)]
+    return similarity_of_pairs(torch.from_numpy(chosen(store, "images", own)), places)
 
 
 def similarity_of_real(references: References, drawn: Sequence[Drawn], pairs: Tensor, size: int) -> Tensor:

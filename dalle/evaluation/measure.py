@@ -15,7 +15,7 @@ from dalle.data.shapes_grammar import parse_caption
 from dalle.errors import UserError
 from dalle.evaluation.blocks import BlockStore
 from dalle.evaluation.captions import draw_captions, shuffled_positions
-from dalle.evaluation.diversity import classes_of, same_class_pairs, similarity_of_pairs, similarity_of_real
+from dalle.evaluation.diversity import classes_of, same_class_pairs, similarity_of_painted, similarity_of_real
 from dalle.evaluation.extraction import (
     chosen,
     extract,
@@ -145,8 +145,8 @@ def evaluate_generator(job: Job, generator: Generator, reranker: Reranker | None
     if "msssim" in metrics and processes.is_main:
         real = similarity_of_real(ShardReferences(job.data, index), drawn, alike, generator.image_size)
         for column, protocol in enumerate(protocols):
-            images = torch.from_numpy(chosen(painted.store, "images", painted.slots(column)))
-            results.rows += diversity_rows(similarity_of_pairs(images, alike), real, generator.image_size, protocol)
+            made = similarity_of_painted(painted.store, painted.slots(column), alike)
+            results.rows += diversity_rows(made, real, generator.image_size, protocol)
     if "judge" in metrics and processes.is_main:
         for column, protocol in enumerate(protocols):
             images = chosen(painted.store, "images", painted.slots(column))

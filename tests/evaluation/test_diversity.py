@@ -7,12 +7,13 @@ import torch
 
 from dalle.data.decode import BadSample
 from dalle.data.index import ShardIndex
-from dalle.evaluation import measure
+from dalle.evaluation import measure, pictures
 from dalle.evaluation.captions import draw_captions
 from dalle.evaluation.diversity import classes_of, same_class_pairs, similarity_of_pairs, similarity_of_real
 from dalle.evaluation.references import ShardReferences, read_pictures
 from dalle.evaluation.report import to_markdown
 from dalle.metrics.images import ms_ssim
+from dalle.sampling.candidates import candidate_seed
 
 
 def test_every_member_of_a_class_stands_in_two_pairs():
@@ -78,11 +79,26 @@ def test_pairs_of_real_pictures_with_an_unreadable_one_are_left_out(split, monke
     assert torch.equal(similarity_of_real(references, drawn, pairs, 16), everything[[0, 2]])
 
 
-def test_classes_are_those_of_the_samples(split):
+def test_classes_are_those_of_the_samples_each_once(split):
     index = ShardIndex.load(split)
-    drawn, _ = draw_captions(index, 20, 0)
+    drawn, _ = draw_captions(index, 40, 0)       # of 24 samples
     classes = classes_of(index, drawn)
-    assert classes.dtype == torch.int64 and bool((classes >= 0).all()) and len(classes.unique()) > 1
+    first = [one.position not in [other.position for other in drawn[:number]] for number, one in enumerate(drawn)]
+    assert [number >= 0 for number in classes.tolist()] == first and sum(first) == 24
+    assert len(classes.unique()) > 2
+
+
+def test_only_the_pictures_of_the_pairs_are_taken(job, evaluate, monkeypatch):
+    """Whatever the block and the row of a caption's picture are."""
+    monkeypatch.setattr(measure, "classes_of", lambda index, drawn: torch.tensor([5, 6] + [-1] * 16 + [6, 5]))
+    monkeypatch.setattr(pictures, "BLOCK_CAPTIONS", 6)
+    results, generator = evaluate(job, metrics=("msssim",))
+    drawn, _ = draw_captions(ShardIndex.load(job.data), job.samples, job.seed)
+    flat = [generator.generate([drawn[number].caption], [candidate_seed(job.seed, number, 0)])[0].float() / 255
+            for number in (0, 19, 1, 18)]
+    expected = ms_ssim(torch.stack(flat[::2]), torch.stack(flat[1::2]))
+    row = next(row for row in results.rows if row.family == "ms-ssim" and row.protocol.candidates == 1)
+    assert row.value == pytest.approx(float(expected.mean()), abs=1e-5)
 
 
 def test_data_without_classes_are_left_out_with_the_reason(job, evaluate, monkeypatch):
