@@ -321,8 +321,8 @@ def human(row: Row) -> str:
 
 
 def one_line(row: Row) -> str:
-    return f"{row.system}: colour {row.figures.get(COLOUR, float('nan')):.3f} after {row.steps} steps, " \
-           f"{row.seconds / 60:.1f} minutes"
+    what = "colour" if COLOUR in row.figures else "R-precision"
+    return f"{row.system}: {what} {merit(row):.3f} after {row.steps} steps, {row.seconds / 60:.1f} minutes"
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> None:
