@@ -12,11 +12,12 @@ import os
 import re
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, TypeVar
 
@@ -32,10 +33,12 @@ INDEX_FOLDER = "index"
 TABLE_FILE = "index.json"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 PARTS = ("image", "text", "json")
+PART_OF = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), "txt": "text", "json": "json"}      # by the name's extension
 LONGEST_KEY = 255
 READ_ATTEMPTS = 3
 Read = TypeVar("Read")
 Part = TypeVar("Part")
+Parts = dict[str, tuple[str, Part]]      # of one key: part -> (extension, member)
 MISSING_SHARD = "missing_shard"      # the name that training without a shard is counted by
 NO_PROBLEMS: dict[str, int] = {}
 REBUILD = "run `python tools/index_shards.py {folder}` to index the folder again"
@@ -90,7 +93,8 @@ class ShardIndex:
     def fingerprint(self) -> str:
         hasher = hashlib.blake2b(digest_size=16)
         for shard in self.shards:
-            hasher.update(f"{shard.name}\0{shard.count}\0{shard.size}\0{shard.digest}\n".encode())
+            row = f"{shard.name}\0{shard.count}\0{shard.size}\0{shard.digest}\n"
+            hasher.update(row.encode("utf-8", "surrogateescape"))      # a file's name need not be UTF-8
         return hasher.hexdigest()
 
     @property
@@ -193,54 +197,71 @@ def scan_shard(path: Path) -> tuple[ShardInfo, np.ndarray]:
 
 
 def _rows(walk: Iterable[Member], problems: Counter[str]) -> list[tuple]:
-    """The samples among ``walk``'s members; what is left out is counted in ``problems`` by reason."""
+    """The samples among ``walk``'s members, in the order of their keys' first members; what is left out is counted.
+
+    The members of a key are joined wherever they lie. Those that repeat what the key has already are another sample of
+    that name: none of them is used, so that no sample is made of two.
+    """
+    samples: dict[bytes, Parts[Member]] = {}
+    for key, parts in member_runs(((member.name, member) for member in walk), problems):
+        known = samples.setdefault(key, {})
+        if known.keys() & parts.keys():
+            problems["duplicate_key"] += 1
+        else:
+            known |= parts
     rows: list[tuple] = []
-    seen: set[bytes] = set()
-    named = ((*split_name(member.name), member) for member in walk)
-    for key, group in groupby(named, key=lambda item: item[0]):
-        if key is None:
-            problems["not_a_sample"] += sum(1 for _ in group)
-            continue
-        parts = member_parts(((extension, member) for _, extension, member in group), problems)
-        reason = why_no_sample(key, parts, seen)
+    for key, parts in samples.items():
+        reason = why_no_sample(key, parts)
         if reason is not None:
             problems[reason] += 1
-        else:
-            if "text" not in parts:
-                problems["no_caption"] += 1    # kept: pictures alone train a codec, and the caption may be in the JSON
-            kind, _ = parts["image"]
-            numbers = [value for part in PARTS for value in (parts[part][1][1:] if part in parts else (-1, -1))]
-            rows.append((*numbers, kind.encode(), key))
+            continue
+        if "text" not in parts:
+            problems["no_caption"] += 1        # kept: pictures alone train a codec, and the caption may be in the JSON
+        kind, _ = parts["image"]
+        numbers = [value for part in PARTS for value in (parts[part][1][1:] if part in parts else (-1, -1))]
+        rows.append((*numbers, kind.encode(), key))
     return rows
 
 
-def why_no_sample(key: bytes, parts: Mapping[str, object], seen: set[bytes]) -> str | None:
-    """The reason why the members of ``key`` are left out, or None; a key with any part is ``seen`` from here on."""
-    if not parts:
-        return "other_members"
-    is_new = key not in seen
-    seen.add(key)
-    if not is_new:
-        return "duplicate_key"
+def why_no_sample(key: bytes, parts: Mapping[str, object]) -> str | None:
+    """The reason why the ``parts`` of ``key`` make no sample, or None."""
     if len(key) > LONGEST_KEY:
         return "key_too_long"
     return None if "image" in parts else "no_image"
 
 
-def member_parts(group: Iterable[tuple[str, Part]], problems: Counter[str]) -> dict[str, tuple[str, Part]]:
-    """The picture, caption and JSON of one key: part -> (extension, member)."""
-    parts: dict[str, tuple[str, Part]] = {}
-    for extension, member in group:
-        part = "image" if extension in IMAGE_EXTENSIONS else {"txt": "text", "json": "json"}.get(extension)
-        if part is None:
-            # webdataset cuts a name at its first dot, so img.v1.jpg and img.v2.jpg would both belong to a sample "img"
-            last = extension.rpartition(".")[2]
-            problems["dot_in_name" if "." in extension and last in (*IMAGE_EXTENSIONS, "txt") else "other_members"] += 1
-        elif part in parts:
-            problems["duplicate_member"] += 1
+def member_runs(members: Iterable[tuple[bytes, Part]], problems: Counter[str]) -> Iterator[tuple[bytes, Parts[Part]]]:
+    """(key, its parts) of the (name, member) that follow one another; what belongs to no sample may lie between them.
+
+    A run is complete when it is given: where reading it raises, nothing of it was given.
+    """
+    for key, run in groupby(_useful(members, problems), key=itemgetter(0)):
+        parts: Parts[Part] = {}
+        for _, part, extension, member in run:
+            if part in parts:
+                problems["duplicate_member"] += 1
+            else:
+                parts[part] = (extension, member)
+        yield key, parts
+
+
+def _useful(members: Iterable[tuple[bytes, Part]], problems: Counter[str]) -> Iterator[tuple[bytes, str, str, Part]]:
+    """(key, part, extension, member) of all that can belong to a sample; the others are counted."""
+    for name, member in members:
+        key, extension = split_name(name)
+        part = PART_OF.get(extension)
+        if key is not None and part is not None:
+            yield key, part, extension, member
         else:
-            parts[part] = (extension, member)
-    return parts
+            problems[_why_of_no_use(key, extension)] += 1
+
+
+def _why_of_no_use(key: bytes | None, extension: str) -> str:
+    if key is None:
+        return "not_a_sample"
+    # webdataset cuts a name at its first dot, so img.v1.jpg and img.v2.jpg would both belong to a sample "img"
+    _, dot, last = extension.rpartition(".")
+    return "dot_in_name" if dot and PART_OF.get(last) in ("image", "text") else "other_members"
 
 
 def split_name(name: bytes) -> tuple[bytes | None, str]:

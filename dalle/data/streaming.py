@@ -18,7 +18,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from itertools import count, groupby
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dalle.data.dataset import Batch, DataConfig, Record, Sample, SampleMaker, advice
 from dalle.data.decode import BadSample, class_id, decode_captions, decode_meta, sample_captions
-from dalle.data.index import PARTS, key_text, member_parts, split_name, why_no_sample
+from dalle.data.index import PARTS, key_text, member_runs, why_no_sample
 from dalle.data.opening import LostShard, Patience, ShardStream, absent_files, scheme_of, shard_urls, shown
 from dalle.data.tar import (
     BLOCK,
@@ -49,7 +49,8 @@ LARGEST_MEMBER = 1 << 28                # bytes; a header may claim anything, an
 MOST_BAD_IN_A_ROW = 1000
 SECONDS_LOST = 600                      # before a shard that gave nothing is tried again
 WITHOUT_TEXT = {"text_size": -1}
-LEFT_OUT = ("no_image", "duplicate_key", "key_too_long", "member_too_large")      # problems that cost a sample
+# problems that cost a sample, or a part of one
+LEFT_OUT = ("no_image", "duplicate_key", "members_apart", "key_too_long", "member_too_large")
 
 
 class DamagedShard(Exception):
@@ -136,19 +137,19 @@ def _passed_over(stream: ShardStream, size: int) -> bool:
 def raw_samples(stream: ShardStream, problems: Counter[str]) -> Iterator[RawSample]:
     """The samples of one shard, as :func:`dalle.data.index.scan_shard` finds them; ``problems`` counts what is not.
 
+    A stream does not wait for what may come: members that lie behind another sample's are not joined to their own, as
+    the index does, but counted (``members_apart``).
     Raises :class:`DamagedShard`: what a cut may have halved, the last group before it, is not delivered.
     """
-    seen: set[bytes] = set()
+    seen: dict[bytes, frozenset[str]] = {}          # the parts that each key had in its first run
     number = 0
-    members = ((*split_name(name), data) for name, data in tar_members(stream, problems))
-    for key, group in groupby(members, key=lambda item: item[0]):
-        # the whole group is here before any of it is used: a cut raises in between
-        found = [(extension, data) for _, extension, data in group]
-        if key is None:
-            problems["not_a_sample"] += len(found)
+    for key, members in member_runs(tar_members(stream, problems), problems):
+        if key in seen:
+            problems["duplicate_key" if seen[key] & members.keys() else "members_apart"] += 1
             continue
-        parts = {part: data for part, (_, data) in member_parts(found, problems).items() if data is not None}
-        reason = why_no_sample(key, parts, seen)
+        seen[key] = frozenset(members)
+        parts = {part: data for part, (_, data) in members.items() if data is not None}
+        reason = why_no_sample(key, parts)
         if reason is not None:
             problems[reason] += 1
         else:
@@ -202,7 +203,7 @@ class StreamDataset(SampleMaker, IterableDataset):
     def fingerprint(self) -> str:
         """Of the shards' names: what is inside is not known without an index."""
         names = (url if scheme_of(url) == "pipe" else shown(url).rpartition("/")[2] for url in self.urls)
-        return hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b("\n".join(names).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches with ``skipped``; a :class:`UserError` travels as ``error``, see :class:`ShardDataset`."""

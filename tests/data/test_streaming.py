@@ -322,6 +322,19 @@ def test_a_stream_holds_the_samples_that_the_index_finds(tmp_path, format):
     assert {**problems, "no_caption": index.problems["no_caption"]} == index.problems
 
 
+def test_what_lies_between_the_members_of_a_streamed_sample_does_not_part_them(tmp_path):
+    between = [("._a.png", b"mac"), ("Thumbs.db", b"!"), ("README", b"")]
+    write_tar(tmp_path / "0.tar", [("a.png", png(1)), *between, ("a.txt", b"a caption")])
+    batches, loader = batches_of(config(tmp_path), 1, batch_size=1)
+    assert batches[0]["caption"] == ["a caption"] and not loader.skipped
+
+
+def test_members_that_a_stream_cannot_join_are_counted(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.png", png(1)), ("b.png", png(2)), ("b.txt", b"b"), ("a.txt", b"a")])
+    batches, loader = batches_of(config(tmp_path, max_bad_fraction=1), 1, batch_size=2)
+    assert keys_in(batches) == ["b", "b"] and loader.skipped["members_apart"] == 1
+
+
 def test_every_cut_is_noticed_and_nothing_halved_is_delivered(data, tmp_path):
     whole = (data / "train" / "00000.tar").read_bytes()
     rows = ShardIndex.build([data / "train" / "00000.tar"]).members(0)
@@ -515,6 +528,12 @@ def test_identity_follows_the_shards_and_not_their_place(data, server):
 
     assert identity(data / "train") == identity(server.url("{00000..00002}.tar?token=1"))
     assert identity(data / "train") != identity(f"{data}/train/{{00000..00001}}.tar")
+
+
+def test_a_shard_whose_name_is_not_utf8_is_streamed(data, tmp_path):
+    os.link(data / "train" / "00000.tar", os.fsencode(tmp_path) + b"/caf\xe9.tar")
+    batches, loader = batches_of(config(tmp_path), 2)
+    assert keys_in(batches) == KEYS[:6] and len(loader.identity["fingerprint"]) == 32
 
 
 def test_a_run_trains_and_resumes_on_streams(workshop, commands, server, tmp_path):
