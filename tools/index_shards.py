@@ -16,11 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle.data.index import ShardIndex, ShardInfo, expand_braces, glob_magic, read_table
+from dalle.data.index import DAMAGE, ShardIndex, ShardInfo, expand_braces, glob_magic, read_table
 from dalle.errors import LostProcess, UserError, run_command
 
-# a tar without its end marker is readable, but a cut between two members looks just the same
-DAMAGE = ("truncated_member", "truncated_header", "damaged_header", "no_end_marker", "data_after_end")
 ROWS_SHOWN = 10
 
 
@@ -60,11 +58,11 @@ def index_folder(folder: Path, workers: int, check: bool) -> tuple[ShardIndex, b
     if saved is None:
         print(f"{folder} has no index")
         return index, False
-    if saved == index.shards:
-        return index, offsets_fit(folder, saved, index)
-    known = {shard.name: shard for shard in saved}
+    known = {shard.name: shard.content for shard in saved}
     names = {shard.name for shard in index.shards}
-    differing = [shard.name for shard in index.shards if known.get(shard.name) != shard]
+    if list(known.values()) == [shard.content for shard in index.shards]:
+        return index, offsets_fit(folder, saved, index)
+    differing = [shard.name for shard in index.shards if known.get(shard.name) != shard.content]
     differing += [f"{name} (missing)" for name in sorted(set(known) - names)]
     print(f"the index of {folder} does not fit: {', '.join(differing[:ROWS_SHOWN])}")
     return index, False

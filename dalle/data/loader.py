@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 
 from dalle.data.codes import CachedCodes
 from dalle.data.dataset import Batch, DataConfig, ShardDataset, ViewDataset, advice
-from dalle.data.index import MISSING_SHARD, ShardIndex
+from dalle.data.decode import IN_BAD_SHARD
+from dalle.data.index import DAMAGED_SHARD, MISSING_SHARD, ShardIndex
 from dalle.data.streaming import StreamDataset
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.data.workers import death_of, signal_death, start_server, worker_context, worker_start
@@ -36,6 +37,7 @@ __all__ = ["Batch", "DataConfig", "Loader", "train_batches", "validation_batches
 log = logging.getLogger(__name__)
 
 MIN_SEEN = 200               # samples before the fraction of bad ones is judged
+SHARD_REASONS = (MISSING_SHARD, DAMAGED_SHARD, IN_BAD_SHARD)
 PREFETCHED_BATCHES = 4       # a worker
 SECONDS_TO_DIE = 2           # of a worker, after its connection broke
 GO_ON = "start again to go on from the last checkpoint"
@@ -81,7 +83,9 @@ class ValidationPositions:
 
 class Loader:
     """Iterate for batches; ``skipped`` counts this rank's bad samples (replaced, or passed over in a stream) and
-    missing shards by reason, so far. ``identity`` is what must be the same data at a resume.
+    bad shards by reason, so far; ``partly_used`` the samples of which a part is not used: a caption longer than
+    data.text_length, words that the tokenizer lacks, a damaged JSON. ``identity`` is what must be the same data at a
+    resume.
 
     ``positions``: what to fetch from a map of positions; None for a :class:`StreamDataset`, which makes batches itself.
     """
@@ -97,9 +101,12 @@ class Loader:
         if self.tokenizer is not None:
             self.identity["tokenizer"] = self.tokenizer.digest
         self.skipped: Counter[str] = Counter()
+        self.partly_used: Counter[str] = Counter()
         self._seen = 0
         self._place = self.index.shards[0].folder if self.index else dataset.place
         self._max_bad_fraction = config.max_bad_fraction
+        # whether to go on without a shard, or what is lost of it, is data.bad_shards' to say
+        self._chosen = (*SHARD_REASONS, "truncated_shard") if config.bad_shards == "skip" else SHARD_REASONS
         self._positions = positions
         self._finite = finite
         workers = min(config.workers, len(positions)) if finite else config.workers
@@ -182,12 +189,13 @@ class Loader:
 
     def _account(self, batch: Batch) -> None:
         self.skipped.update(batch.pop("skipped"))
+        self.partly_used.update(batch.pop("partly_used", ()))
         self._seen += batch.pop("read", len(batch["position"]))
         if self._seen >= MIN_SEEN:
             self._judge()
 
     def _judge(self) -> None:
-        bad = self.skipped.total() - self.skipped[MISSING_SHARD]      # whether to go on without a shard is on_missing's
+        bad = self.skipped.total() - sum(self.skipped[reason] for reason in self._chosen)
         if bad > self._max_bad_fraction * self._seen:
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.skipped.most_common())
             raise UserError(f"{bad} of {self._seen} samples in {self._place} cannot be used "
@@ -196,39 +204,44 @@ class Loader:
 
 
 def train_batches(config: DataConfig, *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1,
-                  start_step: int = 0) -> Loader:
+                  start_step: int = 0, needs_classes: bool = False) -> Loader:
     """This rank's share of the endless global batches of ``batch_size``, from batch ``start_step`` on.
 
+    ``needs_classes``: a sample whose JSON is damaged cannot be used, as its ``class_id`` is read.
     Raises :class:`UserError` for data that cannot be used, and when ``world_size`` does not divide ``batch_size``.
     """
     check_split(batch_size, world_size)
     if config.tier != "exact":
         return Loader(StreamDataset(config, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size,
-                                    start_step=start_step, tokenizer=_tokenizer(config)))
-    index = ShardIndex.load(config.train, config.on_missing)
+                                    start_step=start_step, tokenizer=_tokenizer(config),
+                                    needs_classes=needs_classes))
+    index = ShardIndex.load(config.train, config.bad_shards)
     dataset = ShardDataset(config, index, seed=seed, training=True, tokenizer=_tokenizer(config),
-                           codes=CachedCodes(config.codes, index) if config.codes else None)
+                           codes=CachedCodes(config.codes, index) if config.codes else None,
+                           needs_classes=needs_classes)
     loader = Loader(dataset, TrainPositions(batch_size, rank, world_size, start_step))
-    if index.missing and rank == 0:                # the ranks' counts are added up
-        loader.skipped[MISSING_SHARD] = index.missing
+    if rank == 0:                                  # the ranks' counts are added up
+        loader.skipped.update(index.bad)
     return loader
 
 
 def validation_batches(config: DataConfig, *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1,
-                       limit: int | None = None) -> Loader:
+                       limit: int | None = None, needs_classes: bool = False) -> Loader:
     """This rank's share of one pass over ``config.validation`` (its first ``limit`` samples), in order, unaugmented."""
     if config.validation is None:
         raise UserError("data.validation is not set; name the validation shards")
     if config.codes and not config.validation_codes and not config.images:
         raise UserError("data.codes is set but data.validation_codes is not; make them with tools/cache_codes.py")
     check_split(batch_size, world_size)
-    index = ShardIndex.load(config.validation, config.on_missing)
-    total = index.num_samples if limit is None else min(limit, index.num_samples)
+    index = ShardIndex.load(config.validation, config.bad_shards)
+    there = int(index.counts_there.sum())
+    total = there if limit is None else min(limit, there)
     if total < world_size:
         raise UserError(f"validation has {total} samples, fewer than the {world_size} processes; use more samples "
                         "or fewer processes")
     dataset = ShardDataset(config, index, seed=seed, training=False, tokenizer=_tokenizer(config),
-                           codes=CachedCodes(config.validation_codes, index) if config.validation_codes else None)
+                           codes=CachedCodes(config.validation_codes, index) if config.validation_codes else None,
+                           needs_classes=needs_classes)
     return Loader(dataset, ValidationPositions(total, batch_size, rank, world_size), finite=True)
 
 
@@ -237,7 +250,7 @@ def view_batches(config: DataConfig, *, seed: int, batch_size: int, views: int =
 
     A picture that cannot be decoded is black and its ``valid`` (bool [b]) False, so that rows and samples stay aligned.
     """
-    index = ShardIndex.load(config.train)
+    index = ShardIndex.load(config.train, config.bad_shards)
     dataset = ViewDataset(config, index, seed=seed, views=views)
     return Loader(dataset, ValidationPositions(index.num_samples, batch_size, 0, 1), finite=True)
 

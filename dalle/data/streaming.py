@@ -25,9 +25,9 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dalle.data.dataset import Batch, DataConfig, Record, Sample, SampleMaker, advice
-from dalle.data.decode import BadSample, class_id, decode_captions, decode_meta, sample_captions
-from dalle.data.index import PARTS, key_text, member_runs, why_no_sample
-from dalle.data.opening import LostShard, Patience, ShardStream, absent_files, scheme_of, shard_urls, shown
+from dalle.data.decode import BadSample, decode_captions, meta_captions
+from dalle.data.index import MISSING_SHARD, PARTS, SKIP, member_runs, why_no_sample
+from dalle.data.opening import LostShard, Patience, ShardStream, refuse_absent, scheme_of, shard_urls, shown
 from dalle.data.tar import (
     BLOCK,
     LONGEST_EXTENSION_HEADER,
@@ -48,7 +48,6 @@ SHARD_STREAM, BUFFER_STREAM = 1, 2      # which random numbers of a lane
 LARGEST_MEMBER = 1 << 28                # bytes; a header may claim anything, and memory is taken for what it claims
 MOST_BAD_IN_A_ROW = 1000
 SECONDS_LOST = 600                      # before a shard that gave nothing is tried again
-WITHOUT_TEXT = {"text_size": -1}
 # problems that cost a sample, or a part of one
 LEFT_OUT = ("no_image", "duplicate_key", "members_apart", "key_too_long", "member_too_large")
 
@@ -182,8 +181,9 @@ class StreamDataset(SampleMaker, IterableDataset):
     """
 
     def __init__(self, config: DataConfig, *, seed: int, batch_size: int, rank: int, world_size: int, start_step: int,
-                 tokenizer: CaptionTokenizer | None):
-        super().__init__(config, seed=seed, training=True, tokenizer=tokenizer, codes=None)
+                 tokenizer: CaptionTokenizer | None, needs_classes: bool = False):
+        super().__init__(config, seed=seed, training=True, tokenizer=tokenizer, codes=None,
+                         needs_classes=needs_classes)
         self.urls = shard_urls(config.train, config.allow_pipe)
         self.batch_size, self.rank, self.world_size, self.start_step = batch_size, rank, world_size, start_step
         self._patience = Patience(config.read_timeout, config.read_retries)
@@ -191,7 +191,7 @@ class StreamDataset(SampleMaker, IterableDataset):
         self._left_out: Counter[str] = Counter()        # since the last batch
         self._bad_in_a_row = 0
         self._barren_in_a_row = 0                       # shards that gave nothing
-        self._refuse_absent()
+        refuse_absent(config.train, self.urls, config.bad_shards)
 
     @property
     def place(self) -> str:
@@ -225,7 +225,7 @@ class StreamDataset(SampleMaker, IterableDataset):
     def _next_good(self, position: int, samples: Iterator[RawSample]) -> Sample:
         for raw in samples:
             try:
-                sample = self._make(position, _record(raw, self.config), None, lambda raw=raw: raw.parts["image"])
+                sample = self._make(position, self._record(raw), None, lambda raw=raw: raw.parts["image"])
             except BadSample as bad:
                 self._left_out[bad.reason] += 1
                 self._note("bad sample passed over", bad, raw.key, f"sample {raw.number} of {shown(raw.url)}")
@@ -237,6 +237,9 @@ class StreamDataset(SampleMaker, IterableDataset):
             self._bad_in_a_row = 0
             return sample
         raise RuntimeError("an endless stream ended")
+
+    def _record(self, raw: RawSample) -> Record:
+        return self._record_of(raw.key, raw.parts.get("json"), lambda meta: _captions(raw, meta))
 
     def _samples(self, worker: int, workers: int) -> Iterator[RawSample]:
         """The lane's samples, endlessly."""
@@ -297,28 +300,12 @@ class StreamDataset(SampleMaker, IterableDataset):
     def _is_lost(self, shard: int) -> bool:
         return shard in self._lost and time.monotonic() < self._lost[shard]
 
-    def _refuse_absent(self) -> None:
-        absent = absent_files(self.urls)
-        if absent and len(absent) == len(self.urls):
-            raise UserError(f"data {self.config.train!r}: the shard {absent[0]} does not exist; check the path")
-        if absent and self.config.on_missing == "refuse":
-            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-            raise UserError(f"data {self.config.train!r}: the shard {absent[0]} does not exist{more}; bring it back, "
-                            "or set data.on_missing=skip to train without it")
-
     def _refuse_or_count(self, what: str) -> None:
-        if self.config.on_missing == "refuse":
-            raise UserError(f"the shard {what}; bring it back, or set data.on_missing=skip to train without it")
-        self._left_out["missing_shard"] += 1
+        if self.config.bad_shards == "refuse":
+            raise UserError(f"the shard {what}; bring it back, or {SKIP}")
+        self._left_out[MISSING_SHARD] += 1
         log.warning("training without the shard %s", what)
 
 
-def _record(raw: RawSample, config: DataConfig) -> Record:
-    meta = decode_meta(raw.parts["json"]) if "json" in raw.parts else {}
-    return Record(key_text(raw.key), _captions(raw, meta) if config.caption != "none" else [], class_id(meta), None)
-
-
 def _captions(raw: RawSample, meta: dict) -> list[str]:
-    if "text" in raw.parts:
-        return decode_captions(raw.parts["text"])
-    return sample_captions(None, 0, WITHOUT_TEXT, meta)
+    return decode_captions(raw.parts["text"]) if "text" in raw.parts else meta_captions(meta)

@@ -134,6 +134,11 @@ class CaptionTokenizer:
         return "words" if isinstance(self._tokenizer.model, models.WordLevel) else "bpe"
 
     @property
+    def unknown_id(self) -> int | None:
+        """What stands for a word that the list lacks; None for a BPE, which spells it."""
+        return UNKNOWN_ID if self.kind == "words" else None
+
+    @property
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size()
 

@@ -36,7 +36,8 @@ Entries = dict[str, dict[str, Any]]           # file below the checkpoint -> its
 # The data's own identity (fingerprints, digests) is compared apart, so that its files may move.
 MUST_MATCH = ("task", "seed", "model", "data", "train.batch_size")
 MAY_CHANGE = ("data.train", "data.validation", "data.tokenizer", "data.codes", "data.validation_codes",
-              "data.workers", "data.max_bad_fraction", "data.on_missing", "data.allow_pipe",
+              "data.workers", "data.max_bad_fraction", "data.bad_shards", "data.on_missing",
+              "data.allow_pipe",
               "data.read_timeout", "data.read_retries", "data.shuffle_buffer")
 
 

@@ -176,23 +176,23 @@ def test_what_no_retry_mends_is_not_retried(server):
 
 def test_a_lost_shard_stops_the_run_or_is_counted(server, caplog):
     spec = server.url("{00000..00002}.tar?token=secret")
-    with pytest.raises(UserError, match=r"00001\.tar: the server answered 404.*data\.on_missing=skip") as caught:
+    with pytest.raises(UserError, match=r"00001\.tar: the server answered 404.*data\.bad_shards=skip") as caught:
         del server.files["00001.tar"]
         batches_of(config(spec), 9)
     assert "secret" not in str(caught.value)
-    batches, loader = batches_of(config(spec, on_missing="skip"), 8)
+    batches, loader = batches_of(config(spec, bad_shards="skip"), 8)
     assert keys_in(batches) == 2 * (KEYS[:PER_SHARD] + KEYS[2 * PER_SHARD:])
     assert loader.skipped == {"missing_shard": 1}           # not asked for again in the second pass
     assert "training without the shard" in caplog.text and "secret" not in caplog.text
     server.files.clear()
     for tier in ("sequential", "resampled"):
         with pytest.raises(UserError, match="none of the shards .* can be read"):
-            batches_of(config(spec, on_missing="skip", tier=tier), 1)
+            batches_of(config(spec, bad_shards="skip", tier=tier), 1)
 
 
 def test_a_shard_lost_half_way_gives_its_first_half_once(server):
     server.moods["00001.tar"] = ["cut", "503", "503", "503"]
-    batches, loader = batches_of(config(server.url("{00000..00002}.tar"), on_missing="skip"), 4, batch_size=PER_SHARD)
+    batches, loader = batches_of(config(server.url("{00000..00002}.tar"), bad_shards="skip"), 4, batch_size=PER_SHARD)
     keys = keys_in(batches)
     seen = keys[PER_SHARD:keys.index(KEYS[2 * PER_SHARD])]
     assert 0 < len(seen) < PER_SHARD and seen == KEYS[PER_SHARD:PER_SHARD + len(seen)]
@@ -283,9 +283,9 @@ def test_a_missing_file_is_found_before_training(data, tmp_path):
     for number in (0, 2):
         os.link(data / "train" / f"0000{number}.tar", tmp_path / f"0000{number}.tar")
     spec = f"{tmp_path}/{{00000..00002}}.tar"
-    with pytest.raises(UserError, match=r"00001\.tar does not exist.*data\.on_missing=skip"):
+    with pytest.raises(UserError, match=r"00001\.tar does not exist.*data\.bad_shards=skip"):
         train_batches(config(spec), seed=0, batch_size=3)
-    batches, loader = batches_of(config(spec, on_missing="skip"), 4)
+    batches, loader = batches_of(config(spec, bad_shards="skip"), 4)
     assert keys_in(batches) == KEYS[:6] + KEYS[12:] and loader.skipped == {"missing_shard": 1}
     assert loader.identity == train_batches(config(data / "train"), seed=0, batch_size=3).identity
 
