@@ -134,6 +134,7 @@ class SampleMaker:
         self._bpe_dropout = config.bpe_dropout if training else 0.0
         self._caption_dropout = config.caption_dropout if training else 0.0
         self._ids: dict[tuple[int, int, int], tuple[np.ndarray, tuple[str, ...]]] = {}
+        self._unknown_id = None if tokenizer is None else tokenizer.unknown_id
         self._logged: Counter[str] = Counter()
         if self._bpe_dropout and tokenizer is not None and tokenizer.kind == "words":
             raise UserError(f"data.bpe_dropout is {config.bpe_dropout}, but {config.tokenizer} holds whole words, "
@@ -188,7 +189,7 @@ class SampleMaker:
     def _fitted(self, ids: list[int], dtype: type) -> tuple[np.ndarray, tuple[str, ...]]:
         length = self.config.text_length
         lost = ("caption_cut",) if len(ids) > length else ()
-        if self.tokenizer.unknown_id in ids:
+        if self._unknown_id is not None and self._unknown_id in ids:
             lost += ("unknown_word",)
         return np.array(ids[:length], dtype=dtype), lost
 
@@ -231,11 +232,7 @@ class SampleMaker:
 
     @staticmethod
     def _partly_used(samples: list[Sample]) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for sample in samples:
-            for reason in sample.lost:
-                counts[reason] = counts.get(reason, 0) + 1
-        return counts
+        return dict(Counter(reason for sample in samples if sample.lost for reason in sample.lost))
 
     def _record_of(self, key: bytes, json_data: bytes | None,
                    captions: Callable[[dict[str, Any]], list[str]]) -> Record:
