@@ -72,9 +72,10 @@ def main() -> None:
                 spoken = time.monotonic()
                 print(f"encoded {done} of {index.num_samples} pictures", flush=True)
     seconds = time.monotonic() - started
-    left_out = ", ".join(f"{reason} {count}" for reason, count in sorted(loader.skipped.items())) or "none"
     print(f"{arguments.out}: {done} pictures x {arguments.views} views, {codec.grid[0]}x{codec.grid[1]} codes of "
-          f"{codec.num_codes}, in {seconds:.1f} s; pictures without codes: {left_out}")
+          f"{codec.num_codes}, in {seconds:.1f} s; pictures without codes: {loader.skipped.total() or 'none'}")
+    for line in loader.report():
+        print(line)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dalle.data.index import DAMAGE, ShardIndex, ShardInfo, expand_braces, glob_magic, read_table
+from dalle.data.reasons import printable
 from dalle.errors import LostProcess, UserError, run_command
 
 ROWS_SHOWN = 10
@@ -64,7 +65,7 @@ def index_folder(folder: Path, workers: int, check: bool) -> tuple[ShardIndex, b
         return index, offsets_fit(folder, saved, index)
     differing = [shard.name for shard in index.shards if known.get(shard.name) != shard.content]
     differing += [f"{name} (missing)" for name in sorted(set(known) - names)]
-    print(f"the index of {folder} does not fit: {', '.join(differing[:ROWS_SHOWN])}")
+    print(f"the index of {folder} does not fit: {printable(', '.join(differing[:ROWS_SHOWN]))}")
     return index, False
 
 
@@ -75,9 +76,9 @@ def offsets_fit(folder: Path, saved: list[ShardInfo], index: ShardIndex) -> bool
         try:
             if np.array_equal(stored.members(number), index.members(number)):
                 continue
-            print(f"the index of {folder} does not fit: the offsets of {shard.name} are others")
+            print(f"the index of {folder} does not fit: the offsets of {printable(shard.name)} are others")
         except UserError as error:
-            print(error)
+            print(printable(str(error)))
         sound = False
     return sound
 
@@ -92,10 +93,10 @@ def report(folder: Path, index: ShardIndex) -> bool:
         print(f"{'shard':<24}{'samples':>9}{'bytes':>14}  problems")
         for shard in wrong[:ROWS_SHOWN]:
             listed = ", ".join(f"{reason} {count}" for reason, count in sorted(shard.problems.items()))
-            print(f"{shard.name:<24}{shard.count:>9}{shard.size:>14}  {listed}")
+            print(f"{printable(shard.name):<24}{shard.count:>9}{shard.size:>14}  {listed}")
         if len(wrong) > ROWS_SHOWN:
             print(f"... and {len(wrong) - ROWS_SHOWN} more")
-        print("in all: " + ", ".join(f"{reason} {count}" for reason, count in index.problems.most_common()))
+        print("in all:", *index.findings.lines(), sep="\n")
     return any(reason in shard.problems for shard in wrong for reason in DAMAGE)
 
 

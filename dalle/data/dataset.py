@@ -29,6 +29,7 @@ from dalle.data.decode import (
 )
 from dalle.data.index import BadShards, ShardIndex, ShardReader, key_text
 from dalle.data.order import Order, SequentialOrder, sample_rng
+from dalle.data.reasons import Tally, remedy
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.data.transforms import Crop, needed_side, to_square
 from dalle.errors import UserError
@@ -204,12 +205,12 @@ class SampleMaker:
                         self._logged[bad.reason] + 1)
         self._logged[bad.reason] += 1
 
-    def _collate(self, positions: Sequence[int], samples: list[Sample], skipped: Counter[str]) -> Batch:
+    def _collate(self, positions: Sequence[int], samples: list[Sample], skipped: Tally) -> Batch:
         batch: Batch = {
             "key": [sample.record.key for sample in samples],
             "position": torch.tensor(positions, dtype=torch.int64),
             "class_id": torch.tensor([sample.record.class_id for sample in samples], dtype=torch.int64),
-            "skipped": dict(skipped),
+            "skipped": skipped,
             "partly_used": self._partly_used(samples),
         }
         if self.config.caption != "none":
@@ -231,8 +232,12 @@ class SampleMaker:
 
 
     @staticmethod
-    def _partly_used(samples: list[Sample]) -> dict[str, int]:
-        return dict(Counter(reason for sample in samples if sample.lost for reason in sample.lost))
+    def _partly_used(samples: list[Sample]) -> Tally:
+        tally = Tally()
+        for sample in samples:
+            for reason in sample.lost:
+                tally.add(reason, sample.record.key)
+        return tally
 
     def _record_of(self, key: bytes, json_data: bytes | None,
                    captions: Callable[[dict[str, Any]], list[str]]) -> Record:
@@ -285,22 +290,22 @@ class ShardDataset(SampleMaker, Dataset):
             return {"error": str(error)}
 
     def fetch(self, positions: Sequence[int]) -> Batch:
-        """The batch, as :mod:`dalle.data.loader` describes it, with ``skipped``: reason -> replaced positions."""
+        """The batch, as :mod:`dalle.data.loader` describes it, with ``skipped``: a tally of replaced positions."""
         _, shards, indices = self.order.locate(np.asarray(positions))
-        skipped: Counter[str] = Counter()
+        skipped = Tally()
         samples = [self._sample(position, shard, index, skipped)
                    for position, shard, index in zip(positions, shards.tolist(), indices.tolist(), strict=True)]
         return self._collate(positions, samples, skipped)
 
-    def _sample(self, position: int, shard: int, index: int, skipped: Counter[str]) -> Sample:
+    def _sample(self, position: int, shard: int, index: int, skipped: Tally) -> Sample:
         """The sample at (shard, index), or the first good one behind it, or one of another shard if this one's is gone.
         """
         try:
             return self._draw(position, shard, index)
         except BadSample as bad:
-            self._note("bad sample replaced", bad, bytes(self._reader.row(shard, index)["key"]),
-                       f"sample {index} of {self.index.shards[shard].path}")
-            skipped[bad.reason] += 1
+            key = bytes(self._reader.row(shard, index)["key"])
+            self._note("bad sample replaced", bad, key, f"sample {index} of {self.index.shards[shard].path}")
+            skipped.add(bad.reason, f"{key_text(key)} in {self.index.shards[shard].name}")
             first = bad
         behind = self._elsewhere if first.reason in GONE_WITH_SHARD else self._behind
         for replacement in behind(shard, index):
@@ -309,7 +314,7 @@ class ShardDataset(SampleMaker, Dataset):
             except BadSample:
                 continue
         raise UserError(f"no usable sample among {MOST_REPLACEMENTS_TRIED} behind a bad one in "
-                        f"{self.index.shards[shard].path} ({first}); {advice(Counter([first.reason]))}")
+                        f"{self.index.shards[shard].path} ({first}); {remedy(first.reason)}")
 
     def _behind(self, shard: int, index: int) -> Iterator[tuple[int, int]]:
         """The rest of the shard, around its end, then the following shards."""
@@ -378,7 +383,7 @@ class ViewDataset(Dataset):
         """``image`` uint8 [b, views, 3, S, S] (black where not ``valid``), ``valid`` bool [b], ``position`` [b]."""
         try:
             _, shards, indices = self.order.locate(np.asarray(positions))
-            skipped: Counter[str] = Counter()
+            skipped = Tally()
             valid, squares, size = [], [], self.config.image_size
             for position, shard, index in zip(positions, shards.tolist(), indices.tolist(), strict=True):
                 views = self._views(position, shard, index, skipped)
@@ -388,16 +393,17 @@ class ViewDataset(Dataset):
             return {"error": str(error)}
         image = image_tensor(squares)
         return {"image": image.view(len(positions), self.views, *image.shape[1:]), "valid": torch.tensor(valid),
-                "position": torch.tensor(positions, dtype=torch.int64), "skipped": dict(skipped)}
+                "position": torch.tensor(positions, dtype=torch.int64), "skipped": skipped}
 
-    def _views(self, position: int, shard: int, index: int, skipped: Counter[str]) -> list[np.ndarray] | None:
+    def _views(self, position: int, shard: int, index: int, skipped: Tally) -> list[np.ndarray] | None:
         config = self.config
         try:
             image = decode_picture(image_bytes(self._reader, shard, index), config, config.crop)
         except BadSample as bad:
-            log.warning("no codes for a bad sample: %s, key %s, sample %d of %s", bad,
-                        key_text(bytes(self._reader.row(shard, index)["key"])), index, self.index.shards[shard].path)
-            skipped[bad.reason] += 1
+            key = key_text(bytes(self._reader.row(shard, index)["key"]))
+            log.warning("no codes for a bad sample: %s, key %s, sample %d of %s", bad, key, index,
+                        self.index.shards[shard].path)
+            skipped.add(bad.reason, f"{key} in {self.index.shards[shard].name}")
             return None
         return [to_square(image, config.image_size, config.crop, config.flip,
                           sample_rng(self.seed, position * self.views + view)) for view in range(self.views)]
@@ -417,15 +423,3 @@ def image_tensor(squares: list[np.ndarray]) -> torch.Tensor:
     """uint8 [S, S, 3] each -> uint8 [b, 3, S, S], contiguous."""
     return torch.from_numpy(np.ascontiguousarray(np.stack(squares).transpose(0, 3, 1, 2)))
 
-
-def advice(reasons: Counter[str]) -> str:
-    """What to do about the commonest reason for bad samples."""
-    common = reasons.most_common(1)[0][0]
-    return {
-        "no_caption": "add the captions, or set data.caption=none to train on pictures alone",
-        "empty_caption": "fill in the captions, or set data.caption=none to train on pictures alone",
-        "caption_encoding": "write the captions as UTF-8",
-        "too_many_pixels": "make the pictures smaller or raise data.max_pixels",
-        "no_codes": "repair the pictures and make the codes again with tools/cache_codes.py",
-        "truncated_shard": "fetch the shard again, then run tools/index_shards.py on its folder",
-    }.get(common, "repair or remove these samples, or raise data.max_bad_fraction")

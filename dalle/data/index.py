@@ -25,6 +25,7 @@ from typing import BinaryIO, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from dalle.data.reasons import Tally, printable
 from dalle.data.tar import Member, TarWalk
 from dalle.errors import UserError
 
@@ -47,6 +48,7 @@ MISSING_SHARD, DAMAGED_SHARD = "missing_shard", "damaged_shard"      # reasons t
 DAMAGE = ("truncated_member", "truncated_header", "damaged_header", "no_end_marker", "data_after_end")
 GONE = -2                                  # the offset of a member that is not where it was indexed
 NO_PROBLEMS: dict[str, int] = {}
+NO_EXAMPLES: dict[str, str] = {}
 SKIP = "set data.bad_shards=skip to train without what is lost"
 MOST_LISTED = 10                           # names in one line
 FILES_A_SHARD = 3                          # itself, its rows and its codes: a mapped file keeps its descriptor
@@ -64,6 +66,7 @@ class ShardInfo(NamedTuple):
     size: int
     digest: str
     problems: dict[str, int]      # reason -> how many; what was left out, and what looks wrong
+    examples: dict[str, str] = NO_EXAMPLES      # reason -> a member's name
     mtime_ns: int = 0             # when the file was last written; 0 in an index of an older version
 
     @property
@@ -139,9 +142,19 @@ class ShardIndex:
         return hasher.hexdigest()
 
     @property
+    def findings(self) -> Tally:
+        """What the header walk found, over all shards."""
+        found = Tally()
+        for shard in self.shards:
+            if shard.problems:
+                found.update(Tally(shard.problems, {reason: f"{name} in {printable(shard.name)}"
+                                                    for reason, name in shard.examples.items()}))
+        return found
+
+    @property
     def problems(self) -> Counter[str]:
-        """What the header walk found, over all shards: reason -> how many."""
-        return sum((Counter(shard.problems) for shard in self.shards if shard.problems), Counter())
+        """How often each reason came among the :attr:`findings`."""
+        return self.findings.counts
 
     def members(self, shard_number: int) -> np.ndarray:
         """The rows of one shard, structured as :func:`member_dtype`, to read; the offsets of what is gone are GONE."""
@@ -194,7 +207,7 @@ class ShardIndex:
             (name, folder), _ = Counter(paths).most_common(1)[0]
             raise UserError(f"data {spec!r} names the shard {Path(folder, name)} twice; give every shard once")
         if not index.num_samples:
-            found = ", ".join(f"{reason} {count}" for reason, count in index.problems.items())
+            found = index.findings.summary()
             raise UserError(f"data {spec!r}: its {len(index.shards)} shards hold no sample with a picture"
                             f"{f' ({found})' if found else ''}; a sample is KEY.jpg|png|webp and KEY.txt in a tar")
         if not index.counts_there.any():
@@ -224,11 +237,15 @@ class ShardIndex:
 
 def _write_table(target: Path, shards: Sequence[ShardInfo]) -> None:
     table = {"version": VERSION, "fingerprint": ShardIndex(shards).fingerprint,
-             "shards": [{"name": shard.name, "count": shard.count, "size": shard.size, "digest": shard.digest,
-                         "mtime_ns": shard.mtime_ns, **({"problems": shard.problems} if shard.problems else {})}
-                        for shard in shards]}
+             "shards": [_table_row(shard) for shard in shards]}
     text = json.dumps(table, indent=0 if len(shards) < 1000 else None) + "\n"
     _replace(target / TABLE_FILE, lambda file: file.write(text.encode()))
+
+
+def _table_row(shard: ShardInfo) -> dict[str, object]:
+    row = {"name": shard.name, "count": shard.count, "size": shard.size, "digest": shard.digest,
+           "mtime_ns": shard.mtime_ns}
+    return {**row, "problems": shard.problems, "examples": shard.examples} if shard.problems else row
 
 
 def scan_shard(path: Path) -> tuple[ShardInfo, np.ndarray]:
@@ -237,22 +254,22 @@ def scan_shard(path: Path) -> tuple[ShardInfo, np.ndarray]:
     if path.suffix != ".tar":
         raise UserError(f"{path} is no .tar; compressed archives cannot be read at offsets, unpack them to plain tars")
     walk = TarWalk(path)
-    problems: Counter[str] = Counter()
+    problems = Tally()
     try:
         file = path.stat()
         rows = _rows(walk, problems)
     except OSError as error:
         raise UserError(f"the shard {path} cannot be read: {error.strerror}") from None
-    problems.update(reason for reason, _ in walk.problems)
-    for _, detail in walk.problems:
+    for reason, detail in walk.problems:
+        problems.add(reason, detail)
         log.warning("shard %s: %s", path, detail)
     key_length = max((len(row[-1]) for row in rows), default=1)
     members = np.array(rows, dtype=member_dtype(key_length))
-    return ShardInfo(path.name, str(path.parent), len(rows), file.st_size, walk.digest, dict(problems),
-                     file.st_mtime_ns), members
+    return ShardInfo(path.name, str(path.parent), len(rows), file.st_size, walk.digest, dict(problems.counts),
+                     problems.examples, file.st_mtime_ns), members
 
 
-def _rows(walk: Iterable[Member], problems: Counter[str]) -> list[tuple]:
+def _rows(walk: Iterable[Member], problems: Tally) -> list[tuple]:
     """The samples among ``walk``'s members, in the order of their keys' first members; what is left out is counted.
 
     The members of a key are joined wherever they lie. Those that repeat what the key has already are another sample of
@@ -262,17 +279,18 @@ def _rows(walk: Iterable[Member], problems: Counter[str]) -> list[tuple]:
     for key, parts in member_runs(((member.name, member) for member in walk), problems):
         known = samples.setdefault(key, {})
         if known.keys() & parts.keys():
-            problems["duplicate_key"] += 1
+            problems.add("duplicate_key", key_text(key))
         else:
             known |= parts
     rows: list[tuple] = []
     for key, parts in samples.items():
         reason = why_no_sample(key, parts)
         if reason is not None:
-            problems[reason] += 1
+            problems.add(reason, key_text(key))
             continue
         if "text" not in parts:
-            problems["no_caption"] += 1        # kept: pictures alone train a codec, and the caption may be in the JSON
+            # kept: pictures alone train a codec, and the caption may be in the JSON
+            problems.add("no_caption", key_text(key))
         kind, _ = parts["image"]
         numbers = [value for part in PARTS for value in (parts[part][1][1:] if part in parts else (-1, -1))]
         rows.append((*numbers, kind.encode(), key))
@@ -286,7 +304,7 @@ def why_no_sample(key: bytes, parts: Mapping[str, object]) -> str | None:
     return None if "image" in parts else "no_image"
 
 
-def member_runs(members: Iterable[tuple[bytes, Part]], problems: Counter[str]) -> Iterator[tuple[bytes, Parts[Part]]]:
+def member_runs(members: Iterable[tuple[bytes, Part]], problems: Tally) -> Iterator[tuple[bytes, Parts[Part]]]:
     """(key, its parts) of the (name, member) that follow one another; what belongs to no sample may lie between them.
 
     A run is complete when it is given: where reading it raises, nothing of it was given.
@@ -295,13 +313,13 @@ def member_runs(members: Iterable[tuple[bytes, Part]], problems: Counter[str]) -
         parts: Parts[Part] = {}
         for _, part, extension, member in run:
             if part in parts:
-                problems["duplicate_member"] += 1
+                problems.add("duplicate_member", f"{key_text(key)}.{extension}")
             else:
                 parts[part] = (extension, member)
         yield key, parts
 
 
-def _useful(members: Iterable[tuple[bytes, Part]], problems: Counter[str]) -> Iterator[tuple[bytes, str, str, Part]]:
+def _useful(members: Iterable[tuple[bytes, Part]], problems: Tally) -> Iterator[tuple[bytes, str, str, Part]]:
     """(key, part, extension, member) of all that can belong to a sample; the others are counted."""
     for name, member in members:
         key, extension = split_name(name)
@@ -309,7 +327,7 @@ def _useful(members: Iterable[tuple[bytes, Part]], problems: Counter[str]) -> It
         if key is not None and part is not None:
             yield key, part, extension, member
         else:
-            problems[_why_of_no_use(key, extension)] += 1
+            problems.add(_why_of_no_use(key, extension), key_text(name))
 
 
 def _why_of_no_use(key: bytes | None, extension: str) -> str:
@@ -612,13 +630,16 @@ def read_table(folder: Path) -> list[ShardInfo] | None:
             raise ValueError(f"its version is {table['version']}, this program reads {VERSION}")
         rows, place = table["shards"], str(folder)
         shards = [ShardInfo(row["name"], place, row["count"], row["size"], row["digest"],
-                            dict(row["problems"]) if "problems" in row else NO_PROBLEMS, row.get("mtime_ns", 0))
+                            dict(row["problems"]) if "problems" in row else NO_PROBLEMS,
+                            dict(row["examples"]) if "examples" in row else NO_EXAMPLES, row.get("mtime_ns", 0))
                   for row in rows]
         if any(type(name) is not str or type(count) is not int or "/" in name or count < 0
                or type(mtime_ns) is not int for name, _, count, *_, mtime_ns in shards):
             raise ValueError("a shard's name, count or time is impossible")
         if any(type(number) is not int for shard in shards for number in shard.problems.values()):
             raise ValueError("a problem's count is no number")
+        if any(type(name) is not str for shard in shards for name in shard.examples.values()):
+            raise ValueError("an example is no name")
         if ShardIndex(shards).fingerprint != table["fingerprint"]:
             raise ValueError("its fingerprint does not fit its shards")
     except (FileNotFoundError, NotADirectoryError):

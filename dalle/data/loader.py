@@ -24,9 +24,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from dalle.data.codes import CachedCodes
-from dalle.data.dataset import Batch, DataConfig, ShardDataset, ViewDataset, advice
+from dalle.data.dataset import Batch, DataConfig, ShardDataset, ViewDataset
 from dalle.data.decode import IN_BAD_SHARD
 from dalle.data.index import DAMAGED_SHARD, MISSING_SHARD, ShardIndex
+from dalle.data.reasons import Tally, remedy
 from dalle.data.streaming import StreamDataset
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.data.workers import death_of, signal_death, start_server, worker_context, worker_start
@@ -85,13 +86,13 @@ class Loader:
     """Iterate for batches; ``skipped`` counts this rank's bad samples (replaced, or passed over in a stream) and
     bad shards by reason, so far; ``partly_used`` the samples of which a part is not used: a caption longer than
     data.text_length, words that the tokenizer lacks, a damaged JSON. ``identity`` is what must be the same data at a
-    resume.
+    resume. ``findings``: what is said of the data before the first batch, by the process that ``speaks``.
 
     ``positions``: what to fetch from a map of positions; None for a :class:`StreamDataset`, which makes batches itself.
     """
 
     def __init__(self, dataset: ShardDataset | ViewDataset | StreamDataset,
-                 positions: Iterable[list[int]] | None = None, *, finite: bool = False):
+                 positions: Iterable[list[int]] | None = None, *, finite: bool = False, speaks: bool = False):
         config = dataset.config
         self.index: ShardIndex | None = getattr(dataset, "index", None)
         self.tokenizer: CaptionTokenizer | None = dataset.tokenizer
@@ -100,8 +101,7 @@ class Loader:
         self.identity = {"fingerprint": self.index.fingerprint if self.index else dataset.fingerprint}
         if self.tokenizer is not None:
             self.identity["tokenizer"] = self.tokenizer.digest
-        self.skipped: Counter[str] = Counter()
-        self.partly_used: Counter[str] = Counter()
+        self._left_out, self._lessened, self._speaks = Tally(), Tally(), speaks
         self._seen = 0
         self._place = self.index.shards[0].folder if self.index else dataset.place
         self._max_bad_fraction = config.max_bad_fraction
@@ -124,6 +124,19 @@ class Loader:
         if workers:
             atexit.register(_close, weakref.ref(self))
         self._waiting = False        # for a batch: the only time when a worker's death may be raised
+
+    @property
+    def skipped(self) -> Counter[str]:
+        return self._left_out.counts
+
+    @property
+    def partly_used(self) -> Counter[str]:
+        return self._lessened.counts
+
+    def report(self) -> list[str]:
+        """A line for each reason why this rank's samples were left out or used in part so far."""
+        return [*(f"left out: {line}" for line in self._left_out.sentences()),
+                *(f"used in part: {line}" for line in self._lessened.sentences())]
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._fetched():
@@ -188,8 +201,11 @@ class Loader:
         _WATCHED.discard(self)
 
     def _account(self, batch: Batch) -> None:
-        self.skipped.update(batch.pop("skipped"))
-        self.partly_used.update(batch.pop("partly_used", ()))
+        self._left_out.update(batch.pop("skipped"))
+        lessened = batch.pop("partly_used", None)
+        if lessened is not None and lessened.counts:
+            self._say_news(lessened)
+            self._lessened.update(lessened)
         self._seen += batch.pop("read", len(batch["position"]))
         if self._seen >= MIN_SEEN:
             self._judge()
@@ -197,10 +213,16 @@ class Loader:
     def _judge(self) -> None:
         bad = self.skipped.total() - sum(self.skipped[reason] for reason in self._chosen)
         if bad > self._max_bad_fraction * self._seen:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in self.skipped.most_common())
-            raise UserError(f"{bad} of {self._seen} samples in {self._place} cannot be used "
-                            f"({reasons}), above data.max_bad_fraction={self._max_bad_fraction}; "
-                            f"{advice(self.skipped)}")
+            reasons = "; ".join(self._left_out.sentences())
+            raise UserError(f"{bad} of {self._seen} samples in {self._place} cannot be used, above "
+                            f"data.max_bad_fraction={self._max_bad_fraction}: {reasons}")
+
+    def _say_news(self, lessened: Tally) -> None:
+        """The first of each reason, at once: a caption that is cut is no error, and nobody would look for it."""
+        if self._speaks:
+            for reason in lessened.counts.keys() - self.partly_used.keys():
+                log.warning("samples are used in part: %s (the first: %s): %s", reason, lessened.examples[reason],
+                            remedy(reason))
 
 
 def train_batches(config: DataConfig, *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1,
@@ -214,14 +236,15 @@ def train_batches(config: DataConfig, *, seed: int, batch_size: int, rank: int =
     if config.tier != "exact":
         return Loader(StreamDataset(config, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size,
                                     start_step=start_step, tokenizer=_tokenizer(config),
-                                    needs_classes=needs_classes))
+                                    needs_classes=needs_classes), speaks=rank == 0)
     index = ShardIndex.load(config.train, config.bad_shards)
     dataset = ShardDataset(config, index, seed=seed, training=True, tokenizer=_tokenizer(config),
                            codes=CachedCodes(config.codes, index) if config.codes else None,
                            needs_classes=needs_classes)
-    loader = Loader(dataset, TrainPositions(batch_size, rank, world_size, start_step))
+    loader = Loader(dataset, TrainPositions(batch_size, rank, world_size, start_step), speaks=rank == 0)
     if rank == 0:                                  # the ranks' counts are added up
         loader.skipped.update(index.bad)
+        say_findings(index)
     return loader
 
 
@@ -253,6 +276,12 @@ def view_batches(config: DataConfig, *, seed: int, batch_size: int, views: int =
     index = ShardIndex.load(config.train, config.bad_shards)
     dataset = ViewDataset(config, index, seed=seed, views=views)
     return Loader(dataset, ValidationPositions(index.num_samples, batch_size, 0, 1), finite=True)
+
+
+def say_findings(index: ShardIndex) -> None:
+    """A line for each reason why members or samples were not indexed."""
+    for line in index.findings.sentences():
+        log.warning("in the shards of %s: %s", index.shards[0].folder, line)
 
 
 def check_split(batch_size: int, world_size: int) -> None:

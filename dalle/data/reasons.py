@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 REPAIR = "repair or remove them"
+CUT = "fetch the shard again, then run tools/index_shards.py on its folder"
 REMEDIES: dict[str, str] = {
     # pictures
     "empty_image": "the files are empty: fetch them again",
@@ -15,7 +16,8 @@ REMEDIES: dict[str, str] = {
     "unsupported_mode": "floating point pixels have no known range: convert them to 8 or 16 bits",
     "no_image": "a sample is KEY.jpg|png|webp with KEY.txt: add the pictures, or leave the captions",
     # captions
-    "no_caption": "add the captions, or set data.caption=none to train on pictures alone",
+    "no_caption": "add the captions beside their pictures (a stream takes no others: `tar --sort=name`), or set "
+                  "data.caption=none to train on pictures alone",
     "empty_caption": "fill in the captions, or set data.caption=none to train on pictures alone",
     "caption_encoding": "write the captions as UTF-8",
     # names and members
@@ -26,10 +28,20 @@ REMEDIES: dict[str, str] = {
     "member_too_large": "store smaller members",
     "not_a_sample": "nothing, unless these were meant to be pictures or captions: name them KEY.jpg and KEY.txt",
     "other_members": "nothing, unless these were meant to be pictures or captions: name them KEY.jpg and KEY.txt",
-    "damaged_json": "write the .json files as JSON objects",
+    "damaged_json": "write the .json files as JSON objects, `class_id` as a number",
+    "members_apart": "a stream reads the members of a sample only side by side: pack with `tar --sort=name`, or set "
+                     "data.tier=exact",
+    # samples of which a part is not used
+    "caption_cut": "the model does not read the ends: raise data.text_length (a new run), or shorten the captions",
+    "unknown_word": "the tokenizer lacks words, which are one to the model: train it on these captions",
     # shards
     "missing_shard": "bring the shards back",
-    "truncated_shard": "fetch the shard again, then run tools/index_shards.py on its folder",
+    "damaged_shard": "bring the shards back as they were, or fetch them again and run tools/index_shards.py",
+    "in_bad_shard": "bring back the shards that are missing or damaged; others stand in for their samples",
+    "truncated_member": CUT, "truncated_header": CUT, "damaged_header": CUT,
+    "no_end_marker": f"cut between two members, or never finished: {CUT}",
+    "data_after_end": "two archives in one file, of which the second is never read: unpack both and pack one",
+    "truncated_shard": CUT,
     "no_codes": "repair the pictures and make the codes again with tools/cache_codes.py",
 }
 
@@ -69,6 +81,10 @@ class Tally:
         """One line a reason, the commonest first: how many, why, such as what, and what to do."""
         return [f"{number:>7,}  {reason}{self._such_as(reason)}: {remedy(reason)}"
                 for reason, number in self.counts.most_common()]
+
+    def sentences(self) -> list[str]:
+        """The same lines, not in columns."""
+        return [line.strip().replace("  ", " ", 1) for line in self.lines()]
 
     def summary(self) -> str:
         """All reasons in one line, such as "24 no such file (a/b.jpg)"."""

@@ -16,7 +16,6 @@ word where a shard was cut between two members or inside a header.
 import hashlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 from typing import NamedTuple
@@ -24,10 +23,11 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dalle.data.dataset import Batch, DataConfig, Record, Sample, SampleMaker, advice
+from dalle.data.dataset import Batch, DataConfig, Record, Sample, SampleMaker
 from dalle.data.decode import BadSample, decode_captions, meta_captions
-from dalle.data.index import MISSING_SHARD, PARTS, SKIP, member_runs, why_no_sample
+from dalle.data.index import MISSING_SHARD, PARTS, SKIP, key_text, member_runs, why_no_sample
 from dalle.data.opening import LostShard, Patience, ShardStream, refuse_absent, scheme_of, shard_urls, shown
+from dalle.data.reasons import Tally, remedy
 from dalle.data.tar import (
     BLOCK,
     LONGEST_EXTENSION_HEADER,
@@ -69,7 +69,7 @@ class RawSample(NamedTuple):
     number: int                  # in its shard
 
 
-def tar_members(stream: ShardStream, problems: Counter[str]) -> Iterator[tuple[bytes, bytes | None]]:
+def tar_members(stream: ShardStream, problems: Tally) -> Iterator[tuple[bytes, bytes | None]]:
     """(name, bytes) of each regular file, None for one too large; the formats are those of :class:`TarWalk`.
 
     Raises :class:`DamagedShard` where the archive is cut or no archive.
@@ -107,7 +107,7 @@ def tar_members(stream: ShardStream, problems: Counter[str]) -> Iterator[tuple[b
         elif kind not in b"Kg":
             if kind in REGULAR:
                 if data is None:
-                    problems["member_too_large"] += 1
+                    problems.add("member_too_large", key_text(name))
                 yield name, data
             long_name, pax = None, {}
 
@@ -133,7 +133,7 @@ def _passed_over(stream: ShardStream, size: int) -> bool:
     return True
 
 
-def raw_samples(stream: ShardStream, problems: Counter[str]) -> Iterator[RawSample]:
+def raw_samples(stream: ShardStream, problems: Tally) -> Iterator[RawSample]:
     """The samples of one shard, as :func:`dalle.data.index.scan_shard` finds them; ``problems`` counts what is not.
 
     A stream does not wait for what may come: members that lie behind another sample's are not joined to their own, as
@@ -144,13 +144,13 @@ def raw_samples(stream: ShardStream, problems: Counter[str]) -> Iterator[RawSamp
     number = 0
     for key, members in member_runs(tar_members(stream, problems), problems):
         if key in seen:
-            problems["duplicate_key" if seen[key] & members.keys() else "members_apart"] += 1
+            problems.add("duplicate_key" if seen[key] & members.keys() else "members_apart", key_text(key))
             continue
         seen[key] = frozenset(members)
         parts = {part: data for part, (_, data) in members.items() if data is not None}
         reason = why_no_sample(key, parts)
         if reason is not None:
-            problems[reason] += 1
+            problems.add(reason, key_text(key))
         else:
             yield RawSample(key, {part: parts[part] for part in PARTS if part in parts}, stream.url, number)
             number += 1
@@ -188,7 +188,7 @@ class StreamDataset(SampleMaker, IterableDataset):
         self.batch_size, self.rank, self.world_size, self.start_step = batch_size, rank, world_size, start_step
         self._patience = Patience(config.read_timeout, config.read_retries)
         self._lost: dict[int, float] = {}               # until when a shard is not tried again
-        self._left_out: Counter[str] = Counter()        # since the last batch
+        self._left_out = Tally()                        # since the last batch
         self._bad_in_a_row = 0
         self._barren_in_a_row = 0                       # shards that gave nothing
         refuse_absent(config.train, self.urls, config.bad_shards)
@@ -215,7 +215,7 @@ class StreamDataset(SampleMaker, IterableDataset):
                 start = step * self.batch_size
                 positions = range(start + self.rank, start + self.batch_size, self.world_size)
                 made = [self._next_good(position, samples) for position in positions]
-                skipped, self._left_out = self._left_out, Counter()
+                skipped, self._left_out = self._left_out, Tally()
                 yield {**self._collate(positions, made, skipped), "read": len(made) + skipped.total()}
         except UserError as error:
             yield {"error": str(error)}
@@ -227,12 +227,12 @@ class StreamDataset(SampleMaker, IterableDataset):
             try:
                 sample = self._make(position, self._record(raw), None, lambda raw=raw: raw.parts["image"])
             except BadSample as bad:
-                self._left_out[bad.reason] += 1
+                self._left_out.add(bad.reason, f"{key_text(raw.key)} in {shown(raw.url)}")
                 self._note("bad sample passed over", bad, raw.key, f"sample {raw.number} of {shown(raw.url)}")
                 self._bad_in_a_row += 1
                 if self._bad_in_a_row == MOST_BAD_IN_A_ROW:
                     raise UserError(f"no usable sample among {MOST_BAD_IN_A_ROW} in a row in {self.place} ({bad}); "
-                                    f"{advice(Counter([bad.reason]))}") from None
+                                    f"{remedy(bad.reason)}") from None
                 continue
             self._bad_in_a_row = 0
             return sample
@@ -270,7 +270,7 @@ class StreamDataset(SampleMaker, IterableDataset):
         """The samples of one shard as far as they can be had; one that gives none is left alone for a while."""
         if self._is_lost(shard):
             return
-        problems: Counter[str] = Counter()
+        problems = Tally()
         stream, delivered = ShardStream(self.urls[shard], self._patience), 0
         failure = "no sample with a picture is in it"
         try:
@@ -282,15 +282,16 @@ class StreamDataset(SampleMaker, IterableDataset):
             failure, delivered = str(lost), 0
         except DamagedShard as damage:
             failure = damage.detail
-            self._left_out[damage.reason] += 1
+            self._left_out.add(damage.reason, shown(stream.url))
             log.warning("the shard %s: %s; %d samples of it were read", shown(stream.url), damage.detail, delivered)
         finally:
             stream.close()
-        self._left_out.update({reason: problems[reason] for reason in LEFT_OUT if problems[reason]})
-        if problems and self._logged[stream.url] == 0:
+        self._left_out.update(Tally({reason: number for reason, number in problems.counts.items()
+                                     if reason in LEFT_OUT}, problems.examples))
+        if problems.counts and self._logged[stream.url] == 0:
             self._logged[stream.url] += 1
-            log.warning("the shard %s: %s", shown(stream.url),
-                        ", ".join(f"{reason} {number}" for reason, number in problems.most_common()))
+            for line in problems.sentences():
+                log.warning("the shard %s: %s", shown(stream.url), line)
         self._barren_in_a_row = 0 if delivered else self._barren_in_a_row + 1
         if not delivered:
             self._lost[shard] = time.monotonic() + SECONDS_LOST
@@ -303,7 +304,7 @@ class StreamDataset(SampleMaker, IterableDataset):
     def _refuse_or_count(self, what: str) -> None:
         if self.config.bad_shards == "refuse":
             raise UserError(f"the shard {what}; bring it back, or {SKIP}")
-        self._left_out[MISSING_SHARD] += 1
+        self._left_out.add(MISSING_SHARD, what)
         log.warning("training without the shard %s", what)
 
 

@@ -134,6 +134,12 @@ def test_members_of_a_key_are_joined_whatever_lies_between(tmp_path, members):
     assert other["text_size"] >= 0 and not {"no_caption", "no_image", "duplicate_key"} & index.problems.keys()
 
 
+def test_each_reason_has_an_example_also_in_the_saved_index(tmp_path, caplog):
+    write_tar(tmp_path / "0.tar", [*pairs("a"), ("img.v1.jpg", b"1"), ("img.v2.jpg", b"2"), ("b.txt", b"alone")])
+    for index in (ShardIndex.load(str(tmp_path)), ShardIndex.load(str(tmp_path))):
+        assert index.findings.summary() == "2 dot_in_name (img.v1.jpg in 0.tar), 1 no_image (b in 0.tar)"
+
+
 def test_no_sample_is_made_of_two_that_have_one_name(tmp_path):
     members = [("a.jpg", b"first"), *pairs("b"), ("a.jpg", b"second"), ("a.txt", b"of the second"), ("a.json", b"{}")]
     index = ShardIndex.build([write_tar(tmp_path / "0.tar", members)])

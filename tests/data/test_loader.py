@@ -23,6 +23,7 @@ from dalle.data.dataset import ShardDataset
 from dalle.data.index import ShardIndex, most_open
 from dalle.data.loader import DataConfig, ValidationPositions, train_batches, validation_batches, view_batches
 from dalle.data.order import Order
+from dalle.data.reasons import Tally, remedy
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.data.writer import ShardWriter
 from dalle.errors import LostProcess, UserError
@@ -65,6 +66,9 @@ def take(loader, count):
 def equal(first, second):
     assert first.keys() == second.keys()
     for name, value in first.items():
+        if isinstance(value, Tally):
+            assert (value.counts, value.examples) == (second[name].counts, second[name].examples), name
+            continue
         assert torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name], name
 
 
@@ -244,7 +248,8 @@ def test_bad_samples_are_replaced_by_the_next_good_one_and_counted(tmp_path, cap
 
 def test_too_many_bad_samples_stop_the_run(tmp_path):
     settings = {"train": str(damaged_set(tmp_path / "d")), "validation": str(tmp_path / "d"), "image_size": SIZE}
-    with pytest.raises(UserError, match=r"3 of 18 samples .*not_an_image 1.*max_bad_fraction=0\.1"):
+    with pytest.raises(UserError, match=r"3 of 18 samples .*max_bad_fraction=0\.1: .*; 1 not_an_image \(000000003 in "
+                                        r"00000\.tar\): .*look at one; 1 empty_caption .*data\.caption=none"):
         list(validation_batches(DataConfig(workers=0, **settings), seed=0, batch_size=6))
     seen = 0
     with pytest.raises(UserError, match="cannot be used"):
@@ -358,6 +363,7 @@ def test_a_missing_shard_that_no_index_knows_leaves_another_data_set(tmp_path, c
     loader = train_batches(settings, seed=0, batch_size=4)
     assert loader.skipped == {"missing_shard": 1} and loader.samples_per_epoch == 12
     assert "training without 1 missing shards" in caplog.text and "00003.tar" in caplog.text
+    assert loader.report() == [f"left out: 1 missing_shard: {remedy('missing_shard')}"]
     with pytest.raises(UserError, match=r"00003\.tar does not exist"):
         train_batches(settings.model_copy(update={"bad_shards": "refuse"}), seed=0, batch_size=4)
 
@@ -436,7 +442,7 @@ def test_a_damaged_json_costs_its_sample_only_where_it_is_read(tmp_path):
     assert classes == [-1, -1, -1, -1, -1, 3] and skipped == {"damaged_json": 4} and not partly_used
 
 
-def test_captions_that_are_cut_and_words_that_are_unknown_are_counted(tmp_path):
+def test_captions_that_are_cut_and_words_that_are_unknown_are_counted_and_said_once(tmp_path, caplog):
     captions = ["a red bird", "a very long red bird", "a green bird", "a very long green bird"]
     with ShardWriter(tmp_path / "d") as writer:
         for number, caption in enumerate(captions):
@@ -448,6 +454,9 @@ def test_captions_that_are_cut_and_words_that_are_unknown_are_counted(tmp_path):
         loader = train_batches(settings.model_copy(update={"caption_dropout": dropout}), seed=0, batch_size=4)
         batches = take(loader, 2)                                   # the second epoch from what is remembered
         assert loader.partly_used == expected and not loader.skipped and "partly_used" not in batches[0]
+        said = [message for message in caplog.messages if "used in part" in message]
+        assert len(said) == len(expected) and ("data.text_length" in "".join(said)) == bool(expected)
+        caplog.clear()
 
 
 def test_the_older_name_of_bad_shards_is_taken(caplog):

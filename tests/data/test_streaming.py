@@ -23,6 +23,7 @@ from dalle.data import opening, streaming
 from dalle.data.index import ShardIndex
 from dalle.data.loader import DataConfig, train_batches, validation_batches
 from dalle.data.opening import LostShard, Patience, ShardStream, shard_urls
+from dalle.data.reasons import Tally
 from dalle.data.streaming import DamagedShard, drawn_shard, raw_samples
 from dalle.data.writer import ShardWriter
 from dalle.errors import UserError
@@ -138,7 +139,7 @@ def server(data):
 def read_keys(url, timeout=0.5, retries=2):
     stream = ShardStream(url, Patience(timeout, retries))
     with contextlib.closing(stream):
-        return [sample.key.decode() for sample in raw_samples(stream, Counter())]
+        return [sample.key.decode() for sample in raw_samples(stream, Tally())]
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -310,7 +311,7 @@ def test_a_stream_holds_the_samples_that_the_index_finds(tmp_path, format):
                ("._c.jpg", b"mac"), ("v.x.jpg", b"v"), ("../../up.jpg", b"up")]
     path = write_tar(tmp_path / "0.tar", members, format)
     index = ShardIndex.build([path])
-    stream, problems = ShardStream(str(path), Patience(1, 0)), Counter()
+    stream, problems = ShardStream(str(path), Patience(1, 0)), Tally()
     samples = list(raw_samples(stream, problems))
     stream.close()
     assert [sample.key for sample in samples] == index.members(0)["key"].tolist()
@@ -319,7 +320,7 @@ def test_a_stream_holds_the_samples_that_the_index_finds(tmp_path, format):
         for part in ("image", "text", "json"):
             offset, size = int(row[f"{part}_offset"]), int(row[f"{part}_size"])
             assert sample.parts.get(part) == (contents[offset:offset + size] if size >= 0 else None)
-    assert {**problems, "no_caption": index.problems["no_caption"]} == index.problems
+    assert {**problems.counts, "no_caption": index.problems["no_caption"]} == index.problems
 
 
 def test_what_lies_between_the_members_of_a_streamed_sample_does_not_part_them(tmp_path):
@@ -348,7 +349,7 @@ def test_every_cut_is_noticed_and_nothing_halved_is_delivered(data, tmp_path):
         keys = []
         with contextlib.closing(ShardStream(str(path), Patience(1, 0))) as stream, \
                 pytest.raises(DamagedShard, match="truncated_shard"):
-            for sample in raw_samples(stream, Counter()):
+            for sample in raw_samples(stream, Tally()):
                 keys.append(sample.key.decode())
         assert keys == KEYS[:2 if name == "between samples" else 3], name
         batches, loader = batches_of(config(tmp_path), 4)
