@@ -45,6 +45,7 @@ from tiny_shards import (
 
 from dalle.data.index import ShardIndex
 from dalle.data.loader import DataConfig, train_batches, validation_batches
+from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import EXIT_LOST_PROCESS, UserError
 from dalle.training.sample_log import surviving
 
@@ -119,6 +120,18 @@ def test_truncated_jpeg_html_and_empty_picture_are_skipped_and_counted(tmp_path,
     last = job.figures()[-1]
     assert last["step"] == EPOCH and last["bad_samples"] == 3
     assert {name: last[f"bad_samples/{name}"] for name in skipped} == skipped
+
+
+def test_captions_that_are_cut_and_damaged_json_are_in_the_log_and_at_the_end(tmp_path, run_here, capsys):
+    shards = write_shards(tmp_path / "shards", counts=(6, 6), damage={(0, 1): {"json": b"{"}})
+    CaptionTokenizer.train(["sample of shard 0123456789"], 270).save(tmp_path / "tokenizer")
+    job = write_job(tmp_path, shards, data={"tokenizer": str(tmp_path / "tokenizer"), "text_length": 5},
+                    settings={"steps": 2})
+    assert run_here("train", job.config).status == 0
+    last = job.figures()[-1]
+    assert last["partly_used/caption_cut"] == 24 and last["partly_used/damaged_json"] == 2 and not last["bad_samples"]
+    printed = capsys.readouterr().out
+    assert "samples used in part: 24 caption_cut (" in printed and "2 damaged_json (000000001): write" in printed
 
 
 def test_too_many_broken_pictures_end_the_run_with_status_2(tmp_path, run_here):
