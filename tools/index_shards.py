@@ -9,6 +9,7 @@ with the index that is there, and ends with status 1 when a shard is damaged or 
 """
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -53,6 +54,7 @@ def index_folder(folder: Path, workers: int, check: bool) -> tuple[ShardIndex, b
     if not index.shards:
         raise UserError(f"{folder} holds no .tar shard")
     if not check:
+        say_what_is_lost(folder, index)
         index.save()
         return index, True
     saved = read_table(folder)
@@ -67,6 +69,16 @@ def index_folder(folder: Path, workers: int, check: bool) -> tuple[ShardIndex, b
     differing += [f"{name} (missing)" for name in sorted(set(known) - names)]
     print(f"the index of {folder} does not fit: {printable(', '.join(differing[:ROWS_SHOWN]))}")
     return index, False
+
+
+def say_what_is_lost(folder: Path, index: ShardIndex) -> None:
+    """A line where the new index makes another data set of the folder than the one that is there."""
+    with contextlib.suppress(UserError):                     # one that is damaged tells nothing
+        saved = ShardIndex(read_table(folder) or [])
+        if saved.shards and saved.fingerprint != index.fingerprint:
+            print(f"{printable(str(folder))} had {len(saved.shards)} shards, {saved.num_samples} samples, fingerprint "
+                  f"{saved.fingerprint}: the new index makes another data set of it, on which no run goes on that was "
+                  "trained on the old one (with that, data.bad_shards=skip trains without what is lost)")
 
 
 def offsets_fit(folder: Path, saved: list[ShardInfo], index: ShardIndex) -> bool:
