@@ -230,7 +230,6 @@ class SampleMaker:
             batch["meta"] = [sample.record.meta for sample in samples]
         return batch
 
-
     @staticmethod
     def _partly_used(samples: list[Sample]) -> Tally:
         tally = Tally()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dalle.data.index import GONE, ShardReader, UnreadableShard
+from dalle.data.index import GONE, ShardReader, VanishedShard
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def read_member(reader: ShardReader, shard: int, row: np.void, part: str) -> byt
         raise BadSample(IN_BAD_SHARD, f"{reader.index.shards[shard].name} has lost it")
     try:
         data = reader.read(shard, offset, size)
-    except UnreadableShard as error:
+    except VanishedShard as error:
         if reader.index.bad_shards == "refuse":
             raise
         log.warning("training without it: %s", error)

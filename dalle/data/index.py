@@ -47,6 +47,7 @@ MISSING_SHARD, DAMAGED_SHARD = "missing_shard", "damaged_shard"      # reasons t
 # of a tar. One without its end marker is readable, but a cut between two members looks just the same
 DAMAGE = ("truncated_member", "truncated_header", "damaged_header", "no_end_marker", "data_after_end")
 GONE = -2                                  # the offset of a member that is not where it was indexed
+GONE_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError)
 NO_PROBLEMS: dict[str, int] = {}
 NO_EXAMPLES: dict[str, str] = {}
 SKIP = "set data.bad_shards=skip to train without what is lost"
@@ -109,7 +110,7 @@ class ShardIndex:
                  bad_shards: BadShards = "refuse"):
         self.shards = list(shards)
         self.bad_shards: BadShards = bad_shards
-        self.bad: Counter[str] = Counter()
+        self.bad = Tally()
         self.gone: dict[int, np.ndarray] = {}
         self._in_memory = members or {}
 
@@ -363,7 +364,7 @@ def _joined(parts: list[ShardIndex], bad_shards: BadShards) -> ShardIndex:
     for part in parts:
         whole._in_memory.update({start + number: rows for number, rows in part._in_memory.items()})
         whole.gone.update({start + number: gone for number, gone in part.gone.items()})
-        whole.bad += part.bad
+        whole.bad.update(part.bad)
         start += len(part.shards)
     return whole
 
@@ -468,7 +469,7 @@ def _load_folder(folder: Path, wanted: str | set[str], spec: str, wish: _Wish) -
     if wish.read or wish.bad_shards == "refuse":
         _mark_or_refuse(index, present)
     if absent and wish.read:
-        index.bad[MISSING_SHARD] += len(absent)
+        index.bad.add(MISSING_SHARD, min(absent), len(absent))
         log.warning("training without %d missing shards of %s, which no index knows: %s", len(absent), folder,
                     _listed(sorted(absent)))
     return index
@@ -509,7 +510,7 @@ def _mark_or_refuse(index: ShardIndex, present: Mapping[str, os.stat_result]) ->
         raise UserError(f"the shard {index.shards[number].path} {fault.words}{_and_more(faults)}; {fault.remedy}")
     for number, fault in faults.items():
         shard = index.shards[number]
-        index.bad[fault.reason] += 1
+        index.bad.add(fault.reason, shard.name)
         if fault.reason == MISSING_SHARD:
             index.lose(number)
         elif not _is_as_indexed(shard, present[shard.name]):
@@ -695,7 +696,7 @@ class ShardReader:
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """``size`` bytes at ``offset``, fewer if the shard was cut since it was indexed.
 
-        Raises :class:`UnreadableShard` for one that cannot be opened or read.
+        Raises :class:`UserError` for one that cannot be read, and of these :class:`VanishedShard` for one that is gone.
         """
         return self._retried(shard, lambda: os.pread(self._handle(shard), size, offset))
 
@@ -732,8 +733,9 @@ class ShardReader:
             if attempt < READ_ATTEMPTS - 1:
                 time.sleep(0.1 * 4**attempt)
         path = self.index.shards[shard].path
-        raise UnreadableShard(f"the shard {path} cannot be read: {failure.strerror}; bring it back, {SKIP}, "
-                              f"or {REBUILD.format(folder=path.parent)}")
+        kind = VanishedShard if isinstance(failure, GONE_ERRORS) else UserError
+        raise kind(f"the shard {path} cannot be read: {failure.strerror}; bring it back, {SKIP}, "
+                   f"or {REBUILD.format(folder=path.parent)}")
 
     def _forget(self, shard: int) -> None:
         entry = self._open.pop(shard, None)
@@ -741,8 +743,8 @@ class ShardReader:
             os.close(entry.handle)
 
 
-class UnreadableShard(UserError):
-    """A shard that was there at the start and cannot be read any more."""
+class VanishedShard(UserError):
+    """A shard that was there at the start and is no more; a disk or a server that fails is another matter."""
 
 
 def most_open(wanted: int) -> int:

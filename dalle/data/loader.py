@@ -38,7 +38,7 @@ __all__ = ["Batch", "DataConfig", "Loader", "train_batches", "validation_batches
 log = logging.getLogger(__name__)
 
 MIN_SEEN = 200               # samples before the fraction of bad ones is judged
-SHARD_REASONS = (MISSING_SHARD, DAMAGED_SHARD, IN_BAD_SHARD)
+SKIPPED_REASONS = (MISSING_SHARD, DAMAGED_SHARD, IN_BAD_SHARD, "truncated_shard")
 PREFETCHED_BATCHES = 4       # a worker
 SECONDS_TO_DIE = 2           # of a worker, after its connection broke
 GO_ON = "start again to go on from the last checkpoint"
@@ -86,7 +86,7 @@ class Loader:
     """Iterate for batches; ``skipped`` counts this rank's bad samples (replaced, or passed over in a stream) and
     bad shards by reason, so far; ``partly_used`` the samples of which a part is not used: a caption longer than
     data.text_length, words that the tokenizer lacks, a damaged JSON. ``identity`` is what must be the same data at a
-    resume. ``findings``: what is said of the data before the first batch, by the process that ``speaks``.
+    resume. The process that ``speaks`` says at once what is used in part.
 
     ``positions``: what to fetch from a map of positions; None for a :class:`StreamDataset`, which makes batches itself.
     """
@@ -106,7 +106,7 @@ class Loader:
         self._place = self.index.shards[0].folder if self.index else dataset.place
         self._max_bad_fraction = config.max_bad_fraction
         # whether to go on without a shard, or what is lost of it, is data.bad_shards' to say
-        self._chosen = (*SHARD_REASONS, "truncated_shard") if config.bad_shards == "skip" else SHARD_REASONS
+        self._chosen = SKIPPED_REASONS if config.bad_shards == "skip" else (MISSING_SHARD,)
         self._positions = positions
         self._finite = finite
         workers = min(config.workers, len(positions)) if finite else config.workers
@@ -132,6 +132,10 @@ class Loader:
     @property
     def partly_used(self) -> Counter[str]:
         return self._lessened.counts
+
+    def add_bad_shards(self, index: ShardIndex) -> None:
+        """Count what was found before the first batch."""
+        self._left_out.update(index.bad)
 
     def report(self) -> list[str]:
         """A line for each reason why this rank's samples were left out or used in part so far."""
@@ -243,7 +247,7 @@ def train_batches(config: DataConfig, *, seed: int, batch_size: int, rank: int =
                            needs_classes=needs_classes)
     loader = Loader(dataset, TrainPositions(batch_size, rank, world_size, start_step), speaks=rank == 0)
     if rank == 0:                                  # the ranks' counts are added up
-        loader.skipped.update(index.bad)
+        loader.add_bad_shards(index)
         say_findings(index)
     return loader
 

@@ -363,7 +363,7 @@ def test_a_missing_shard_that_no_index_knows_leaves_another_data_set(tmp_path, c
     loader = train_batches(settings, seed=0, batch_size=4)
     assert loader.skipped == {"missing_shard": 1} and loader.samples_per_epoch == 12
     assert "training without 1 missing shards" in caplog.text and "00003.tar" in caplog.text
-    assert loader.report() == [f"left out: 1 missing_shard: {remedy('missing_shard')}"]
+    assert loader.report() == [f"left out: 1 missing_shard (00003.tar): {remedy('missing_shard')}"]
     with pytest.raises(UserError, match=r"00003\.tar does not exist"):
         train_batches(settings.model_copy(update={"bad_shards": "refuse"}), seed=0, batch_size=4)
 

@@ -353,7 +353,7 @@ def test_tar_truncated_before_it_was_indexed_is_refused_at_every_start(tmp_path,
     half = where == "between picture and caption"
     assert index.counts.tolist() == [SAMPLES, SAMPLES - LOST + half, *[SAMPLES] * 3] and not index.gone
     assert index.problems["no_caption"] == half      # a sample cut in half is not delivered as whole
-    assert index.bad == {"damaged_shard": 1}
+    assert (index.bad.counts, index.bad.examples) == ({"damaged_shard": 1}, {"damaged_shard": "00001.tar"})
 
 
 def test_absurd_size_in_a_tar_header_is_reported(tmp_path, run_here, capsys):
