@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dalle.data.codes import CachedCodes
-from dalle.data.dataset import Batch, DataConfig, ShardDataset, ViewDataset
+from dalle.data.dataset import Batch, DataConfig, ShardDataset, ViewDataset, sentences
 from dalle.data.decode import IN_BAD_SHARD
 from dalle.data.index import DAMAGED_SHARD, MISSING_SHARD, ShardIndex
 from dalle.data.reasons import Tally, remedy
@@ -139,8 +139,8 @@ class Loader:
 
     def report(self) -> list[str]:
         """A line for each reason why this rank's samples were left out or used in part so far."""
-        return [*(f"left out: {line}" for line in self._left_out.sentences()),
-                *(f"used in part: {line}" for line in self._lessened.sentences())]
+        return [*(f"left out: {line}" for line in sentences(self._left_out)),
+                *(f"used in part: {line}" for line in sentences(self._lessened))]
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._fetched():
@@ -217,7 +217,7 @@ class Loader:
     def _judge(self) -> None:
         bad = self.skipped.total() - sum(self.skipped[reason] for reason in self._chosen)
         if bad > self._max_bad_fraction * self._seen:
-            reasons = "; ".join(self._left_out.sentences())
+            reasons = "; ".join(sentences(self._left_out))
             raise UserError(f"{bad} of {self._seen} samples in {self._place} cannot be used, above "
                             f"data.max_bad_fraction={self._max_bad_fraction}: {reasons}")
 
@@ -284,7 +284,7 @@ def view_batches(config: DataConfig, *, seed: int, batch_size: int, views: int =
 
 def say_findings(index: ShardIndex) -> None:
     """A line for each reason why members or samples were not indexed."""
-    for line in index.findings.sentences():
+    for line in sentences(index.findings):
         log.warning("in the shards of %s: %s", index.shards[0].folder, line)
 
 
