@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from dalle.data.codes import CachedCodes
 from dalle.data.dataset import Batch, DataConfig, ShardDataset, ViewDataset, sentences
 from dalle.data.decode import IN_BAD_SHARD
-from dalle.data.index import DAMAGED_SHARD, MISSING_SHARD, ShardIndex
+from dalle.data.index import DAMAGED_SHARD, MISSING_SHARD, REBUILD, ShardIndex
 from dalle.data.reasons import Tally, remedy
 from dalle.data.streaming import StreamDataset
 from dalle.data.tokenizer import CaptionTokenizer
@@ -286,6 +286,10 @@ def say_findings(index: ShardIndex) -> None:
     """A line for each reason why members or samples were not indexed."""
     for line in sentences(index.findings):
         log.warning("in the shards of %s: %s", index.shards[0].folder, line)
+    older = next((shard.folder for shard in index.shards if shard.problems and not shard.examples), None)
+    if older is not None:
+        log.warning("the index of %s is of an older version, which did not join the members of a sample that lie "
+                    "apart; for a new run, %s", older, REBUILD.format(folder=older))
 
 
 def check_split(batch_size: int, world_size: int) -> None:

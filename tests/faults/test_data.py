@@ -422,6 +422,20 @@ def test_index_of_an_older_version_knows_no_times_and_notices_what_is_newer_than
     assert any(message.startswith("1 shards of ") and "again" in message for message in caplog.messages)
 
 
+def test_index_of_an_older_version_that_left_something_out_is_named_with_the_way_to_a_new_one(tmp_path, caplog):
+    extra = {0: [("x.txt", b"alone")]}
+    shards = write_shards(tmp_path / "shards", counts=(3, 3), extra=extra)
+    table = shards / "index" / "index.json"
+    one_epoch(shards)
+    assert any("1 no_image (x in 00000.tar): a sample is KEY" in message for message in caplog.messages)
+    assert "older version" not in caplog.text
+    tree = json.loads(table.read_text())
+    del tree["shards"][0]["examples"]
+    table.write_text(json.dumps(tree))
+    one_epoch(shards)
+    assert "is of an older version" in caplog.text and f"tools/index_shards.py {shards}" in caplog.text
+
+
 def test_link_to_a_shard_that_is_gone_is_a_missing_shard(tmp_path, run_here):
     shards = write_shards(tmp_path / "shards", counts=(3, 3))
     (shards / "00001.tar").rename(tmp_path / "elsewhere.tar")
