@@ -260,13 +260,13 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
 
 def test_keys_are_printable_text(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for name in ("a\n\x1b[2Jb.png", "é.png"):
+        for name in ("a\n\x1b[2Jb.png", "é.png", os.fsdecode(b"caf\xe9.png")):
             info = tarfile.TarInfo(name)
             info.size = len(png(1))
             tar.addfile(info, io.BytesIO(png(1)))
     settings = DataConfig(train=str(tmp_path), image_size=SIZE, workers=0, caption="none")
-    keys = take(train_batches(settings, seed=0, batch_size=2), 1)[0]["key"]
-    assert sorted(keys) == ["a\\n\\x1b[2Jb", "é"]
+    keys = take(train_batches(settings, seed=0, batch_size=3), 1)[0]["key"]
+    assert sorted(keys) == ["a\\n\\x1b[2Jb", "caf\\xe9", "é"]
 
 
 def test_a_set_without_a_good_sample_ends(tmp_path):
