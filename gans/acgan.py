@@ -304,7 +304,7 @@ class ClassCheck:
 class ACGANTask(GANTask):
     """One step of each player; each draws noise and classes of its own."""
 
-    fresh_noise = True
+    fresh_noise = needs_classes = True
     config: ACGANRun
     class_streams: ClassVar[dict[str, int]] = {"fake_class": 200, "fake_class_g": 201}
 

@@ -56,7 +56,7 @@ class EditingTask(GANTask):
         if self._sources is None:
             data = self.config.data
             spec = data.validation or data.train
-            index = ShardIndex.load(spec)
+            index = ShardIndex.load(spec, data.bad_shards)
             numbers = list(range(min(index.num_samples, MOST_LOOKED_AT)))
             pictures, _, _ = read_pictures(ShardReferences(spec, index), numbers, data.image_size)
             self._sources = pictures[:self.config.preview.columns]

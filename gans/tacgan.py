@@ -216,6 +216,7 @@ class TACGANTask(GANTask):
     """One step of the discriminator and two of the generator, all on the same noise."""
 
     wrong_images = "other"
+    needs_classes = True
     generator_repeats = 2
     config: TACGANRun
 

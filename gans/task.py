@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from dalle.config import Section
+from dalle.data.dataset import DataConfig
 from dalle.data.decode import BadSample
 from dalle.data.index import ShardIndex
 from dalle.errors import UserError
@@ -258,12 +259,12 @@ def load_encoder(config: GANRun, default: str | None = None) -> nn.Module:
     encoder = load_text_encoder(name)
     if not config.standardise_text:
         return encoder
-    return StandardisedTextEncoder.over(encoder, first_captions(config.data.train))
+    return StandardisedTextEncoder.over(encoder, first_captions(config.data))
 
 
-def first_captions(shards: str) -> list[str]:
-    """A caption of each of the first samples of a split, to take statistics over."""
-    source = CaptionSource(ShardIndex.load(shards))
+def first_captions(data: DataConfig) -> list[str]:
+    """A caption of each of the first samples to train on, to take statistics over."""
+    source = CaptionSource(ShardIndex.load(data.train, data.bad_shards))
     captions = []
     for position in range(min(source.index.num_samples, CAPTIONS_FOR_STATISTICS)):
         with suppress(BadSample):

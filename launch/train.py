@@ -67,6 +67,14 @@ def main() -> int:
         start_server()                         # its imports run beside the building of the networks
     if engine.device.type == "cpu":
         keep_freed_memory()
+    share = {"seed": config.seed, "rank": engine.rank, "world_size": engine.world_size}
+
+    def validation_loader():
+        return validation_batches(config.data, batch_size=config.train.batch_size,
+                                  limit=config.train.validation_samples, **share)
+
+    if config.data.validation and config.train.validate_every and not arguments.dry_run:
+        validation_loader().close()            # what the first validation would refuse, hours later
     torch.manual_seed(config.seed)             # the same first weights on every rank and at every start
     evaluate = None
     with missing_runs_explained(arguments.config, needed):
@@ -77,14 +85,10 @@ def main() -> int:
         if engine.is_main:
             print_plan(task, config, needed())
         return 0
-    share = {"seed": config.seed, "rank": engine.rank, "world_size": engine.world_size}
+    share["needs_classes"] = task.needs_classes
 
     def train_loader(start_step: int):
         return train_batches(config.data, batch_size=config.train.batch_size, start_step=start_step, **share)
-
-    def validation_loader():
-        return validation_batches(config.data, batch_size=config.train.batch_size,
-                                  limit=config.train.validation_samples, **share)
 
     trainer = Trainer(task, config, engine, train_loader,
                       validation_loader if config.data.validation else None,
@@ -115,7 +119,8 @@ def small_evaluation(task, config, device):
         raise UserError(f"train.evaluate_every: a {config.task} run paints no captions; use train.validate_every")
     from dalle.evaluation.small import SmallEvaluation
 
-    evaluation = SmallEvaluation(config.evaluation, config.data.validation, config.seed, device)
+    evaluation = SmallEvaluation(config.evaluation, config.data.validation, config.seed, device,
+                                 config.data.bad_shards)
     return lambda networks: evaluation(task.generator(networks))
 
 

@@ -30,6 +30,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the random crops")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bad-shards", choices=("refuse", "skip"), default="refuse", help="missing or damaged ones: "
+                        "stop (default), or go on without what is lost")
     return parser.parse_args()
 
 
@@ -49,11 +51,12 @@ def main() -> None:
     folder = model_folder(arguments.codec)
     codec = load_codec(folder, arguments.device)
     digest = file_digest(folder / WEIGHTS_FILE)
-    index = ShardIndex.load(arguments.data)
+    index = ShardIndex.load(arguments.data, arguments.bad_shards)
     if already_cached(arguments.out, index, digest, arguments.views):
         print(f"{arguments.out}: already made with this codec")
         return
-    data = DataConfig(train=arguments.data, image_size=codec.config.image_size, crop=arguments.crop, workers=0)
+    data = DataConfig(train=arguments.data, image_size=codec.config.image_size, crop=arguments.crop, workers=0,
+                      bad_shards=arguments.bad_shards)
     loader = view_batches(data, seed=arguments.seed, batch_size=max(1, arguments.batch_size // arguments.views),
                           views=arguments.views)
     started = spoken = time.monotonic()
@@ -69,9 +72,10 @@ def main() -> None:
                 spoken = time.monotonic()
                 print(f"encoded {done} of {index.num_samples} pictures", flush=True)
     seconds = time.monotonic() - started
-    left_out = ", ".join(f"{reason} {count}" for reason, count in sorted(loader.skipped.items())) or "none"
     print(f"{arguments.out}: {done} pictures x {arguments.views} views, {codec.grid[0]}x{codec.grid[1]} codes of "
-          f"{codec.num_codes}, in {seconds:.1f} s; pictures without codes: {left_out}")
+          f"{codec.num_codes}, in {seconds:.1f} s; pictures without codes: {loader.skipped.total() or 'none'}")
+    for line in loader.report():
+        print(line)
 
 
 if __name__ == "__main__":

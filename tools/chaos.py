@@ -347,7 +347,7 @@ class Chaos:
         self._command("index_shards", "tools/index_shards.py", train, "--workers", 1)
         truth = overwrite_pictures(train, truth, self.rng)
         self._command("train_tokenizer", "tools/train_tokenizer.py", train, "--out", self.out / "tokenizer",
-                      "--vocab-size", 300)
+                      "--vocab-size", 300, "--bad-shards", "skip")
         codec = self._write_config("codec.yaml", codec_config(self.out))
         self._command("codec", "launch/train.py", codec)
         self._write_config(self.config.name, transformer_config(self.out, self.steps))
@@ -469,7 +469,7 @@ STRIKES: dict[str, Callable[[Chaos, Start], bool]] = {
 def codec_config(out: Path) -> dict[str, Any]:
     return {"task": "dvae", "name": "codec", "output": str(out / "runs"), "model": {"preset": "tiny"},
             "data": {"train": str(out / "data" / "train"), "image_size": 16, "caption": "none", "workers": 0,
-                     "max_bad_fraction": 0.5},
+                     "max_bad_fraction": 0.5, "bad_shards": "skip"},
             "train": {"steps": 20, "batch_size": 8, "save_every": 0}}
 
 
@@ -478,7 +478,8 @@ def transformer_config(out: Path, steps: int) -> dict[str, Any]:
         "task": "transformer", "output": str(out / "runs"), "name": "transformer", "codec": str(out / "runs" / "codec"),
         "data": {"train": str(out / "data" / "train"), "validation": str(out / "data" / "validation"),
                  "tokenizer": str(out / "tokenizer"), "image_size": 16, "text_length": 16, "bpe_dropout": 0.1,
-                 "caption_dropout": 0.1, "workers": 1, "lanes": 4, "window": 2, "max_bad_fraction": 0.5},
+                 "caption_dropout": 0.1, "workers": 1, "lanes": 4, "window": 2, "max_bad_fraction": 0.5,
+                 "bad_shards": "skip"},
         "model": {"dim": 64, "depth": 4, "heads": 2, "token_shift": True, "attention": "dalle"},
         "optimizer": {"lr": 1e-3, "ema": 0.9},
         "train": {"steps": steps, "batch_size": BATCH_SIZE, "precision": "fp32", "log_every": 1,

@@ -9,6 +9,7 @@ with the index that is there, and ends with status 1 when a shard is damaged or 
 """
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -16,11 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle.data.index import ShardIndex, ShardInfo, expand_braces, glob_magic, read_table
+from dalle.data.index import DAMAGE, ShardIndex, ShardInfo, expand_braces, glob_magic, read_table
+from dalle.data.reasons import printable
 from dalle.errors import LostProcess, UserError, run_command
 
-# a tar without its end marker is readable, but a cut between two members looks just the same
-DAMAGE = ("truncated_member", "truncated_header", "damaged_header", "no_end_marker", "data_after_end")
 ROWS_SHOWN = 10
 
 
@@ -54,20 +54,31 @@ def index_folder(folder: Path, workers: int, check: bool) -> tuple[ShardIndex, b
     if not index.shards:
         raise UserError(f"{folder} holds no .tar shard")
     if not check:
+        say_what_is_lost(folder, index)
         index.save()
         return index, True
     saved = read_table(folder)
     if saved is None:
         print(f"{folder} has no index")
         return index, False
-    if saved == index.shards:
-        return index, offsets_fit(folder, saved, index)
-    known = {shard.name: shard for shard in saved}
+    known = {shard.name: shard.content for shard in saved}
     names = {shard.name for shard in index.shards}
-    differing = [shard.name for shard in index.shards if known.get(shard.name) != shard]
+    if list(known.values()) == [shard.content for shard in index.shards]:
+        return index, offsets_fit(folder, saved, index)
+    differing = [shard.name for shard in index.shards if known.get(shard.name) != shard.content]
     differing += [f"{name} (missing)" for name in sorted(set(known) - names)]
-    print(f"the index of {folder} does not fit: {', '.join(differing[:ROWS_SHOWN])}")
+    print(f"the index of {folder} does not fit: {printable(', '.join(differing[:ROWS_SHOWN]))}")
     return index, False
+
+
+def say_what_is_lost(folder: Path, index: ShardIndex) -> None:
+    """A line where the new index makes another data set of the folder than the one that is there."""
+    with contextlib.suppress(UserError):                     # one that is damaged tells nothing
+        saved = ShardIndex(read_table(folder) or [])
+        if saved.shards and saved.fingerprint != index.fingerprint:
+            print(f"{printable(str(folder))} had {len(saved.shards)} shards, {saved.num_samples} samples, fingerprint "
+                  f"{saved.fingerprint}: the new index makes another data set of it, on which no run goes on that was "
+                  "trained on the old one (with that, data.bad_shards=skip trains without what is lost)")
 
 
 def offsets_fit(folder: Path, saved: list[ShardInfo], index: ShardIndex) -> bool:
@@ -77,9 +88,9 @@ def offsets_fit(folder: Path, saved: list[ShardInfo], index: ShardIndex) -> bool
         try:
             if np.array_equal(stored.members(number), index.members(number)):
                 continue
-            print(f"the index of {folder} does not fit: the offsets of {shard.name} are others")
+            print(f"the index of {folder} does not fit: the offsets of {printable(shard.name)} are others")
         except UserError as error:
-            print(error)
+            print(printable(str(error)))
         sound = False
     return sound
 
@@ -94,10 +105,10 @@ def report(folder: Path, index: ShardIndex) -> bool:
         print(f"{'shard':<24}{'samples':>9}{'bytes':>14}  problems")
         for shard in wrong[:ROWS_SHOWN]:
             listed = ", ".join(f"{reason} {count}" for reason, count in sorted(shard.problems.items()))
-            print(f"{shard.name:<24}{shard.count:>9}{shard.size:>14}  {listed}")
+            print(f"{printable(shard.name):<24}{shard.count:>9}{shard.size:>14}  {listed}")
         if len(wrong) > ROWS_SHOWN:
             print(f"... and {len(wrong) - ROWS_SHOWN} more")
-        print("in all: " + ", ".join(f"{reason} {count}" for reason, count in index.problems.most_common()))
+        print("in all:", *index.findings.lines(), sep="\n")
     return any(reason in shard.problems for shard in wrong for reason in DAMAGE)
 
 

@@ -30,6 +30,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                         "that the list lacks are one and the same (default: bpe)")
     parser.add_argument("--vocab-size", type=int, default=16_384, help="entries at most, unfilled id included")
     parser.add_argument("--min-count", type=int, help="of words: leave out what comes less often (default: 1)")
+    parser.add_argument("--bad-shards", choices=("refuse", "skip"), default="refuse", help="missing or damaged ones: "
+                        "stop (default), or go on without what is lost")
     return parser.parse_args(arguments)
 
 
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     if options.min_count is not None and options.kind != "words":
         raise UserError("--min-count is for --kind words; a BPE spells what it has not seen")
-    index = ShardIndex.load(options.shards)
+    index = ShardIndex.load(options.shards, options.bad_shards)
     if options.kind == "words":
         tokenizer = CaptionTokenizer.train_words(shard_captions(index), options.vocab_size, options.min_count or 1)
     else:

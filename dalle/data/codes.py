@@ -14,12 +14,11 @@ from typing import Any, Self
 import numpy as np
 
 from dalle.data.decode import BadSample
-from dalle.data.index import ShardIndex
+from dalle.data.index import ShardIndex, most_open
 from dalle.errors import UserError
 
 DESCRIPTION_FILE = "codes.json"
 SENTINEL = {np.dtype(np.uint16): 65535, np.dtype(np.int32): -1}
-MAX_OPEN = 256
 MAKE = "make the codes again with tools/cache_codes.py"
 
 
@@ -74,10 +73,11 @@ class CachedCodes:
                             f"(fingerprint {fingerprint[:8]}, not {index.fingerprint[:8]}); {MAKE}")
         self._names = file_names(index)
         self._counts = index.counts
+        self.max_open, self._most = 128, 0         # as of a :class:`dalle.data.index.ShardReader`
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "_most": 0}
 
     @property
     def length(self) -> int:
@@ -109,8 +109,9 @@ class CachedCodes:
         if codes.shape != expected or codes.dtype != codes_dtype(self.num_codes):
             raise UserError(f"{path} holds {codes.dtype} {list(codes.shape)} where {codes_dtype(self.num_codes)} "
                             f"{list(expected)} is needed; {MAKE}")
+        self._most = self._most or most_open(self.max_open)
         self._open[shard] = codes
-        if len(self._open) > MAX_OPEN:
+        if len(self._open) > self._most:
             self._open.popitem(last=False)
         return codes
 

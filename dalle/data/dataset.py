@@ -17,9 +17,19 @@ from torch.utils.data import Dataset
 
 from dalle.config import Section
 from dalle.data.codes import CachedCodes
-from dalle.data.decode import MAX_PIXELS, BadSample, class_id, decode_image, decode_meta, read_member, sample_captions
-from dalle.data.index import ShardIndex, ShardReader, key_text
+from dalle.data.decode import (
+    IN_BAD_SHARD,
+    MAX_PIXELS,
+    BadSample,
+    class_id,
+    decode_image,
+    decode_meta,
+    read_member,
+    sample_captions,
+)
+from dalle.data.index import BadShards, ShardIndex, ShardReader, key_text
 from dalle.data.order import Order, SequentialOrder, sample_rng
+from dalle.data.reasons import Tally, remedy
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.data.transforms import Crop, needed_side, to_square
 from dalle.errors import UserError
@@ -29,6 +39,7 @@ log = logging.getLogger(__name__)
 Batch = dict[str, Any]
 MOST_RECORDS = 32_768            # parsed captions a worker keeps: some 40 MB with ten captions a picture
 MOST_REPLACEMENTS_TRIED = 1000
+GONE_WITH_SHARD = ("truncated_shard", IN_BAD_SHARD)
 LOG_EVERY = 1000                 # of the bad samples of one reason, the first is logged and then every so many
 
 
@@ -42,7 +53,7 @@ class DataConfig(Section):
     train: str
     validation: str | None = None
     tier: Literal["exact", "resampled", "sequential"] = "exact"
-    on_missing: Literal["refuse", "skip"] = "refuse"      # a shard that cannot be had: stop, or train without it
+    bad_shards: BadShards = "refuse"                      # missing or damaged ones: stop, or train without what is lost
     allow_pipe: bool = False                              # pipe: URLs run a shell command
     read_timeout: float = Field(30.0, gt=0)               # s of silence from a server or a pipe before another attempt
     read_retries: int = Field(4, ge=0)                    # in a row: 1, 2, 4, ... s apart
@@ -66,6 +77,16 @@ class DataConfig(Section):
     window: int = Field(16, ge=1)
     max_bad_fraction: float = Field(0.1, ge=0, le=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _older_name(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "on_missing" not in values:
+            return values
+        if "bad_shards" in values:
+            raise ValueError("on_missing is the older name of bad_shards; set bad_shards alone")
+        log.warning("data.on_missing is now data.bad_shards, which is for damaged shards, too: taken as that")
+        return {"bad_shards" if key == "on_missing" else key: value for key, value in values.items()}
+
     @model_validator(mode="after")
     def _something_is_read(self) -> Self:
         if self.caption == "none" and self.tokenizer:
@@ -88,6 +109,7 @@ class Record(NamedTuple):
     captions: list[str]          # empty when captions are not read
     class_id: int
     meta: dict[str, Any] | None  # kept in validation only
+    lost: tuple[str, ...] = ()   # reasons: what could not be read of it and was not needed
 
 
 class Sample(NamedTuple):
@@ -99,19 +121,21 @@ class Sample(NamedTuple):
     codes: np.ndarray | None
     image: np.ndarray | None     # uint8 [S, S, 3]
     captions: list[str] | None = None      # num_captions of them
+    lost: tuple[str, ...] = ()             # reasons: what of it is not used
 
 
 class SampleMaker:
     """Captions, codes and pictures to samples and batches, the same way in every tier."""
 
     def __init__(self, config: DataConfig, *, seed: int, training: bool, tokenizer: CaptionTokenizer | None,
-                 codes: CachedCodes | None):
+                 codes: CachedCodes | None, needs_classes: bool = False):
         self.config, self.seed, self.training = config, seed, training
-        self.tokenizer, self.codes = tokenizer, codes
+        self.tokenizer, self.codes, self.needs_classes = tokenizer, codes, needs_classes
         self._crop: Crop = config.crop if training or config.crop == "none" else "center"
         self._bpe_dropout = config.bpe_dropout if training else 0.0
         self._caption_dropout = config.caption_dropout if training else 0.0
-        self._ids: dict[tuple[int, int, int], np.ndarray] = {}
+        self._ids: dict[tuple[int, int, int], tuple[np.ndarray, tuple[str, ...]]] = {}
+        self._unknown_id = None if tokenizer is None else tokenizer.unknown_id
         self._logged: Counter[str] = Counter()
         if self._bpe_dropout and tokenizer is not None and tokenizer.kind == "words":
             raise UserError(f"data.bpe_dropout is {config.bpe_dropout}, but {config.tokenizer} holds whole words, "
@@ -127,18 +151,19 @@ class SampleMaker:
         number = 0
         if self.training and self.config.caption == "random" and len(record.captions) > 1:
             number = int(rng.integers(len(record.captions)))
-        text = None
+        text, lost = None, record.lost
         if self.tokenizer is not None:
-            dropped = self._caption_dropout > 0 and rng.random() < self._caption_dropout
-            text = np.empty(0, np.int64) if dropped else self._encode(record.captions[number], rng,
-                                                                      place and (*place, number))
+            text = np.empty(0, np.int64)
+            if not (self._caption_dropout > 0 and rng.random() < self._caption_dropout):
+                text, of_caption = self._encode(record.captions[number], rng, place and (*place, number))
+                lost += of_caption
         codes = None
         if self.codes is not None:
             view = int(rng.integers(self.codes.views)) if self.training and self.codes.views > 1 else 0
             codes = self.codes.row(*place, view)
         image = self._square(picture(), rng) if self.config.images else None
         captions = self._several(record.captions, rng) if self.config.num_captions > 1 else None
-        return Sample(record, record.captions[number] if record.captions else None, text, codes, image, captions)
+        return Sample(record, record.captions[number] if record.captions else None, text, codes, image, captions, lost)
 
     def _several(self, captions: list[str], rng: np.random.Generator | None) -> list[str]:
         """``num_captions`` of them: drawn, each from all, or in validation the first, from the start again if needed.
@@ -150,17 +175,24 @@ class SampleMaker:
         return [captions[place] for place in places]
 
     def _encode(self, caption: str, rng: np.random.Generator | None,
-                remember: tuple[int, int, int] | None) -> np.ndarray:
-        """The caption's ids, at most T of them; remembered where no dropout makes them differ from time to time."""
+                remember: tuple[int, int, int] | None) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The caption's ids, at most T of them, and what is lost of it; remembered where no dropout makes them differ
+        from time to time."""
         if self._bpe_dropout:
-            ids = self.tokenizer.token_ids(caption, self._bpe_dropout, rng)
-            return np.array(ids[:self.config.text_length], dtype=np.int64)
-        ids = self._ids.get(remember) if remember else None
-        if ids is None:
-            ids = np.array(self.tokenizer.token_ids(caption)[:self.config.text_length], dtype=np.int32)
+            return self._fitted(self.tokenizer.token_ids(caption, self._bpe_dropout, rng), np.int64)
+        known = self._ids.get(remember) if remember else None
+        if known is None:
+            known = self._fitted(self.tokenizer.token_ids(caption), np.int32)
             if remember:
-                self._ids[remember] = ids
-        return ids
+                self._ids[remember] = known
+        return known
+
+    def _fitted(self, ids: list[int], dtype: type) -> tuple[np.ndarray, tuple[str, ...]]:
+        length = self.config.text_length
+        lost = ("caption_cut",) if len(ids) > length else ()
+        if self._unknown_id is not None and self._unknown_id in ids:
+            lost += ("unknown_word",)
+        return np.array(ids[:length], dtype=dtype), lost
 
     def _square(self, data: bytes, rng: np.random.Generator | None) -> np.ndarray:
         config = self.config
@@ -173,12 +205,13 @@ class SampleMaker:
                         self._logged[bad.reason] + 1)
         self._logged[bad.reason] += 1
 
-    def _collate(self, positions: Sequence[int], samples: list[Sample], skipped: Counter[str]) -> Batch:
+    def _collate(self, positions: Sequence[int], samples: list[Sample], skipped: Tally) -> Batch:
         batch: Batch = {
             "key": [sample.record.key for sample in samples],
             "position": torch.tensor(positions, dtype=torch.int64),
             "class_id": torch.tensor([sample.record.class_id for sample in samples], dtype=torch.int64),
-            "skipped": dict(skipped),
+            "skipped": skipped,
+            "partly_used": self._partly_used(samples),
         }
         if self.config.caption != "none":
             batch["caption"] = [sample.caption for sample in samples]
@@ -197,17 +230,50 @@ class SampleMaker:
             batch["meta"] = [sample.record.meta for sample in samples]
         return batch
 
+    @staticmethod
+    def _partly_used(samples: list[Sample]) -> Tally:
+        tally = Tally()
+        for sample in samples:
+            for reason in sample.lost:
+                tally.add(reason, sample.record.key)
+        return tally
+
+    def _record_of(self, key: bytes, json_data: bytes | None,
+                   captions: Callable[[dict[str, Any]], list[str]]) -> Record:
+        """The record of a sample by its JSON, and ``captions`` of what that holds.
+
+        A damaged JSON costs the sample only where something is read from it: the caption, or a class that is needed.
+        """
+        meta, number, lost, damage = {}, -1, (), None
+        try:
+            meta = decode_meta(json_data) if json_data is not None else {}
+            number = class_id(meta)
+        except BadSample as bad:
+            if self.needs_classes:
+                raise
+            lost, damage = (bad.reason,), bad
+        try:
+            texts = captions(meta) if self.config.caption != "none" else []
+        except BadSample as bad:
+            raise damage if damage is not None and bad.reason == "no_caption" else bad from None
+        return Record(key_text(key), texts, number, None if self.training else meta, lost)
+
 
 class ShardDataset(SampleMaker, Dataset):
     """A map from positions to samples; :meth:`__getitems__` makes a whole batch where the worker is."""
 
     def __init__(self, config: DataConfig, index: ShardIndex, *, seed: int, training: bool,
-                 tokenizer: CaptionTokenizer | None = None, codes: CachedCodes | None = None):
-        super().__init__(config, seed=seed, training=training, tokenizer=tokenizer, codes=codes)
+                 tokenizer: CaptionTokenizer | None = None, codes: CachedCodes | None = None,
+                 needs_classes: bool = False):
+        super().__init__(config, seed=seed, training=training, tokenizer=tokenizer, codes=codes,
+                         needs_classes=needs_classes)
         self.index = index
+        # a position of training means the same sample whatever is gone since; validation measures what is there
         self.order: Order | SequentialOrder = (
-            Order(index.counts, seed, config.lanes, config.window) if training else SequentialOrder(index.counts))
-        self._reader = ShardReader(index)
+            Order(index.counts, seed, config.lanes, config.window) if training else SequentialOrder(index.counts_there))
+        self._reader = ShardReader(index, self.order.shards_at_once)
+        if codes is not None:
+            codes.max_open = self.order.shards_at_once
         self._records: dict[tuple[int, int], Record] = {}
         self._bad: dict[tuple[int, int], tuple[str, str]] = {}     # reason and detail, so that none is decoded twice
 
@@ -223,29 +289,31 @@ class ShardDataset(SampleMaker, Dataset):
             return {"error": str(error)}
 
     def fetch(self, positions: Sequence[int]) -> Batch:
-        """The batch, as :mod:`dalle.data.loader` describes it, with ``skipped``: reason -> replaced positions."""
+        """The batch, as :mod:`dalle.data.loader` describes it, with ``skipped``: a tally of replaced positions."""
         _, shards, indices = self.order.locate(np.asarray(positions))
-        skipped: Counter[str] = Counter()
+        skipped = Tally()
         samples = [self._sample(position, shard, index, skipped)
                    for position, shard, index in zip(positions, shards.tolist(), indices.tolist(), strict=True)]
         return self._collate(positions, samples, skipped)
 
-    def _sample(self, position: int, shard: int, index: int, skipped: Counter[str]) -> Sample:
-        """The sample at (shard, index), or the first good one behind it."""
+    def _sample(self, position: int, shard: int, index: int, skipped: Tally) -> Sample:
+        """The sample at (shard, index), or the first good one behind it, or one of another shard if this one's is gone.
+        """
         try:
             return self._draw(position, shard, index)
         except BadSample as bad:
-            self._note("bad sample replaced", bad, bytes(self._reader.row(shard, index)["key"]),
-                       f"sample {index} of {self.index.shards[shard].path}")
-            skipped[bad.reason] += 1
+            key = bytes(self._reader.row(shard, index)["key"])
+            self._note("bad sample replaced", bad, key, f"sample {index} of {self.index.shards[shard].path}")
+            skipped.add(bad.reason, f"{key_text(key)} in {self.index.shards[shard].name}")
             first = bad
-        for replacement in self._behind(shard, index):
+        behind = self._elsewhere if first.reason in GONE_WITH_SHARD else self._behind
+        for replacement in behind(shard, index):
             try:
                 return self._draw(position, *replacement)
             except BadSample:
                 continue
         raise UserError(f"no usable sample among {MOST_REPLACEMENTS_TRIED} behind a bad one in "
-                        f"{self.index.shards[shard].path} ({first}); {advice(Counter([first.reason]))}")
+                        f"{self.index.shards[shard].path} ({first}); {remedy(first.reason)}")
 
     def _behind(self, shard: int, index: int) -> Iterator[tuple[int, int]]:
         """The rest of the shard, around its end, then the following shards."""
@@ -258,6 +326,23 @@ class ShardDataset(SampleMaker, Dataset):
                 tried += 1
                 if tried == MOST_REPLACEMENTS_TRIED:
                     return
+
+    def _elsewhere(self, shard: int, index: int) -> Iterator[tuple[int, int]]:
+        """Places in the other shards that begin at the same ``index``, so that many lost samples are not all replaced
+        by one."""
+        tried = 0
+        for step in range(1, len(self.index.shards)):
+            place = (shard + step) % len(self.index.shards)
+            gone = self.index.gone.get(place)
+            if gone is not None and gone.all():
+                continue
+            count = int(self.index.counts[place])
+            for offset in range(count):
+                yield place, (index + offset) % count
+                tried += 1
+                if tried == MOST_REPLACEMENTS_TRIED:
+                    return
+        yield from self._behind(shard, index)
 
     def _draw(self, position: int, shard: int, index: int) -> Sample:
         known = self._bad.get((shard, index))
@@ -275,10 +360,8 @@ class ShardDataset(SampleMaker, Dataset):
         if record is not None:
             return record
         row = self._reader.row(shard, index)
-        data = read_member(self._reader, shard, row, "json")
-        meta = decode_meta(data) if data is not None else {}
-        captions = sample_captions(self._reader, shard, row, meta) if self.config.caption != "none" else []
-        record = Record(key_text(bytes(row["key"])), captions, class_id(meta), None if self.training else meta)
+        record = self._record_of(bytes(row["key"]), read_member(self._reader, shard, row, "json"),
+                                 lambda meta: sample_captions(self._reader, shard, row, meta))
         if len(self._records) >= MOST_RECORDS:
             self._records.clear()
             self._ids.clear()
@@ -299,7 +382,7 @@ class ViewDataset(Dataset):
         """``image`` uint8 [b, views, 3, S, S] (black where not ``valid``), ``valid`` bool [b], ``position`` [b]."""
         try:
             _, shards, indices = self.order.locate(np.asarray(positions))
-            skipped: Counter[str] = Counter()
+            skipped = Tally()
             valid, squares, size = [], [], self.config.image_size
             for position, shard, index in zip(positions, shards.tolist(), indices.tolist(), strict=True):
                 views = self._views(position, shard, index, skipped)
@@ -309,16 +392,17 @@ class ViewDataset(Dataset):
             return {"error": str(error)}
         image = image_tensor(squares)
         return {"image": image.view(len(positions), self.views, *image.shape[1:]), "valid": torch.tensor(valid),
-                "position": torch.tensor(positions, dtype=torch.int64), "skipped": dict(skipped)}
+                "position": torch.tensor(positions, dtype=torch.int64), "skipped": skipped}
 
-    def _views(self, position: int, shard: int, index: int, skipped: Counter[str]) -> list[np.ndarray] | None:
+    def _views(self, position: int, shard: int, index: int, skipped: Tally) -> list[np.ndarray] | None:
         config = self.config
         try:
             image = decode_picture(image_bytes(self._reader, shard, index), config, config.crop)
         except BadSample as bad:
-            log.warning("no codes for a bad sample: %s, key %s, sample %d of %s", bad,
-                        key_text(bytes(self._reader.row(shard, index)["key"])), index, self.index.shards[shard].path)
-            skipped[bad.reason] += 1
+            key = key_text(bytes(self._reader.row(shard, index)["key"]))
+            log.warning("no codes for a bad sample: %s, key %s, sample %d of %s", bad, key, index,
+                        self.index.shards[shard].path)
+            skipped.add(bad.reason, f"{key} in {self.index.shards[shard].name}")
             return None
         return [to_square(image, config.image_size, config.crop, config.flip,
                           sample_rng(self.seed, position * self.views + view)) for view in range(self.views)]
@@ -339,14 +423,6 @@ def image_tensor(squares: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.stack(squares).transpose(0, 3, 1, 2)))
 
 
-def advice(reasons: Counter[str]) -> str:
-    """What to do about the commonest reason for bad samples."""
-    common = reasons.most_common(1)[0][0]
-    return {
-        "no_caption": "add the captions, or set data.caption=none to train on pictures alone",
-        "empty_caption": "fill in the captions, or set data.caption=none to train on pictures alone",
-        "caption_encoding": "write the captions as UTF-8",
-        "too_many_pixels": "make the pictures smaller or raise data.max_pixels",
-        "no_codes": "repair the pictures and make the codes again with tools/cache_codes.py",
-        "truncated_shard": "fetch the shard again, then run tools/index_shards.py on its folder",
-    }.get(common, "repair or remove these samples, or raise data.max_bad_fraction")
+def sentences(tally: Tally) -> list[str]:
+    """Its lines, not in columns: "4 empty_image (b.jpg): fetch them again"."""
+    return [" ".join(line.split(maxsplit=1)) for line in tally.lines()]

@@ -5,6 +5,7 @@ are opened (Pillow would start Ghostscript for an EPS), truncated pictures are r
 """
 
 import json
+import logging
 import math
 from io import BytesIO
 from typing import Any
@@ -12,8 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dalle.data.index import ShardReader
+from dalle.data.index import GONE, ShardReader, VanishedShard
 
+log = logging.getLogger(__name__)
+
+IN_BAD_SHARD = "in_bad_shard"               # a sample that is gone with its shard, where that was chosen
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 89_478_485                     # Pillow's own warning level: a quarter of a gigabyte of RGB
 ORIENTATION = 0x0112
@@ -145,11 +149,24 @@ def class_id(meta: dict[str, Any]) -> int:
 
 
 def read_member(reader: ShardReader, shard: int, row: np.void, part: str) -> bytes | None:
-    """The bytes of the sample's "image", "text" or "json"; None if it has none. ``truncated_shard`` if cut short."""
-    size = int(row[f"{part}_size"])
+    """The bytes of the sample's "image", "text" or "json"; None if it has none.
+
+    Raises :class:`BadSample`: ``truncated_shard`` if they are cut short, ``in_bad_shard`` if they are gone with a shard
+    that the index skips.
+    """
+    offset, size = int(row[f"{part}_offset"]), int(row[f"{part}_size"])
     if size < 0:
         return None
-    data = reader.read(shard, int(row[f"{part}_offset"]), size)
+    if offset == GONE:
+        raise BadSample(IN_BAD_SHARD, f"{reader.index.shards[shard].name} has lost it")
+    try:
+        data = reader.read(shard, offset, size)
+    except VanishedShard as error:
+        if reader.index.bad_shards == "refuse":
+            raise
+        log.warning("training without it: %s", error)
+        reader.index.lose(shard)
+        raise BadSample(IN_BAD_SHARD, str(error)) from None
     if len(data) != size:
         raise BadSample("truncated_shard", f"{reader.index.shards[shard].name} ends inside the sample's {part}")
     return data
@@ -166,6 +183,11 @@ def sample_captions(reader: ShardReader, shard: int, row: np.void, meta: dict[st
     if meta is None:
         json_data = read_member(reader, shard, row, "json")
         meta = decode_meta(json_data) if json_data is not None else {}
+    return meta_captions(meta)
+
+
+def meta_captions(meta: dict[str, Any]) -> list[str]:
+    """The captions in the JSON of a sample. Raises :class:`BadSample` as :func:`sample_captions` does."""
     caption = meta.get("caption")
     if not isinstance(caption, str):
         raise BadSample("no_caption")

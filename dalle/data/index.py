@@ -4,24 +4,28 @@
 only the table, and a sample is one positioned read. A shard is never unpacked: see :mod:`dalle.data.tar`.
 """
 
+import contextlib
 import fnmatch
 import hashlib
 import json
 import logging
 import os
 import re
+import resource
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from dalle.data.reasons import Tally, printable
 from dalle.data.tar import Member, TarWalk
 from dalle.errors import UserError
 
@@ -32,12 +36,25 @@ INDEX_FOLDER = "index"
 TABLE_FILE = "index.json"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 PARTS = ("image", "text", "json")
+PART_OF = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), "txt": "text", "json": "json"}      # by the name's extension
 LONGEST_KEY = 255
 READ_ATTEMPTS = 3
 Read = TypeVar("Read")
 Part = TypeVar("Part")
-MISSING_SHARD = "missing_shard"      # the name that training without a shard is counted by
+Parts = dict[str, tuple[str, Part]]      # of one key: part -> (extension, member)
+BadShards = Literal["refuse", "skip"]      # what becomes of shards that are missing or damaged, see `ShardIndex.load`
+MISSING_SHARD, DAMAGED_SHARD = "missing_shard", "damaged_shard"      # reasons that shards are counted by, not samples
+# of a tar. One without its end marker is readable, but a cut between two members looks just the same
+DAMAGE = ("truncated_member", "truncated_header", "damaged_header", "no_end_marker", "data_after_end")
+GONE = -2                                  # the offset of a member that is not where it was indexed
+GONE_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError)
 NO_PROBLEMS: dict[str, int] = {}
+NO_EXAMPLES: dict[str, str] = {}
+SKIP = "set data.bad_shards=skip to train without what is lost"
+MOST_LISTED = 10                           # names in one line
+FILES_A_SHARD = 3                          # itself, its rows and its codes: a mapped file keeps its descriptor
+FILES_LEFT = 256                           # for all else that a process opens
+READERS = 8                                # threads that read headers again: a network file system makes them wait
 REBUILD = "run `python tools/index_shards.py {folder}` to index the folder again"
 
 
@@ -50,6 +67,13 @@ class ShardInfo(NamedTuple):
     size: int
     digest: str
     problems: dict[str, int]      # reason -> how many; what was left out, and what looks wrong
+    examples: dict[str, str] = NO_EXAMPLES      # reason -> a member's name
+    mtime_ns: int = 0             # when the file was last written; 0 in an index of an older version
+
+    @property
+    def content(self) -> tuple[str, int, int, str]:
+        """What must agree for two to be the same: a copy has another time."""
+        return self.name, self.count, self.size, self.digest
 
     @property
     def path(self) -> Path:
@@ -66,15 +90,28 @@ def member_dtype(key_length: int) -> np.dtype:
     return np.dtype([*numbers, ("image_kind", "S4"), ("key", f"S{max(1, key_length)}")])
 
 
+class Fault(NamedTuple):
+    """What is wrong with a shard as a whole: the reason to count it by, what to say of it, and what to do."""
+
+    reason: str
+    words: str
+    remedy: str
+
+
 class ShardIndex:
     """The shards of one data set, in order. ``fingerprint`` changes with names, counts, sizes and digests.
 
-    ``missing``: how many shards were left out because they are gone.
+    ``bad_shards``: whether samples that are gone with their shard are refused or skipped. ``bad``: how many shards are
+    not what they were, by reason. ``gone``: bool [count] by shard number, True for samples that are not where they were
+    indexed; they keep their places in the order.
     """
 
-    def __init__(self, shards: Sequence[ShardInfo], members: dict[int, np.ndarray] | None = None, missing: int = 0):
+    def __init__(self, shards: Sequence[ShardInfo], members: dict[int, np.ndarray] | None = None,
+                 bad_shards: BadShards = "refuse"):
         self.shards = list(shards)
-        self.missing = missing
+        self.bad_shards: BadShards = bad_shards
+        self.bad = Tally()
+        self.gone: dict[int, np.ndarray] = {}
         self._in_memory = members or {}
 
     @cached_property
@@ -86,27 +123,58 @@ class ShardIndex:
     def num_samples(self) -> int:
         return int(self.counts.sum())
 
+    @property
+    def counts_there(self) -> np.ndarray:
+        """int64 [shards]: :attr:`counts`, but 0 for shards of which every sample is gone."""
+        counts = self.counts.copy()
+        counts[[number for number, gone in self.gone.items() if gone.all()]] = 0
+        return counts
+
+    def lose(self, shard_number: int) -> None:
+        """Count the whole shard as gone from now on."""
+        self.gone[shard_number] = np.ones(self.shards[shard_number].count, dtype=bool)
+
     @cached_property
     def fingerprint(self) -> str:
         hasher = hashlib.blake2b(digest_size=16)
         for shard in self.shards:
-            hasher.update(f"{shard.name}\0{shard.count}\0{shard.size}\0{shard.digest}\n".encode())
+            row = f"{shard.name}\0{shard.count}\0{shard.size}\0{shard.digest}\n"
+            hasher.update(row.encode("utf-8", "surrogateescape"))      # a file's name need not be UTF-8
         return hasher.hexdigest()
 
     @property
+    def findings(self) -> Tally:
+        """What the header walk found, over all shards."""
+        found = Tally()
+        for shard in self.shards:
+            if shard.problems:
+                found.update(Tally(shard.problems, {reason: f"{name} in {printable(shard.name)}"
+                                                    for reason, name in shard.examples.items()}))
+        return found
+
+    @property
     def problems(self) -> Counter[str]:
-        """What the header walk found, over all shards: reason -> how many."""
-        return sum((Counter(shard.problems) for shard in self.shards if shard.problems), Counter())
+        """How often each reason came among the :attr:`findings`."""
+        return self.findings.counts
 
     def members(self, shard_number: int) -> np.ndarray:
-        """The rows of one shard, structured as :func:`member_dtype`; read from the side file at each call."""
-        if shard_number in self._in_memory:
-            return self._in_memory[shard_number]
-        shard = self.shards[shard_number]
+        """The rows of one shard, structured as :func:`member_dtype`, to read; the offsets of what is gone are GONE."""
+        rows = self._in_memory.get(shard_number)
+        if rows is None:
+            rows = self._side_file(self.shards[shard_number])
+        gone = self.gone.get(shard_number)
+        if gone is not None and gone.any():
+            rows = rows.copy()
+            for part in PARTS:
+                rows[f"{part}_offset"][gone & (rows[f"{part}_size"] >= 0)] = GONE
+        return rows
+
+    def _side_file(self, shard: ShardInfo) -> np.ndarray:
         path = Path(shard.folder) / INDEX_FOLDER / f"{shard.stem}.npy"
         advice = REBUILD.format(folder=shard.folder)
         try:
-            rows = np.array(np.lib.format.open_memmap(path, mode="r"))      # no pickles, no archives
+            # mapped, so that all workers of a machine share its pages; no pickles, no archives
+            rows = np.lib.format.open_memmap(path, mode="r").view(np.ndarray)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"the index of {shard.path} cannot be read ({error}); {advice}") from None
         if rows.dtype.names != member_dtype(1).names or rows.shape != (shard.count,):
@@ -125,24 +193,26 @@ class ShardIndex:
         return ShardIndex([info for info, _ in scanned], {number: rows for number, (_, rows) in enumerate(scanned)})
 
     @staticmethod
-    def load(spec: str, on_missing: Literal["refuse", "skip"] = "refuse") -> "ShardIndex":
+    def load(spec: str, bad_shards: BadShards = "refuse") -> "ShardIndex":
         """The index of ``spec``: a folder, a glob, a brace range ``{00000..00009}.tar``, several joined by ``::``.
 
         Shards without an index are walked now (with a log line) and the index is kept if the folder is writable.
-        Raises :class:`UserError` for a missing shard, an index that disagrees with the files, a spec that is no path.
-        ``on_missing="skip"``: an index without the missing shards, another data set with another fingerprint and
-        order, as if they had never been there.
+        Raises :class:`UserError` for an index that disagrees with the files, a spec that is no path, a shard that is
+        missing, cut, damaged or replaced since it was indexed. ``bad_shards="skip"``: what is lost of such shards is
+        ``gone``, while counts, fingerprint and so the order stay as they were; a missing shard that no index knows is
+        left out, which makes another data set.
         """
-        parts = [_load_part(part.strip(), on_missing == "skip") for part in str(spec).split("::")]
-        index = _joined(parts)
+        index = _joined(_load_parts(_Wish(str(spec), bad_shards)), bad_shards)
         paths = [shard[:2] for shard in index.shards]
         if len(set(paths)) < len(paths):
             (name, folder), _ = Counter(paths).most_common(1)[0]
             raise UserError(f"data {spec!r} names the shard {Path(folder, name)} twice; give every shard once")
         if not index.num_samples:
-            found = ", ".join(f"{reason} {count}" for reason, count in index.problems.items())
+            found = index.findings.summary()
             raise UserError(f"data {spec!r}: its {len(index.shards)} shards hold no sample with a picture"
                             f"{f' ({found})' if found else ''}; a sample is KEY.jpg|png|webp and KEY.txt in a tar")
+        if not index.counts_there.any():
+            raise UserError(f"data {spec!r}: every sample of its {len(index.shards)} shards is gone; bring them back")
         return index
 
     def save(self, folder: str | Path | None = None) -> None:
@@ -160,16 +230,23 @@ class ShardIndex:
             for number in numbers:
                 rows = self.members(number)
                 _replace(target / f"{self.shards[number].stem}.npy", lambda file, rows=rows: np.save(file, rows))
-            rows = [self.shards[number] for number in numbers]
-            part = ShardIndex(rows)
-            table = {"version": VERSION, "fingerprint": part.fingerprint,
-                     "shards": [{"name": shard.name, "count": shard.count, "size": shard.size, "digest": shard.digest,
-                                 **({"problems": shard.problems} if shard.problems else {})} for shard in rows]}
-            text = json.dumps(table, indent=0 if len(rows) < 1000 else None) + "\n"
-            _replace(target / TABLE_FILE, lambda file: file.write(text.encode()))
+            _write_table(target, [self.shards[number] for number in numbers])
         except OSError as error:
             raise UserError(f"the index cannot be written into {target}: {error.strerror}; "
                             "check the permissions") from None
+
+
+def _write_table(target: Path, shards: Sequence[ShardInfo]) -> None:
+    table = {"version": VERSION, "fingerprint": ShardIndex(shards).fingerprint,
+             "shards": [_table_row(shard) for shard in shards]}
+    text = json.dumps(table, indent=0 if len(shards) < 1000 else None) + "\n"
+    _replace(target / TABLE_FILE, lambda file: file.write(text.encode()))
+
+
+def _table_row(shard: ShardInfo) -> dict[str, object]:
+    row = {"name": shard.name, "count": shard.count, "size": shard.size, "digest": shard.digest,
+           "mtime_ns": shard.mtime_ns}
+    return {**row, "problems": shard.problems, "examples": shard.examples} if shard.problems else row
 
 
 def scan_shard(path: Path) -> tuple[ShardInfo, np.ndarray]:
@@ -178,69 +255,88 @@ def scan_shard(path: Path) -> tuple[ShardInfo, np.ndarray]:
     if path.suffix != ".tar":
         raise UserError(f"{path} is no .tar; compressed archives cannot be read at offsets, unpack them to plain tars")
     walk = TarWalk(path)
-    problems: Counter[str] = Counter()
+    problems = Tally()
     try:
-        size = path.stat().st_size
+        file = path.stat()
         rows = _rows(walk, problems)
     except OSError as error:
         raise UserError(f"the shard {path} cannot be read: {error.strerror}") from None
-    problems.update(reason for reason, _ in walk.problems)
-    for _, detail in walk.problems:
+    for reason, detail in walk.problems:
+        problems.add(reason, detail)
         log.warning("shard %s: %s", path, detail)
     key_length = max((len(row[-1]) for row in rows), default=1)
     members = np.array(rows, dtype=member_dtype(key_length))
-    return ShardInfo(path.name, str(path.parent), len(rows), size, walk.digest, dict(problems)), members
+    return ShardInfo(path.name, str(path.parent), len(rows), file.st_size, walk.digest, dict(problems.counts),
+                     problems.examples, file.st_mtime_ns), members
 
 
-def _rows(walk: Iterable[Member], problems: Counter[str]) -> list[tuple]:
-    """The samples among ``walk``'s members; what is left out is counted in ``problems`` by reason."""
-    rows: list[tuple] = []
-    seen: set[bytes] = set()
-    named = ((*split_name(member.name), member) for member in walk)
-    for key, group in groupby(named, key=lambda item: item[0]):
-        if key is None:
-            problems["not_a_sample"] += sum(1 for _ in group)
-            continue
-        parts = member_parts(((extension, member) for _, extension, member in group), problems)
-        reason = why_no_sample(key, parts, seen)
-        if reason is not None:
-            problems[reason] += 1
+def _rows(walk: Iterable[Member], problems: Tally) -> list[tuple]:
+    """The samples among ``walk``'s members, in the order of their keys' first members; what is left out is counted.
+
+    The members of a key are joined wherever they lie. Those that repeat what the key has already are another sample of
+    that name: none of them is used, so that no sample is made of two.
+    """
+    samples: dict[bytes, Parts[Member]] = {}
+    for key, parts in member_runs(((member.name, member) for member in walk), problems):
+        known = samples.setdefault(key, {})
+        if known.keys() & parts.keys():
+            problems.add("duplicate_key", key_text(key))
         else:
-            if "text" not in parts:
-                problems["no_caption"] += 1    # kept: pictures alone train a codec, and the caption may be in the JSON
-            kind, _ = parts["image"]
-            numbers = [value for part in PARTS for value in (parts[part][1][1:] if part in parts else (-1, -1))]
-            rows.append((*numbers, kind.encode(), key))
+            known |= parts
+    rows: list[tuple] = []
+    for key, parts in samples.items():
+        reason = why_no_sample(key, parts)
+        if reason is not None:
+            problems.add(reason, key_text(key))
+            continue
+        if "text" not in parts:
+            # kept: pictures alone train a codec, and the caption may be in the JSON
+            problems.add("no_caption", key_text(key))
+        kind, _ = parts["image"]
+        numbers = [value for part in PARTS for value in (parts[part][1][1:] if part in parts else (-1, -1))]
+        rows.append((*numbers, kind.encode(), key))
     return rows
 
 
-def why_no_sample(key: bytes, parts: Mapping[str, object], seen: set[bytes]) -> str | None:
-    """The reason why the members of ``key`` are left out, or None; a key with any part is ``seen`` from here on."""
-    if not parts:
-        return "other_members"
-    is_new = key not in seen
-    seen.add(key)
-    if not is_new:
-        return "duplicate_key"
+def why_no_sample(key: bytes, parts: Mapping[str, object]) -> str | None:
+    """The reason why the ``parts`` of ``key`` make no sample, or None."""
     if len(key) > LONGEST_KEY:
         return "key_too_long"
     return None if "image" in parts else "no_image"
 
 
-def member_parts(group: Iterable[tuple[str, Part]], problems: Counter[str]) -> dict[str, tuple[str, Part]]:
-    """The picture, caption and JSON of one key: part -> (extension, member)."""
-    parts: dict[str, tuple[str, Part]] = {}
-    for extension, member in group:
-        part = "image" if extension in IMAGE_EXTENSIONS else {"txt": "text", "json": "json"}.get(extension)
-        if part is None:
-            # webdataset cuts a name at its first dot, so img.v1.jpg and img.v2.jpg would both belong to a sample "img"
-            last = extension.rpartition(".")[2]
-            problems["dot_in_name" if "." in extension and last in (*IMAGE_EXTENSIONS, "txt") else "other_members"] += 1
-        elif part in parts:
-            problems["duplicate_member"] += 1
+def member_runs(members: Iterable[tuple[bytes, Part]], problems: Tally) -> Iterator[tuple[bytes, Parts[Part]]]:
+    """(key, its parts) of the (name, member) that follow one another; what belongs to no sample may lie between them.
+
+    A run is complete when it is given: where reading it raises, nothing of it was given.
+    """
+    for key, run in groupby(_useful(members, problems), key=itemgetter(0)):
+        parts: Parts[Part] = {}
+        for _, part, extension, member in run:
+            if part in parts:
+                problems.add("duplicate_member", f"{key_text(key)}.{extension}")
+            else:
+                parts[part] = (extension, member)
+        yield key, parts
+
+
+def _useful(members: Iterable[tuple[bytes, Part]], problems: Tally) -> Iterator[tuple[bytes, str, str, Part]]:
+    """(key, part, extension, member) of all that can belong to a sample; the others are counted."""
+    for name, member in members:
+        key, extension = split_name(name)
+        part = PART_OF.get(extension)
+        if key is not None and part is not None:
+            yield key, part, extension, member
         else:
-            parts[part] = (extension, member)
-    return parts
+            problems.add(_why_of_no_use(key, extension), key_text(name))
+
+
+def _why_of_no_use(key: bytes | None, extension: str) -> str:
+    if key is None:
+        return "not_a_sample"
+    # webdataset cuts a name at its first dot, so img.v1.jpg and img.v2.jpg would both belong to a sample "img"
+    _, dot, last = extension.rpartition(".")
+    return "dot_in_name" if dot and PART_OF.get(last) in ("image", "text") else "other_members"
 
 
 def split_name(name: bytes) -> tuple[bytes | None, str]:
@@ -262,15 +358,35 @@ def key_text(key: bytes) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
 
 
-def _joined(parts: list[ShardIndex]) -> ShardIndex:
-    members, start = {}, 0
+def _joined(parts: list[ShardIndex], bad_shards: BadShards) -> ShardIndex:
+    whole = ShardIndex([shard for part in parts for shard in part.shards], bad_shards=bad_shards)
+    start = 0
     for part in parts:
-        members.update({start + number: rows for number, rows in part._in_memory.items()})
+        whole._in_memory.update({start + number: rows for number, rows in part._in_memory.items()})
+        whole.gone.update({start + number: gone for number, gone in part.gone.items()})
+        whole.bad.update(part.bad)
         start += len(part.shards)
-    return ShardIndex([shard for part in parts for shard in part.shards], members, sum(part.missing for part in parts))
+    return whole
 
 
-def _load_part(spec: str, skip_missing: bool) -> ShardIndex:
+def check_shards(spec: str, bad_shards: BadShards = "refuse") -> None:
+    """Raise what :meth:`ShardIndex.load` would, as far as it shows without reading a shard; nothing is written."""
+    _load_parts(_Wish(spec, bad_shards, read=False))
+
+
+class _Wish(NamedTuple):
+    """What is to be loaded, and whether shards may be read for it."""
+
+    spec: str
+    bad_shards: BadShards
+    read: bool = True
+
+
+def _load_parts(wish: _Wish) -> list[ShardIndex]:
+    return [_load_part(part.strip(), wish) for part in wish.spec.split("::")]
+
+
+def _load_part(spec: str, wish: _Wish) -> ShardIndex:
     """The index of one folder, glob or brace range."""
     if re.match(r"pipe:|[a-z0-9+]+://|https?:", spec, re.IGNORECASE):
         raise UserError(f"data {spec!r}: the exact reading order needs local tar files, and nothing is run or fetched "
@@ -281,11 +397,10 @@ def _load_part(spec: str, skip_missing: bool) -> ShardIndex:
     parts = []
     for (folder, is_file), paths in groupby(expand_braces(spec), key=_place):
         if is_file:
-            parts.append(_load_folder(Path(folder or "."), {os.path.basename(path) for path in paths}, spec,
-                                      skip_missing))
+            parts.append(_load_folder(Path(folder or "."), {os.path.basename(path) for path in paths}, spec, wish))
         else:
-            parts += [_load_pattern(path, spec, skip_missing) for path in paths]
-    return _joined(parts)
+            parts += [_load_pattern(path, spec, wish) for path in paths]
+    return _joined(parts, wish.bad_shards)
 
 
 def _place(path: str) -> tuple[str, bool]:
@@ -294,15 +409,15 @@ def _place(path: str) -> tuple[str, bool]:
     return folder, name.endswith(".tar") and not glob_magic(name) and not os.path.isdir(path)
 
 
-def _load_pattern(path: str, spec: str, skip_missing: bool) -> ShardIndex:
+def _load_pattern(path: str, spec: str, wish: _Wish) -> ShardIndex:
     if os.path.isdir(path):
-        return _load_folder(Path(path), "*.tar", spec, skip_missing)
+        return _load_folder(Path(path), "*.tar", spec, wish)
     folder, pattern = os.path.split(path)
     if glob_magic(folder):
         raise UserError(f"data {spec!r}: only the file name may hold wildcards; join several folders with '::'")
     if not glob_magic(pattern):
         raise UserError(f"data {spec!r}: there is no folder {path}; give a folder of .tar shards, a glob or a range")
-    return _load_folder(Path(folder or "."), pattern, spec, skip_missing)
+    return _load_folder(Path(folder or "."), pattern, spec, wish)
 
 
 def glob_magic(text: str) -> bool:
@@ -326,54 +441,174 @@ def expand_braces(text: str) -> list[str]:
     return [text[:match.start()] + choice + tail for choice in choices for tail in tails]
 
 
-def _load_folder(folder: Path, wanted: str | set[str], spec: str, skip_missing: bool) -> ShardIndex:
+def _load_folder(folder: Path, wanted: str | set[str], spec: str, wish: _Wish) -> ShardIndex:
     """The shards of ``folder`` that are in the set ``wanted`` or match the pattern, by its saved index or a walk."""
     if not folder.is_dir():
         raise UserError(f"data {spec!r}: there is no folder {folder}; check the path")
     folder = folder.absolute()
-    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".tar")}
+    files = shard_files(folder)
     matches = wanted.__contains__ if isinstance(wanted, set) else re.compile(fnmatch.translate(wanted)).match
-    present = {name: size for name, size in sizes.items() if matches(name)}
-    absent = sorted(wanted - set(present)) if isinstance(wanted, set) else []
-    if absent and not skip_missing:
-        raise UserError(f"data {spec!r}: the shard {folder / absent[0]} does not exist"
-                        f"{f' (and {len(absent) - 1} more)' if len(absent) > 1 else ''}; check the range, "
-                        "or set data.on_missing=skip to train without it")
+    present = {name: file for name, file in files.items() if matches(name)}
+    absent = wanted - present.keys() if isinstance(wanted, set) else set()
+    if absent and wish.bad_shards == "refuse":
+        raise UserError(f"data {spec!r}: the shard {folder / min(absent)} does not exist{_and_more(absent)}; "
+                        f"check the range, or {SKIP}")
     table = read_table(folder)
     if table is None:
         if not present:
             raise UserError(f"data {spec!r}: no .tar shard there; give a folder of shards, a glob or a brace range")
-        index = _index_now(folder, sorted(present), everything=len(present) == len(sizes))
+        if not wish.read:
+            return ShardIndex([])
+        index = _index_now(folder, sorted(present), everything=len(present) == len(files))
     else:
-        index = ShardIndex(_compared(folder, [shard for shard in table if matches(shard.name)], present, skip_missing))
-        absent = sorted({*absent, *(shard.name for shard in table if matches(shard.name))} - set(present))
-        if not index.shards:
-            raise UserError(f"data {spec!r}: no shard matches; {folder} holds {len(table)} shards, {len(absent)} of "
-                            "those wanted are missing")
-    if absent:
-        log.warning("training without %d missing shards of %s: %s%s", len(absent), folder, ", ".join(absent[:10]),
-                    ", ..." if len(absent) > 10 else "")
-    index.missing = len(absent)
+        shards = _known(folder, table, matches, present, spec)
+        index = ShardIndex(_with_times(folder, table, shards, present) if wish.read else
+                           _renewed(shards, {name: file.st_mtime_ns for name, file in present.items()}))
+        absent -= {shard.name for shard in shards}
+    index.bad_shards = wish.bad_shards
+    if wish.read or wish.bad_shards == "refuse":
+        _mark_or_refuse(index, present)
+    if absent and wish.read:
+        index.bad.add(MISSING_SHARD, min(absent), len(absent))
+        log.warning("training without %d missing shards of %s, which no index knows: %s", len(absent), folder,
+                    _listed(sorted(absent)))
     return index
 
 
-def _compared(folder: Path, shards: list[ShardInfo], present: dict[str, int], skip_missing: bool) -> list[ShardInfo]:
-    """``shards`` without those that may be missing; refuses an index that does not describe the files ``present``,
-    since training on less, or on other bytes, must not go unseen."""
-    advice = REBUILD.format(folder=folder)
-    if skip_missing:
-        shards = [shard for shard in shards if shard.name in present]
-    for shard in shards:
-        size = present.get(shard.name)
-        if size is None:
-            raise UserError(f"the shard {shard.path} is in the index but missing on disk; bring it back, set "
-                            f"data.on_missing=skip to train without it, or {advice}")
-        if size != shard.size:
-            raise UserError(f"the shard {shard.path} has {size} bytes, its index says {shard.size}; {advice}")
-    if len(present) > len(shards):
-        extra = sorted(set(present) - {shard.name for shard in shards})
-        raise UserError(f"the shard {folder / extra[0]} is not in the index of its folder; {advice}")
+def shard_files(folder: Path) -> dict[str, os.stat_result]:
+    """The tars in ``folder`` by name; a link to nothing is none."""
+    found = {}
+    for entry in os.scandir(folder):
+        if entry.name.endswith(".tar"):
+            with contextlib.suppress(FileNotFoundError):
+                found[entry.name] = entry.stat()
+    return found
+
+
+def _known(folder: Path, table: list[ShardInfo], matches: Callable[[str], object],
+           present: Mapping[str, os.stat_result], spec: str) -> list[ShardInfo]:
+    """The shards of a saved index that are wanted; refuses files that it does not know: they must not go unseen."""
+    shards = [shard for shard in table if matches(shard.name)]
+    names = {shard.name for shard in shards}
+    extra = present.keys() - names
+    if extra:
+        raise UserError(f"the shard {folder / min(extra)} is not in the index of its folder; "
+                        f"{REBUILD.format(folder=folder)}")
+    if not present:
+        raise UserError(f"data {spec!r}: no shard matches; {folder} holds {len(table)} shards, {len(names)} of those "
+                        "wanted are missing")
     return shards
+
+
+def _mark_or_refuse(index: ShardIndex, present: Mapping[str, os.stat_result]) -> None:
+    """Refuse shards that are not what the index says, or whole; where they are skipped, find out what is gone."""
+    faults = {number: fault for number, shard in enumerate(index.shards)
+              if (shard.problems or not _is_as_indexed(shard, present.get(shard.name)))
+              and (fault := _fault(shard, present.get(shard.name))) is not None}
+    if faults and index.bad_shards == "refuse":
+        number, fault = next(iter(faults.items()))
+        raise UserError(f"the shard {index.shards[number].path} {fault.words}{_and_more(faults)}; {fault.remedy}")
+    for number, fault in faults.items():
+        shard = index.shards[number]
+        index.bad.add(fault.reason, shard.name)
+        if fault.reason == MISSING_SHARD:
+            index.lose(number)
+        elif not _is_as_indexed(shard, present[shard.name]):
+            index.gone[number] = _not_there(shard, index.members(number))
+        gone = int(index.gone[number].sum()) if number in index.gone else 0
+        log.warning("the shard %s %s: %s", shard.path, fault.words,
+                    f"{gone} of its {shard.count} samples are gone, others stand in for them" if gone
+                    else f"the {shard.count} samples that can be read of it are used")
+
+
+def _fault(shard: ShardInfo, file: os.stat_result | None) -> Fault | None:
+    """What is wrong with a shard, if anything: ``file`` is what lies under its name."""
+    rebuild = REBUILD.format(folder=shard.folder)
+    if file is None:
+        return Fault(MISSING_SHARD, "is in the index but missing on disk", f"bring it back, {SKIP}, or {rebuild}")
+    if file.st_size != shard.size:
+        return Fault(DAMAGED_SHARD, f"has {file.st_size} bytes, its index says {shard.size}",
+                     f"bring it back as it was, {SKIP}, or {rebuild}")
+    if not _is_as_indexed(shard, file):
+        return Fault(DAMAGED_SHARD, "is not the file that was indexed, though as large",
+                     f"bring it back as it was, {SKIP}, or {rebuild}")
+    damage = [reason for reason in DAMAGE if reason in shard.problems]
+    if damage:
+        return Fault(DAMAGED_SHARD, f"is damaged ({', '.join(damage)})",
+                     f"fetch it again and {rebuild}, or set data.bad_shards=skip to train on what can be read of it")
+    return None
+
+
+def _is_as_indexed(shard: ShardInfo, file: os.stat_result | None) -> bool:
+    return file is not None and file.st_size == shard.size and file.st_mtime_ns == shard.mtime_ns
+
+
+def _not_there(shard: ShardInfo, rows: np.ndarray) -> np.ndarray:
+    """bool [count]: the samples of ``rows`` of which a member is not where it was in the file as it is now."""
+    members = _members_found(TarWalk(shard.path)) or ()
+    found = {(split_name(member.name)[0], member.offset, member.size) for member in members}
+    there = np.ones(len(rows), dtype=bool)
+    for part in PARTS:
+        places = zip(rows["key"].tolist(), rows[f"{part}_offset"].tolist(), rows[f"{part}_size"].tolist(), strict=True)
+        there &= np.fromiter((place[2] < 0 or place in found for place in places), dtype=bool, count=len(rows))
+    return ~there
+
+
+def _with_times(folder: Path, table: list[ShardInfo], shards: list[ShardInfo],
+                present: Mapping[str, os.stat_result]) -> list[ShardInfo]:
+    """``shards`` with the times of their files, where these are the files that were indexed; the others keep theirs.
+
+    A copy has another time and is the same: where only the time differs, the headers are read again and compared, and
+    the new time is kept in the table, so that this is done once.
+    """
+    written = (folder / INDEX_FOLDER / TABLE_FILE).stat().st_mtime_ns
+    differ = [shard for shard in shards if (file := present.get(shard.name)) is not None
+              and file.st_mtime_ns != shard.mtime_ns and file.st_size == shard.size]
+    # a table without times is of an older version: what is older than it was indexed
+    doubtful = {shard.name for shard in differ if shard.mtime_ns or present[shard.name].st_mtime_ns > written}
+    renewed = {shard.name: present[shard.name].st_mtime_ns for shard in differ if shard.name not in doubtful}
+    if doubtful:
+        same = _same_headers([shard for shard in differ if shard.name in doubtful], folder)
+        renewed |= {name: present[name].st_mtime_ns for name in same}
+        with contextlib.suppress(OSError):                    # a folder that cannot be written is compared every time
+            _write_table(folder / INDEX_FOLDER, _renewed(table, renewed))
+    return _renewed(shards, renewed)
+
+
+def _renewed(shards: list[ShardInfo], times: Mapping[str, int]) -> list[ShardInfo]:
+    if not times:
+        return shards
+    return [ShardInfo(*shard[:-1], times.get(shard.name, shard.mtime_ns)) for shard in shards]
+
+
+def _same_headers(shards: list[ShardInfo], folder: Path) -> list[str]:
+    """The names of those whose files have the headers that were indexed."""
+    log.warning("%d shards of %s were written or copied since they were indexed: reading their headers again",
+                len(shards), folder)
+    with ThreadPoolExecutor(READERS) as pool:
+        return [shard.name for shard, digest in zip(shards, pool.map(_digest, shards), strict=True)
+                if digest == shard.digest]
+
+
+def _digest(shard: ShardInfo) -> str | None:
+    """The digest of the headers of the file under the shard's name; None where it cannot be read."""
+    walk = TarWalk(shard.path)
+    return walk.digest if _members_found(walk) is not None else None
+
+
+def _members_found(walk: TarWalk) -> list[Member] | None:
+    try:
+        return list(walk)
+    except OSError:
+        return None
+
+
+def _and_more(some: Collection[object]) -> str:
+    return f" (and {len(some) - 1} more)" if len(some) > 1 else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_LISTED]) + (", ..." if len(names) > MOST_LISTED else "")
 
 
 def _index_now(folder: Path, names: list[str], everything: bool) -> ShardIndex:
@@ -396,12 +631,16 @@ def read_table(folder: Path) -> list[ShardInfo] | None:
             raise ValueError(f"its version is {table['version']}, this program reads {VERSION}")
         rows, place = table["shards"], str(folder)
         shards = [ShardInfo(row["name"], place, row["count"], row["size"], row["digest"],
-                            dict(row["problems"]) if "problems" in row else NO_PROBLEMS) for row in rows]
+                            dict(row["problems"]) if "problems" in row else NO_PROBLEMS,
+                            dict(row["examples"]) if "examples" in row else NO_EXAMPLES, row.get("mtime_ns", 0))
+                  for row in rows]
         if any(type(name) is not str or type(count) is not int or "/" in name or count < 0
-               for name, _, count, *_ in shards):
-            raise ValueError("a shard's name or count is impossible")
+               or type(mtime_ns) is not int for name, _, count, *_, mtime_ns in shards):
+            raise ValueError("a shard's name, count or time is impossible")
         if any(type(number) is not int for shard in shards for number in shard.problems.values()):
             raise ValueError("a problem's count is no number")
+        if any(type(name) is not str for shard in shards for name in shard.examples.values()):
+            raise ValueError("an example is no name")
         if ShardIndex(shards).fingerprint != table["fingerprint"]:
             raise ValueError("its fingerprint does not fit its shards")
     except (FileNotFoundError, NotADirectoryError):
@@ -427,39 +666,61 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 @dataclass
+class _OpenShard:
+    """A shard's rows, and the file once a member was asked for."""
+
+    rows: np.ndarray
+    handle: int | None = None
+
+
+@dataclass
 class ShardReader:
-    """Positioned reads of members, over a bounded number of open shards; picklable, safe after a fork."""
+    """Positioned reads of members; picklable, safe after a fork.
+
+    At most ``max_open`` shards stay open, fewer where the process may not open so many files; a reader that goes to and
+    fro between more of them opens one at almost every read.
+    """
 
     index: ShardIndex
     max_open: int = 128
-    _open: OrderedDict[int, tuple[int, np.ndarray]] = field(default_factory=OrderedDict, repr=False)
+    _open: OrderedDict[int, _OpenShard] = field(default_factory=OrderedDict, repr=False)
+    _most: int = 0                # of `max_open`, what this process may; asked for with the first shard
 
     def __getstate__(self) -> dict:
-        return {"index": self.index, "max_open": self.max_open, "_open": OrderedDict()}
+        return {"index": self.index, "max_open": self.max_open, "_open": OrderedDict(), "_most": 0}
 
     def row(self, shard: int, sample: int) -> np.void:
         """The sample's row of :func:`member_dtype`."""
-        return self._opened(shard)[1][sample]
+        return self._opened(shard).rows[sample]
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """``size`` bytes at ``offset``, fewer if the shard was cut since it was indexed."""
-        return self._retried(shard, lambda: os.pread(self._opened(shard)[0], size, offset))
+        """``size`` bytes at ``offset``, fewer if the shard was cut since it was indexed.
+
+        Raises :class:`UserError` for one that cannot be read, and of these :class:`VanishedShard` for one that is gone.
+        """
+        return self._retried(shard, lambda: os.pread(self._handle(shard), size, offset))
 
     def close(self) -> None:
         for shard in list(self._open):
             self._forget(shard)
 
-    def _opened(self, shard: int) -> tuple[int, np.ndarray]:
+    def _opened(self, shard: int) -> _OpenShard:
         entry = self._open.get(shard)
         if entry is not None:
             self._open.move_to_end(shard)
             return entry
-        rows = self.index.members(shard)
-        handle = self._retried(shard, lambda: os.open(self.index.shards[shard].path, os.O_RDONLY))
-        entry = self._open[shard] = (handle, rows)
-        if len(self._open) > self.max_open:
+        if not self._most:
+            self._most = most_open(self.max_open)
+        entry = self._open[shard] = _OpenShard(self.index.members(shard))
+        if len(self._open) > self._most:
             self._forget(next(iter(self._open)))
         return entry
+
+    def _handle(self, shard: int) -> int:
+        entry = self._opened(shard)
+        if entry.handle is None:
+            entry.handle = os.open(self.index.shards[shard].path, os.O_RDONLY)
+        return entry.handle
 
     def _retried(self, shard: int, action: Callable[[], Read]) -> Read:
         """``action``, again after a failure: network file systems drop handles (ESTALE) and come back."""
@@ -472,10 +733,30 @@ class ShardReader:
             if attempt < READ_ATTEMPTS - 1:
                 time.sleep(0.1 * 4**attempt)
         path = self.index.shards[shard].path
-        raise UserError(f"the shard {path} cannot be read: {failure.strerror}; bring it back, "
-                        f"or {REBUILD.format(folder=path.parent)}")
+        kind = VanishedShard if isinstance(failure, GONE_ERRORS) else UserError
+        raise kind(f"the shard {path} cannot be read: {failure.strerror}; bring it back, {SKIP}, "
+                   f"or {REBUILD.format(folder=path.parent)}")
 
     def _forget(self, shard: int) -> None:
         entry = self._open.pop(shard, None)
-        if entry is not None:
-            os.close(entry[0])
+        if entry is not None and entry.handle is not None:
+            os.close(entry.handle)
+
+
+class VanishedShard(UserError):
+    """A shard that was there at the start and is no more; a disk or a server that fails is another matter."""
+
+
+def most_open(wanted: int) -> int:
+    """How many of ``wanted`` shards this process may keep open, beside ``FILES_LEFT`` other files; its soft limit is
+    raised as far as needed and as the hard one allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = FILES_A_SHARD * wanted + FILES_LEFT
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    except (OSError, ValueError):      # systems have limits of their own beside it
+        allowed = soft
+    return max(1, (allowed - FILES_LEFT) // FILES_A_SHARD)

@@ -24,8 +24,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from dalle.data.codes import CachedCodes
-from dalle.data.dataset import Batch, DataConfig, ShardDataset, ViewDataset, advice
-from dalle.data.index import MISSING_SHARD, ShardIndex
+from dalle.data.dataset import Batch, DataConfig, ShardDataset, ViewDataset, sentences
+from dalle.data.decode import IN_BAD_SHARD
+from dalle.data.index import DAMAGED_SHARD, MISSING_SHARD, REBUILD, ShardIndex
+from dalle.data.reasons import Tally, remedy
 from dalle.data.streaming import StreamDataset
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.data.workers import death_of, signal_death, start_server, worker_context, worker_start
@@ -36,6 +38,7 @@ __all__ = ["Batch", "DataConfig", "Loader", "train_batches", "validation_batches
 log = logging.getLogger(__name__)
 
 MIN_SEEN = 200               # samples before the fraction of bad ones is judged
+SKIPPED_REASONS = (MISSING_SHARD, DAMAGED_SHARD, IN_BAD_SHARD, "truncated_shard")
 PREFETCHED_BATCHES = 4       # a worker
 SECONDS_TO_DIE = 2           # of a worker, after its connection broke
 GO_ON = "start again to go on from the last checkpoint"
@@ -81,13 +84,15 @@ class ValidationPositions:
 
 class Loader:
     """Iterate for batches; ``skipped`` counts this rank's bad samples (replaced, or passed over in a stream) and
-    missing shards by reason, so far. ``identity`` is what must be the same data at a resume.
+    bad shards by reason, so far; ``partly_used`` the samples of which a part is not used: a caption longer than
+    data.text_length, words that the tokenizer lacks, a damaged JSON. ``identity`` is what must be the same data at a
+    resume. The process that ``speaks`` says at once what is used in part.
 
     ``positions``: what to fetch from a map of positions; None for a :class:`StreamDataset`, which makes batches itself.
     """
 
     def __init__(self, dataset: ShardDataset | ViewDataset | StreamDataset,
-                 positions: Iterable[list[int]] | None = None, *, finite: bool = False):
+                 positions: Iterable[list[int]] | None = None, *, finite: bool = False, speaks: bool = False):
         config = dataset.config
         self.index: ShardIndex | None = getattr(dataset, "index", None)
         self.tokenizer: CaptionTokenizer | None = dataset.tokenizer
@@ -96,10 +101,12 @@ class Loader:
         self.identity = {"fingerprint": self.index.fingerprint if self.index else dataset.fingerprint}
         if self.tokenizer is not None:
             self.identity["tokenizer"] = self.tokenizer.digest
-        self.skipped: Counter[str] = Counter()
+        self._left_out, self._lessened, self._speaks = Tally(), Tally(), speaks
         self._seen = 0
         self._place = self.index.shards[0].folder if self.index else dataset.place
         self._max_bad_fraction = config.max_bad_fraction
+        # whether to go on without a shard, or what is lost of it, is data.bad_shards' to say
+        self._chosen = SKIPPED_REASONS if config.bad_shards == "skip" else (MISSING_SHARD,)
         self._positions = positions
         self._finite = finite
         workers = min(config.workers, len(positions)) if finite else config.workers
@@ -117,6 +124,23 @@ class Loader:
         if workers:
             atexit.register(_close, weakref.ref(self))
         self._waiting = False        # for a batch: the only time when a worker's death may be raised
+
+    @property
+    def skipped(self) -> Counter[str]:
+        return self._left_out.counts
+
+    @property
+    def partly_used(self) -> Counter[str]:
+        return self._lessened.counts
+
+    def add_bad_shards(self, index: ShardIndex) -> None:
+        """Count what was found before the first batch."""
+        self._left_out.update(index.bad)
+
+    def report(self) -> list[str]:
+        """A line for each reason why this rank's samples were left out or used in part so far."""
+        return [*(f"left out: {line}" for line in sentences(self._left_out)),
+                *(f"used in part: {line}" for line in sentences(self._lessened))]
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._fetched():
@@ -181,54 +205,70 @@ class Loader:
         _WATCHED.discard(self)
 
     def _account(self, batch: Batch) -> None:
-        self.skipped.update(batch.pop("skipped"))
+        self._left_out.update(batch.pop("skipped"))
+        lessened = batch.pop("partly_used", None)
+        if lessened is not None and lessened.counts:
+            self._say_news(lessened)
+            self._lessened.update(lessened)
         self._seen += batch.pop("read", len(batch["position"]))
         if self._seen >= MIN_SEEN:
             self._judge()
 
     def _judge(self) -> None:
-        bad = self.skipped.total() - self.skipped[MISSING_SHARD]      # whether to go on without a shard is on_missing's
+        bad = self.skipped.total() - sum(self.skipped[reason] for reason in self._chosen)
         if bad > self._max_bad_fraction * self._seen:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in self.skipped.most_common())
-            raise UserError(f"{bad} of {self._seen} samples in {self._place} cannot be used "
-                            f"({reasons}), above data.max_bad_fraction={self._max_bad_fraction}; "
-                            f"{advice(self.skipped)}")
+            reasons = "; ".join(sentences(self._left_out))
+            raise UserError(f"{bad} of {self._seen} samples in {self._place} cannot be used, above "
+                            f"data.max_bad_fraction={self._max_bad_fraction}: {reasons}")
+
+    def _say_news(self, lessened: Tally) -> None:
+        """The first of each reason, at once: a caption that is cut is no error, and nobody would look for it."""
+        if self._speaks:
+            for reason in lessened.counts.keys() - self.partly_used.keys():
+                log.warning("samples are used in part: %s (the first: %s): %s", reason, lessened.examples[reason],
+                            remedy(reason))
 
 
 def train_batches(config: DataConfig, *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1,
-                  start_step: int = 0) -> Loader:
+                  start_step: int = 0, needs_classes: bool = False) -> Loader:
     """This rank's share of the endless global batches of ``batch_size``, from batch ``start_step`` on.
 
+    ``needs_classes``: a sample whose JSON is damaged cannot be used, as its ``class_id`` is read.
     Raises :class:`UserError` for data that cannot be used, and when ``world_size`` does not divide ``batch_size``.
     """
     check_split(batch_size, world_size)
     if config.tier != "exact":
         return Loader(StreamDataset(config, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size,
-                                    start_step=start_step, tokenizer=_tokenizer(config)))
-    index = ShardIndex.load(config.train, config.on_missing)
+                                    start_step=start_step, tokenizer=_tokenizer(config),
+                                    needs_classes=needs_classes), speaks=rank == 0)
+    index = ShardIndex.load(config.train, config.bad_shards)
     dataset = ShardDataset(config, index, seed=seed, training=True, tokenizer=_tokenizer(config),
-                           codes=CachedCodes(config.codes, index) if config.codes else None)
-    loader = Loader(dataset, TrainPositions(batch_size, rank, world_size, start_step))
-    if index.missing and rank == 0:                # the ranks' counts are added up
-        loader.skipped[MISSING_SHARD] = index.missing
+                           codes=CachedCodes(config.codes, index) if config.codes else None,
+                           needs_classes=needs_classes)
+    loader = Loader(dataset, TrainPositions(batch_size, rank, world_size, start_step), speaks=rank == 0)
+    if rank == 0:                                  # the ranks' counts are added up
+        loader.add_bad_shards(index)
+        say_findings(index)
     return loader
 
 
 def validation_batches(config: DataConfig, *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1,
-                       limit: int | None = None) -> Loader:
+                       limit: int | None = None, needs_classes: bool = False) -> Loader:
     """This rank's share of one pass over ``config.validation`` (its first ``limit`` samples), in order, unaugmented."""
     if config.validation is None:
         raise UserError("data.validation is not set; name the validation shards")
     if config.codes and not config.validation_codes and not config.images:
         raise UserError("data.codes is set but data.validation_codes is not; make them with tools/cache_codes.py")
     check_split(batch_size, world_size)
-    index = ShardIndex.load(config.validation, config.on_missing)
-    total = index.num_samples if limit is None else min(limit, index.num_samples)
+    index = ShardIndex.load(config.validation, config.bad_shards)
+    there = int(index.counts_there.sum())
+    total = there if limit is None else min(limit, there)
     if total < world_size:
         raise UserError(f"validation has {total} samples, fewer than the {world_size} processes; use more samples "
                         "or fewer processes")
     dataset = ShardDataset(config, index, seed=seed, training=False, tokenizer=_tokenizer(config),
-                           codes=CachedCodes(config.validation_codes, index) if config.validation_codes else None)
+                           codes=CachedCodes(config.validation_codes, index) if config.validation_codes else None,
+                           needs_classes=needs_classes)
     return Loader(dataset, ValidationPositions(total, batch_size, rank, world_size), finite=True)
 
 
@@ -237,9 +277,19 @@ def view_batches(config: DataConfig, *, seed: int, batch_size: int, views: int =
 
     A picture that cannot be decoded is black and its ``valid`` (bool [b]) False, so that rows and samples stay aligned.
     """
-    index = ShardIndex.load(config.train)
+    index = ShardIndex.load(config.train, config.bad_shards)
     dataset = ViewDataset(config, index, seed=seed, views=views)
     return Loader(dataset, ValidationPositions(index.num_samples, batch_size, 0, 1), finite=True)
+
+
+def say_findings(index: ShardIndex) -> None:
+    """A line for each reason why members or samples were not indexed."""
+    for line in sentences(index.findings):
+        log.warning("in the shards of %s: %s", index.shards[0].folder, line)
+    older = next((shard.folder for shard in index.shards if shard.problems and not shard.examples), None)
+    if older is not None:
+        log.warning("the index of %s is of an older version, which did not join the members of a sample that lie "
+                    "apart; for a new run, %s", older, REBUILD.format(folder=older))
 
 
 def check_split(batch_size: int, world_size: int) -> None:

@@ -25,7 +25,7 @@ from urllib.request import Request, url2pathname, urlopen
 from webdataset import utils as webdataset_utils
 from webdataset.gopen import Pipe
 
-from dalle.data.index import expand_braces, glob_magic
+from dalle.data.index import SKIP, BadShards, expand_braces, glob_magic
 from dalle.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -299,6 +299,11 @@ def check_scheme(scheme: str, part: str, allow_pipe: bool) -> None:
                         "installed; install it, or give https: addresses")
 
 
-def absent_files(urls: Sequence[str]) -> list[str]:
-    """The local files among ``urls`` that do not exist."""
-    return [url for url in urls if scheme_of(url) in ("", "file") and not os.path.isfile(local_path(url))]
+def refuse_absent(spec: str, urls: Sequence[str], bad_shards: BadShards) -> None:
+    """Raise :class:`UserError` where a local file among ``urls`` does not exist, or where none does."""
+    absent = [url for url in urls if scheme_of(url) in ("", "file") and not os.path.isfile(local_path(url))]
+    if absent and len(absent) == len(urls):
+        raise UserError(f"data {spec!r}: the shard {absent[0]} does not exist; check the path")
+    if absent and bad_shards == "refuse":
+        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        raise UserError(f"data {spec!r}: the shard {absent[0]} does not exist{more}; bring it back, or {SKIP}")

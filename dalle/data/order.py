@@ -69,6 +69,12 @@ class Order:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_epochs": OrderedDict(), "_windows": OrderedDict()}
 
+    @property
+    def shards_at_once(self) -> int:
+        """How many shards the windows of all lanes mix: what a reader should keep open, and a quarter more, so that it
+        is the shards of windows already left that it closes first."""
+        return min(len(self._filled), self.lanes * self.window * 5 // 4)
+
     def __call__(self, position: int) -> tuple[int, int, int]:
         """(epoch, shard number, index in the shard) of one position."""
         epoch, shard, index = self.locate(np.array([position]))
@@ -140,6 +146,7 @@ class SequentialOrder:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.samples_per_epoch = int(self.counts.sum())
         self._ends = np.cumsum(self.counts)
+        self.shards_at_once = 2       # as one ends another begins
 
     def __call__(self, position: int) -> tuple[int, int, int]:
         epoch, shard, index = self.locate(np.array([position]))

@@ -16,18 +16,18 @@ word where a shard was cut between two members or inside a header.
 import hashlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator
-from itertools import count, groupby
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dalle.data.dataset import Batch, DataConfig, Record, Sample, SampleMaker, advice
-from dalle.data.decode import BadSample, class_id, decode_captions, decode_meta, sample_captions
-from dalle.data.index import PARTS, key_text, member_parts, split_name, why_no_sample
-from dalle.data.opening import LostShard, Patience, ShardStream, absent_files, scheme_of, shard_urls, shown
+from dalle.data.dataset import Batch, DataConfig, Record, Sample, SampleMaker, sentences
+from dalle.data.decode import BadSample, decode_captions, meta_captions
+from dalle.data.index import MISSING_SHARD, PARTS, SKIP, key_text, member_runs, why_no_sample
+from dalle.data.opening import LostShard, Patience, ShardStream, refuse_absent, scheme_of, shard_urls, shown
+from dalle.data.reasons import Tally, remedy
 from dalle.data.tar import (
     BLOCK,
     LONGEST_EXTENSION_HEADER,
@@ -48,8 +48,8 @@ SHARD_STREAM, BUFFER_STREAM = 1, 2      # which random numbers of a lane
 LARGEST_MEMBER = 1 << 28                # bytes; a header may claim anything, and memory is taken for what it claims
 MOST_BAD_IN_A_ROW = 1000
 SECONDS_LOST = 600                      # before a shard that gave nothing is tried again
-WITHOUT_TEXT = {"text_size": -1}
-LEFT_OUT = ("no_image", "duplicate_key", "key_too_long", "member_too_large")      # problems that cost a sample
+# problems that cost a sample, or a part of one
+LEFT_OUT = ("no_image", "duplicate_key", "members_apart", "key_too_long", "member_too_large")
 
 
 class DamagedShard(Exception):
@@ -69,7 +69,7 @@ class RawSample(NamedTuple):
     number: int                  # in its shard
 
 
-def tar_members(stream: ShardStream, problems: Counter[str]) -> Iterator[tuple[bytes, bytes | None]]:
+def tar_members(stream: ShardStream, problems: Tally) -> Iterator[tuple[bytes, bytes | None]]:
     """(name, bytes) of each regular file, None for one too large; the formats are those of :class:`TarWalk`.
 
     Raises :class:`DamagedShard` where the archive is cut or no archive.
@@ -107,7 +107,7 @@ def tar_members(stream: ShardStream, problems: Counter[str]) -> Iterator[tuple[b
         elif kind not in b"Kg":
             if kind in REGULAR:
                 if data is None:
-                    problems["member_too_large"] += 1
+                    problems.add("member_too_large", key_text(name))
                 yield name, data
             long_name, pax = None, {}
 
@@ -133,24 +133,24 @@ def _passed_over(stream: ShardStream, size: int) -> bool:
     return True
 
 
-def raw_samples(stream: ShardStream, problems: Counter[str]) -> Iterator[RawSample]:
+def raw_samples(stream: ShardStream, problems: Tally) -> Iterator[RawSample]:
     """The samples of one shard, as :func:`dalle.data.index.scan_shard` finds them; ``problems`` counts what is not.
 
+    A stream does not wait for what may come: members that lie behind another sample's are not joined to their own, as
+    the index does, but counted (``members_apart``).
     Raises :class:`DamagedShard`: what a cut may have halved, the last group before it, is not delivered.
     """
-    seen: set[bytes] = set()
+    seen: dict[bytes, frozenset[str]] = {}          # the parts that each key had in its first run
     number = 0
-    members = ((*split_name(name), data) for name, data in tar_members(stream, problems))
-    for key, group in groupby(members, key=lambda item: item[0]):
-        # the whole group is here before any of it is used: a cut raises in between
-        found = [(extension, data) for _, extension, data in group]
-        if key is None:
-            problems["not_a_sample"] += len(found)
+    for key, members in member_runs(tar_members(stream, problems), problems):
+        if key in seen:
+            problems.add("duplicate_key" if seen[key] & members.keys() else "members_apart", key_text(key))
             continue
-        parts = {part: data for part, (_, data) in member_parts(found, problems).items() if data is not None}
-        reason = why_no_sample(key, parts, seen)
+        seen[key] = frozenset(members)
+        parts = {part: data for part, (_, data) in members.items() if data is not None}
+        reason = why_no_sample(key, parts)
         if reason is not None:
-            problems[reason] += 1
+            problems.add(reason, key_text(key))
         else:
             yield RawSample(key, {part: parts[part] for part in PARTS if part in parts}, stream.url, number)
             number += 1
@@ -181,16 +181,17 @@ class StreamDataset(SampleMaker, IterableDataset):
     """
 
     def __init__(self, config: DataConfig, *, seed: int, batch_size: int, rank: int, world_size: int, start_step: int,
-                 tokenizer: CaptionTokenizer | None):
-        super().__init__(config, seed=seed, training=True, tokenizer=tokenizer, codes=None)
+                 tokenizer: CaptionTokenizer | None, needs_classes: bool = False):
+        super().__init__(config, seed=seed, training=True, tokenizer=tokenizer, codes=None,
+                         needs_classes=needs_classes)
         self.urls = shard_urls(config.train, config.allow_pipe)
         self.batch_size, self.rank, self.world_size, self.start_step = batch_size, rank, world_size, start_step
         self._patience = Patience(config.read_timeout, config.read_retries)
         self._lost: dict[int, float] = {}               # until when a shard is not tried again
-        self._left_out: Counter[str] = Counter()        # since the last batch
+        self._left_out = Tally()                        # since the last batch
         self._bad_in_a_row = 0
         self._barren_in_a_row = 0                       # shards that gave nothing
-        self._refuse_absent()
+        refuse_absent(config.train, self.urls, config.bad_shards)
 
     @property
     def place(self) -> str:
@@ -202,7 +203,7 @@ class StreamDataset(SampleMaker, IterableDataset):
     def fingerprint(self) -> str:
         """Of the shards' names: what is inside is not known without an index."""
         names = (url if scheme_of(url) == "pipe" else shown(url).rpartition("/")[2] for url in self.urls)
-        return hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b("\n".join(names).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches with ``skipped``; a :class:`UserError` travels as ``error``, see :class:`ShardDataset`."""
@@ -214,7 +215,7 @@ class StreamDataset(SampleMaker, IterableDataset):
                 start = step * self.batch_size
                 positions = range(start + self.rank, start + self.batch_size, self.world_size)
                 made = [self._next_good(position, samples) for position in positions]
-                skipped, self._left_out = self._left_out, Counter()
+                skipped, self._left_out = self._left_out, Tally()
                 yield {**self._collate(positions, made, skipped), "read": len(made) + skipped.total()}
         except UserError as error:
             yield {"error": str(error)}
@@ -224,18 +225,21 @@ class StreamDataset(SampleMaker, IterableDataset):
     def _next_good(self, position: int, samples: Iterator[RawSample]) -> Sample:
         for raw in samples:
             try:
-                sample = self._make(position, _record(raw, self.config), None, lambda raw=raw: raw.parts["image"])
+                sample = self._make(position, self._record(raw), None, lambda raw=raw: raw.parts["image"])
             except BadSample as bad:
-                self._left_out[bad.reason] += 1
+                self._left_out.add(bad.reason, f"{key_text(raw.key)} in {shown(raw.url)}")
                 self._note("bad sample passed over", bad, raw.key, f"sample {raw.number} of {shown(raw.url)}")
                 self._bad_in_a_row += 1
                 if self._bad_in_a_row == MOST_BAD_IN_A_ROW:
                     raise UserError(f"no usable sample among {MOST_BAD_IN_A_ROW} in a row in {self.place} ({bad}); "
-                                    f"{advice(Counter([bad.reason]))}") from None
+                                    f"{remedy(bad.reason)}") from None
                 continue
             self._bad_in_a_row = 0
             return sample
         raise RuntimeError("an endless stream ended")
+
+    def _record(self, raw: RawSample) -> Record:
+        return self._record_of(raw.key, raw.parts.get("json"), lambda meta: _captions(raw, meta))
 
     def _samples(self, worker: int, workers: int) -> Iterator[RawSample]:
         """The lane's samples, endlessly."""
@@ -266,7 +270,7 @@ class StreamDataset(SampleMaker, IterableDataset):
         """The samples of one shard as far as they can be had; one that gives none is left alone for a while."""
         if self._is_lost(shard):
             return
-        problems: Counter[str] = Counter()
+        problems = Tally()
         stream, delivered = ShardStream(self.urls[shard], self._patience), 0
         failure = "no sample with a picture is in it"
         try:
@@ -278,15 +282,16 @@ class StreamDataset(SampleMaker, IterableDataset):
             failure, delivered = str(lost), 0
         except DamagedShard as damage:
             failure = damage.detail
-            self._left_out[damage.reason] += 1
+            self._left_out.add(damage.reason, shown(stream.url))
             log.warning("the shard %s: %s; %d samples of it were read", shown(stream.url), damage.detail, delivered)
         finally:
             stream.close()
-        self._left_out.update({reason: problems[reason] for reason in LEFT_OUT if problems[reason]})
-        if problems and self._logged[stream.url] == 0:
+        self._left_out.update(Tally({reason: number for reason, number in problems.counts.items()
+                                     if reason in LEFT_OUT}, problems.examples))
+        if problems.counts and self._logged[stream.url] == 0:
             self._logged[stream.url] += 1
-            log.warning("the shard %s: %s", shown(stream.url),
-                        ", ".join(f"{reason} {number}" for reason, number in problems.most_common()))
+            for line in sentences(problems):
+                log.warning("the shard %s: %s", shown(stream.url), line)
         self._barren_in_a_row = 0 if delivered else self._barren_in_a_row + 1
         if not delivered:
             self._lost[shard] = time.monotonic() + SECONDS_LOST
@@ -296,28 +301,12 @@ class StreamDataset(SampleMaker, IterableDataset):
     def _is_lost(self, shard: int) -> bool:
         return shard in self._lost and time.monotonic() < self._lost[shard]
 
-    def _refuse_absent(self) -> None:
-        absent = absent_files(self.urls)
-        if absent and len(absent) == len(self.urls):
-            raise UserError(f"data {self.config.train!r}: the shard {absent[0]} does not exist; check the path")
-        if absent and self.config.on_missing == "refuse":
-            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-            raise UserError(f"data {self.config.train!r}: the shard {absent[0]} does not exist{more}; bring it back, "
-                            "or set data.on_missing=skip to train without it")
-
     def _refuse_or_count(self, what: str) -> None:
-        if self.config.on_missing == "refuse":
-            raise UserError(f"the shard {what}; bring it back, or set data.on_missing=skip to train without it")
-        self._left_out["missing_shard"] += 1
+        if self.config.bad_shards == "refuse":
+            raise UserError(f"the shard {what}; bring it back, or {SKIP}")
+        self._left_out.add(MISSING_SHARD, what)
         log.warning("training without the shard %s", what)
 
 
-def _record(raw: RawSample, config: DataConfig) -> Record:
-    meta = decode_meta(raw.parts["json"]) if "json" in raw.parts else {}
-    return Record(key_text(raw.key), _captions(raw, meta) if config.caption != "none" else [], class_id(meta), None)
-
-
 def _captions(raw: RawSample, meta: dict) -> list[str]:
-    if "text" in raw.parts:
-        return decode_captions(raw.parts["text"])
-    return sample_captions(None, 0, WITHOUT_TEXT, meta)
+    return decode_captions(raw.parts["text"]) if "text" in raw.parts else meta_captions(meta)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dalle.data.index import ShardIndex
+from dalle.data.index import BadShards, ShardIndex
 from dalle.errors import UserError
 from dalle.evaluation.captions import draw_captions, shuffled_positions
 from dalle.evaluation.figures import distribution_rows, judge_rows, score_rows
@@ -30,11 +30,12 @@ class SmallEvaluation:
     Everything that can be missing is looked for at once, before the training begins.
     """
 
-    def __init__(self, config: SmallEvaluationConfig, validation: str | None, seed: int, device: torch.device | str):
+    def __init__(self, config: SmallEvaluationConfig, validation: str | None, seed: int, device: torch.device | str,
+                 bad_shards: BadShards = "refuse"):
         if validation is None:
             raise UserError("train.evaluate_every needs data.validation: the captions and pictures to measure with")
         self.config, self.seed, self.device = config, seed, torch.device(device)
-        index = ShardIndex.load(validation)
+        index = ShardIndex.load(validation, bad_shards)
         self.drawn = draw_captions(index, config.samples, seed)[0]
         self.captions = [one.caption for one in self.drawn]
         self.references = ShardReferences(validation, index)

@@ -30,13 +30,16 @@ PREFIX = "step_"
 WEIGHTS, OPTIMIZER, AVERAGE = "weights", "optimizer", "average"
 STATE_TYPES = {"step": int, "players": list, "config": dict, "data": dict, "excluded_batches": list, "rollbacks": int,
                "usual_losses": dict}
+OTHER_SHARDS = ("Other shards, or an index made anew after some were lost, are other data: with the index that knows "
+                "them data.bad_shards=skip goes on without what is lost. ")
 Entries = dict[str, dict[str, Any]]           # file below the checkpoint -> its size and sha256
 
 # What a resume must leave alone: with another of these the weights or the order of the samples would mean nothing.
 # The data's own identity (fingerprints, digests) is compared apart, so that its files may move.
 MUST_MATCH = ("task", "seed", "model", "data", "train.batch_size")
 MAY_CHANGE = ("data.train", "data.validation", "data.tokenizer", "data.codes", "data.validation_codes",
-              "data.workers", "data.max_bad_fraction", "data.on_missing", "data.allow_pipe",
+              "data.workers", "data.max_bad_fraction", "data.bad_shards", "data.on_missing",
+              "data.allow_pipe",
               "data.read_timeout", "data.read_retries", "data.shuffle_buffer")
 
 
@@ -241,6 +244,7 @@ def check_resumable(path: Path, saved: Mapping[str, Any], config: Mapping[str, A
                      if saved["data"].get(key) != value)]
     if differences:
         raise UserError(f"{path} cannot be resumed, what must stay has changed: {'; '.join(differences)}. "
+                        f"{OTHER_SHARDS if saved['data'].get('fingerprint') != identity.get('fingerprint') else ''}"
                         "Undo the change, give the run another name, or start over with --resume none")
     if saved["players"] != players:
         raise UserError(f"{path} holds the players {', '.join(saved['players'])}, the task has {', '.join(players)}")

@@ -239,6 +239,9 @@ class Trainer:
         return self._end(decision)
 
     def _end(self, decision: int) -> str:
+        share = " of this process" if self.engine.world_size > 1 else ""
+        for line in getattr(self.loader, "report", list)():
+            self.progress.say(f"samples{share} {line}")
         if self.done == self.config.train.steps:
             self.engine.together(self._mark_finished, only_main=True)
             return "finished"
@@ -274,6 +277,7 @@ class Trainer:
         self.loader = self.train_loader(self.next_number)
         self.batches = iter(self.loader)
         self.skipped_samples = getattr(self.loader, "skipped", Counter())
+        self.partly_used = getattr(self.loader, "partly_used", Counter())
         self.identity = data_identity(self.loader)
 
     def _close_data(self) -> None:
@@ -367,19 +371,21 @@ class Trainer:
     def _log_line(self) -> None:
         steps = self.meter.steps
         sums, seconds, waited = self.meter.read()
-        parts = self.engine.gather((sums, dict(self.skipped_samples), waited / seconds))
-        values = average([figures for figures, _, _ in parts])
-        skipped = sum((Counter(counts) for _, counts, _ in parts), Counter())
+        parts = self.engine.gather((sums, dict(self.skipped_samples), dict(self.partly_used), waited / seconds))
+        values = average([figures for figures, *_ in parts])
+        skipped = sum((Counter(counts) for _, counts, _, _ in parts), Counter())
+        partly_used = sum((Counter(counts) for _, _, counts, _ in parts), Counter())
         values |= {name: float(value) for name, value in self.task.metrics(self.done).items()}
         values |= {f"lr{suffix}": rate for suffix, rate in self._learning_rates()}
         values |= speeds(steps * self.config.train.batch_size / seconds, self.task, self.engine.device,
                          self.engine.world_size)
         values |= {"seconds_per_step": seconds / steps,
-                   "data_wait": sum(share for _, _, share in parts) / len(parts),
+                   "data_wait": sum(share for *_, share in parts) / len(parts),
                    "memory_gb": memory_gigabytes(self.engine.device),
                    "samples": self.samples, "skipped_steps": self.skips.total,
                    "bad_samples": sum(skipped.values())}
         values |= {f"bad_samples/{reason}": count for reason, count in sorted(skipped.items())}
+        values |= {f"partly_used/{reason}": count for reason, count in sorted(partly_used.items())}
         self._publish(values)
         self.progress.log(self.done, values)
 

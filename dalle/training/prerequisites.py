@@ -9,11 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dalle.config import load_config, read_yaml
+from dalle.data.codes import codes_digest
 from dalle.data.dataset import DataConfig
+from dalle.data.index import check_shards
+from dalle.data.opening import refuse_absent, shard_urls
+from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import MissingModel, UserError
 from dalle.training.loop import FINISHED_FILE
 from dalle.training.run import RunConfig
@@ -168,14 +173,35 @@ def is_inside(folder: Path, run: Path | None) -> bool:
 
 
 def check_data(data: DataConfig) -> None:
+    """:class:`UserError` for what ``data`` names and is not there, as far as it shows without reading shards; with the
+    command that makes it, where it is of a data set of the project."""
+    checks = {key: check for key, check in data_checks(data).items() if getattr(data, key) is not None}
+    for key in checks:
+        refuse_not_made(key, getattr(data, key))
+    for key, check in checks.items():
+        try:
+            check(getattr(data, key))
+        except UserError as error:
+            advice = "; or set data.validation=null to measure nothing" if key == "validation" else ""
+            raise UserError(f"data.{key}: {error}{advice}") from error
+
+
+def data_checks(data: DataConfig) -> dict[str, Callable[[str], object]]:
+    """Key of ``data`` -> what finds out whether that which it names is there. Validation is always exact."""
+    exact = partial(check_shards, bad_shards=data.bad_shards)
+    return {"train": exact if data.tier == "exact" else lambda spec: refuse_absent(
+                spec, shard_urls(spec, data.allow_pipe), data.bad_shards),
+            "validation": exact, "tokenizer": CaptionTokenizer.load, "codes": codes_digest,
+            "validation_codes": codes_digest}
+
+
+def refuse_not_made(key: str, named: str) -> None:
     """:class:`UserError` with the command for a part of a data set of the project that was not made yet."""
-    parts = {"train": data.train, "validation": data.validation, "tokenizer": data.tokenizer}
-    for key, spec in parts.items():
-        for place in (spec or "").split("::"):
-            match = re.match(rf"((?:.*/)?data/({'|'.join(RECIPES)}))/([^/*?\[{{]+)", place)
-            if match and not Path(match[1], match[3]).exists():
-                made_by = RECIPES[match[2]][key == "tokenizer"].format(root=match[1])
-                raise UserError(f"data.{key}: {match[1]}/{match[3]} does not exist; make it first: {made_by}")
+    for place in named.split("::"):
+        match = re.match(rf"((?:.*/)?data/({'|'.join(RECIPES)}))/([^/*?\[{{]+)", place)
+        if match and not Path(match[1], match[3]).exists():
+            made_by = RECIPES[match[2]][key == "tokenizer"].format(root=match[1])
+            raise UserError(f"data.{key}: {match[1]}/{match[3]} does not exist; make it first: {made_by}")
 
 
 def say(message: str) -> None:

@@ -89,6 +89,7 @@ class Task:
     frozen: Mapping[str, nn.Module]       # companions from other runs: moved and cast, never stepped
     phases: Sequence[Phase]
     splits_batch: bool = True             # False where the loss couples samples (contrastive, batch statistics)
+    needs_classes: bool = False           # True where `class_id` is read: a sample whose JSON is damaged has none
     tokens_per_sample: int = 0            # for tokens/s in the log; 0 leaves it out
     flops_per_sample: float = 0.0         # training FLOPs of one sample, for the MFU; 0 leaves it out
 

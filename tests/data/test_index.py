@@ -110,9 +110,49 @@ def test_odd_members_are_counted_and_never_used(tmp_path):
                ("README", b""), ("._a.jpg", b""), ("../../etc/x.jpg", b"X"), ("../../etc/x.txt", b"x")]
     index = ShardIndex.build([write_tar(tmp_path / "0.tar", members)])
     assert keys_of(index) == ["a", "b", "d", "e", "../../etc/x"]      # a key is data, never a path
-    assert index.problems == {"other_members": 2, "duplicate_key": 1, "no_image": 1, "no_caption": 2,
+    assert index.problems == {"other_members": 1, "duplicate_key": 1, "no_image": 1, "no_caption": 2,
                               "duplicate_member": 2, "dot_in_name": 2, "not_a_sample": 2}
     assert not (tmp_path / "executed").exists()
+
+
+MAC, OTHER = ("._a.jpg", b"mac"), ("a.seg.png", b"mask")
+
+
+@pytest.mark.parametrize("members", [
+    [("a.jpg", b"A"), MAC, ("a.txt", b"a caption"), *pairs("b")],                      # as macOS packs a folder
+    [("a.jpg", b"A"), ("Thumbs.db", b"!"), OTHER, ("README", b""), ("a.txt", b"a caption"), *pairs("b")],
+    [("a.jpg", b"A"), ("b.jpg", b"B"), ("a.txt", b"a caption"), ("b.txt", b"")],       # all pictures, then all captions
+    [("a.txt", b"a caption"), ("b.txt", b""), ("b.jpg", b"B"), ("a.jpg", b"A")],
+    [("a.txt", b"a caption"), *pairs("b"), ("a.jpg", b"A")],
+])
+def test_members_of_a_key_are_joined_whatever_lies_between(tmp_path, members):
+    index = ShardIndex.build([write_tar(tmp_path / "0.tar", members)])
+    assert keys_of(index) == ["a", "b"]                           # in the order of their first members
+    (row, other), reader = index.members(0), ShardReader(index)
+    assert reader.read(0, int(row["image_offset"]), int(row["image_size"])) == b"A"
+    assert reader.read(0, int(row["text_offset"]), int(row["text_size"])) == b"a caption"
+    assert other["text_size"] >= 0 and not {"no_caption", "no_image", "duplicate_key"} & index.problems.keys()
+
+
+def test_each_reason_has_an_example_also_in_the_saved_index(tmp_path, caplog):
+    write_tar(tmp_path / "0.tar", [*pairs("a"), ("img.v1.jpg", b"1"), ("img.v2.jpg", b"2"), ("b.txt", b"alone")])
+    for index in (ShardIndex.load(str(tmp_path)), ShardIndex.load(str(tmp_path))):
+        assert index.findings.summary() == "2 dot_in_name (img.v1.jpg in 0.tar), 1 no_image (b in 0.tar)"
+
+
+def test_no_sample_is_made_of_two_that_have_one_name(tmp_path):
+    members = [("a.jpg", b"first"), *pairs("b"), ("a.jpg", b"second"), ("a.txt", b"of the second"), ("a.json", b"{}")]
+    index = ShardIndex.build([write_tar(tmp_path / "0.tar", members)])
+    assert index.members(0)[0]["text_size"] == index.members(0)[0]["json_size"] == -1
+    assert index.problems == {"duplicate_key": 1, "no_caption": 1} and keys_of(index) == ["a", "b"]
+
+
+def test_names_that_are_not_utf8_are_keys_like_any_other(tmp_path):
+    path = write_tar(tmp_path / os.fsdecode(b"caf\xe9.tar"), [(os.fsdecode(b"d/caf\xe9") + ".jpg", b"A")])
+    index = ShardIndex.build([path])
+    assert bytes(index.members(0)[0]["key"]) == b"d/caf\xe9"
+    index.save()
+    assert ShardIndex.load(str(tmp_path)).fingerprint == index.fingerprint
 
 
 def test_links_and_folders_have_no_payload(tmp_path):

@@ -2,12 +2,14 @@ import io
 import itertools
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import psutil
@@ -18,9 +20,10 @@ from pydantic import ValidationError
 
 from dalle.data.codes import CodesWriter
 from dalle.data.dataset import ShardDataset
-from dalle.data.index import ShardIndex
+from dalle.data.index import ShardIndex, most_open
 from dalle.data.loader import DataConfig, ValidationPositions, train_batches, validation_batches, view_batches
 from dalle.data.order import Order
+from dalle.data.reasons import Tally, remedy
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.data.writer import ShardWriter
 from dalle.errors import LostProcess, UserError
@@ -63,6 +66,9 @@ def take(loader, count):
 def equal(first, second):
     assert first.keys() == second.keys()
     for name, value in first.items():
+        if isinstance(value, Tally):
+            assert (value.counts, value.examples) == (second[name].counts, second[name].examples), name
+            continue
         assert torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name], name
 
 
@@ -242,7 +248,8 @@ def test_bad_samples_are_replaced_by_the_next_good_one_and_counted(tmp_path, cap
 
 def test_too_many_bad_samples_stop_the_run(tmp_path):
     settings = {"train": str(damaged_set(tmp_path / "d")), "validation": str(tmp_path / "d"), "image_size": SIZE}
-    with pytest.raises(UserError, match=r"3 of 18 samples .*not_an_image 1.*max_bad_fraction=0\.1"):
+    with pytest.raises(UserError, match=r"3 of 18 samples .*max_bad_fraction=0\.1: .*; 1 not_an_image \(000000003 in "
+                                        r"00000\.tar\): .*look at one; 1 empty_caption .*data\.caption=none"):
         list(validation_batches(DataConfig(workers=0, **settings), seed=0, batch_size=6))
     seen = 0
     with pytest.raises(UserError, match="cannot be used"):
@@ -253,13 +260,13 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
 
 def test_keys_are_printable_text(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for name in ("a\n\x1b[2Jb.png", "é.png"):
+        for name in ("a\n\x1b[2Jb.png", "é.png", os.fsdecode(b"caf\xe9.png")):
             info = tarfile.TarInfo(name)
             info.size = len(png(1))
             tar.addfile(info, io.BytesIO(png(1)))
     settings = DataConfig(train=str(tmp_path), image_size=SIZE, workers=0, caption="none")
-    keys = take(train_batches(settings, seed=0, batch_size=2), 1)[0]["key"]
-    assert sorted(keys) == ["a\\n\\x1b[2Jb", "é"]
+    keys = take(train_batches(settings, seed=0, batch_size=3), 1)[0]["key"]
+    assert sorted(keys) == ["a\\n\\x1b[2Jb", "caf\\xe9", "é"]
 
 
 def test_a_set_without_a_good_sample_ends(tmp_path):
@@ -302,29 +309,160 @@ def test_codes_without_a_picture_are_replaced(data, tmp_path):
     assert loader.skipped == {"no_codes": 1}
 
 
-def test_a_missing_shard_stops_the_run_or_leaves_another_data_set(tmp_path, caplog):
-    with ShardWriter(tmp_path / "d", 4) as writer:
-        for number in range(14):
+def numbered_shards(folder, count=14, per_shard=4):
+    """``count`` samples whose pictures are their numbers, with an index."""
+    with ShardWriter(folder, per_shard) as writer:
+        for number in range(count):
             writer.write(png(number), "png", ["a"])
-    spec = f"{tmp_path}/d/{{00000..00003}}.tar"
-    whole = train_batches(DataConfig(train=spec, image_size=SIZE, workers=0), seed=0, batch_size=4)
-    (tmp_path / "d" / "00001.tar").unlink()
-    for train in (spec, str(tmp_path / "d")):
-        with pytest.raises(UserError, match=r"00001\.tar .*data\.on_missing=skip"):
-            train_batches(DataConfig(train=train, workers=0), seed=0, batch_size=4)
-        settings = DataConfig(train=train, image_size=SIZE, workers=0, on_missing="skip", validation=train)
-        loaders = [train_batches(settings, seed=0, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
-        assert [loader.skipped for loader in loaders] == [{"missing_shard": 1}, {}]      # counted once, over the ranks
-        assert loaders[0].identity["fingerprint"] != whole.identity["fingerprint"]
-        keys = [key for loader in loaders for batch in take(loader, 5) for key in batch["key"]]
-        assert sorted(keys) == [f"{shard:05d}{n:04d}" for shard in (0, 2, 3) for n in range(4 if shard < 3 else 2)]
-        assert "training without 1 missing shards" in caplog.text and "00001.tar" in caplog.text
-        caplog.clear()
-        assert len(list(validation_batches(settings, seed=0, batch_size=5))) == 2
-    for path in (tmp_path / "d").glob("*.tar"):
+    return folder
+
+
+def reds(loaders, steps):
+    """The pictures' numbers in the batches that the loaders of all ranks give, by position."""
+    found = {}
+    for loader in loaders:
+        for batch in take(loader, steps):
+            found |= dict(zip(batch["position"].tolist(), batch["image"][:, 0, 0, 0].tolist(), strict=True))
+    return [found[position] for position in sorted(found)]
+
+
+@pytest.mark.parametrize("whole_folder", [True, False])
+def test_a_missing_shard_stops_the_run_or_leaves_every_position_what_it_was(tmp_path, caplog, whole_folder):
+    folder = numbered_shards(tmp_path / "d")
+    train = str(folder) if whole_folder else f"{folder}/{{00000..00003}}.tar"
+    settings = DataConfig(train=train, image_size=SIZE, workers=0, bad_shards="skip", validation=train)
+
+    def loaders():
+        return [train_batches(settings, seed=0, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+
+    whole = loaders()
+    before = reds(whole, 14)                                        # two epochs
+    (folder / "00001.tar").unlink()                                 # numbers 4 to 7
+    with pytest.raises(UserError, match=r"00001\.tar .*data\.bad_shards=skip"):
+        train_batches(settings.model_copy(update={"bad_shards": "refuse"}), seed=0, batch_size=4)
+    skipping = loaders()
+    assert [loader.skipped for loader in skipping] == [{"missing_shard": 1}, {}]      # counted once, over the ranks
+    assert skipping[0].identity == whole[0].identity                # so that a resume goes on
+    stand_in = {4: 8, 5: 9, 6: 10, 7: 11}                           # the same places of the next shard
+    assert reds(skipping, 14) == [stand_in.get(number, number) for number in before]
+    lost = sum((loader.skipped for loader in skipping), Counter())
+    assert lost == {"missing_shard": 1, "in_bad_shard": 2 * len(stand_in)}          # and no word of max_bad_fraction
+    assert "00001.tar is in the index but missing on disk: 4 of its 4 samples are gone" in caplog.text
+    measured = [int(red) for batch in validation_batches(settings, seed=0, batch_size=5)
+                for red in batch["image"][:, 0, 0, 0]]
+    assert measured == [0, 1, 2, 3, *range(8, 14)]                  # a measure takes no sample twice
+    for path in folder.glob("*.tar"):
         path.unlink()
     with pytest.raises(UserError, match="no shard matches; .* 4 of those wanted are missing"):
         train_batches(settings, seed=0, batch_size=4)
+
+
+def test_a_missing_shard_that_no_index_knows_leaves_another_data_set(tmp_path, caplog):
+    folder = numbered_shards(tmp_path / "d", count=12)
+    settings = DataConfig(train=f"{folder}/{{00000..00003}}.tar", image_size=SIZE, workers=0, bad_shards="skip")
+    loader = train_batches(settings, seed=0, batch_size=4)
+    assert loader.skipped == {"missing_shard": 1} and loader.samples_per_epoch == 12
+    assert "training without 1 missing shards" in caplog.text and "00003.tar" in caplog.text
+    assert loader.report() == [f"left out: 1 missing_shard (00003.tar): {remedy('missing_shard')}"]
+    with pytest.raises(UserError, match=r"00003\.tar does not exist"):
+        train_batches(settings.model_copy(update={"bad_shards": "refuse"}), seed=0, batch_size=4)
+
+
+def test_a_shard_lost_in_a_run_that_skips_costs_its_samples_alone(tmp_path):
+    folder = numbered_shards(tmp_path / "d")
+    settings = DataConfig(train=str(folder), image_size=SIZE, workers=0, bad_shards="skip")
+    expected = reds([train_batches(settings, seed=0, batch_size=2)], 7)
+    loader = train_batches(settings, seed=0, batch_size=2)
+    (folder / "00002.tar").unlink()
+    stand_in = {8: 12, 9: 13, 10: 12, 11: 13}                       # the last shard has two samples
+    assert reds([loader], 7) == [stand_in.get(number, number) for number in expected]
+    assert loader.skipped == {"in_bad_shard": 4}
+
+
+def test_many_samples_behind_a_cut_are_replaced_by_as_many(tmp_path, monkeypatch):
+    monkeypatch.setattr("dalle.data.dataset.MOST_REPLACEMENTS_TRIED", 6)
+    folder = numbered_shards(tmp_path / "d", count=24, per_shard=12)
+    settings = DataConfig(train=str(folder), image_size=SIZE, workers=0, max_bad_fraction=1)
+    loader = train_batches(settings, seed=0, batch_size=24)
+    os.truncate(folder / "00000.tar", 2 * 4 * 512)                 # two samples of four blocks are left
+    assert sorted(reds([loader], 1)) == sorted([0, 1, *range(12, 24), *range(14, 24)])
+
+
+def test_a_reader_opens_each_shard_of_the_windows_once(tmp_path, monkeypatch):
+    shards = 300                                                    # all of them in 64 lanes, a window each
+    numbered_shards(tmp_path / "d", count=2 * shards, per_shard=2)
+    settings = DataConfig(train=str(tmp_path / "d"), image_size=SIZE, caption="none")
+    dataset = ShardDataset(settings, ShardIndex.load(settings.train), seed=0, training=True)
+    opened, really = Counter(), os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.update([str(path)]) or really(path, *rest))
+    for start in range(0, 4 * shards, 100):                         # two epochs
+        dataset.fetch(range(start, start + 100))
+    assert len(opened) == shards and set(opened.values()) == {1}
+    dataset._reader.close()
+
+
+@pytest.mark.parametrize(("soft", "hard", "raised", "expected"), [
+    (4096, 4096, None, 1000), (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None, 1000),
+    (1024, 1 << 20, 3256, 1000), (1024, resource.RLIM_INFINITY, 3256, 1000), (1024, 1156, 1156, 300),
+    (1024, 2048, "not allowed", 256), (64, 64, 64, 1),
+])
+def test_shards_stay_open_as_far_as_the_process_may_open_files(monkeypatch, soft, hard, raised, expected):
+    asked = []
+
+    def setrlimit(kind, limits):
+        asked.append(limits)
+        if raised == "not allowed":
+            raise ValueError
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    assert most_open(1000) == expected and asked in ([], [(raised, hard)], [(2048, 2048)])
+
+
+def test_a_damaged_json_costs_its_sample_only_where_it_is_read(tmp_path):
+    damaged = [b"{", b"[]", b'{"class_id": "dog"}', b"\xff", b"{}", b'{"class_id": 3}']
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number, data in enumerate(damaged):
+            for extension, content in (("png", png(number)), ("json", data), *([("txt", b"a")] if number else [])):
+                info = tarfile.TarInfo(f"{number}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    settings = DataConfig(train=str(tmp_path), validation=str(tmp_path), image_size=SIZE, workers=0, max_bad_fraction=1)
+
+    def one_pass(**changes):
+        options = {"needs_classes": changes.pop("needs_classes", False)}
+        loader = validation_batches(settings.model_copy(update=changes), seed=0, batch_size=6, **options)
+        (batch,) = loader
+        return batch["class_id"].tolist(), loader.skipped, loader.partly_used
+
+    # the first has its caption, or nothing, in the JSON; 1 and what stands in for it
+    assert one_pass() == ([-1, -1, -1, -1, -1, 3], {"damaged_json": 1}, {"damaged_json": 4})
+    assert one_pass(caption="none") == ([-1, -1, -1, -1, -1, 3], {}, {"damaged_json": 4})
+    classes, skipped, partly_used = one_pass(needs_classes=True)
+    assert classes == [-1, -1, -1, -1, -1, 3] and skipped == {"damaged_json": 4} and not partly_used
+
+
+def test_captions_that_are_cut_and_words_that_are_unknown_are_counted_and_said_once(tmp_path, caplog):
+    captions = ["a red bird", "a very long red bird", "a green bird", "a very long green bird"]
+    with ShardWriter(tmp_path / "d") as writer:
+        for number, caption in enumerate(captions):
+            writer.write(png(number), "png", [caption])
+    CaptionTokenizer.train_words(["a very long red bird"]).save(tmp_path / "t")
+    settings = DataConfig(train=str(tmp_path / "d"), image_size=SIZE, workers=0, tokenizer=str(tmp_path / "t"),
+                          text_length=3, bpe_dropout=0)
+    for dropout, expected in ((0.0, {"caption_cut": 4, "unknown_word": 4}), (1.0, {})):
+        loader = train_batches(settings.model_copy(update={"caption_dropout": dropout}), seed=0, batch_size=4)
+        batches = take(loader, 2)                                   # the second epoch from what is remembered
+        assert loader.partly_used == expected and not loader.skipped and "partly_used" not in batches[0]
+        said = [message for message in caplog.messages if "used in part" in message]
+        assert len(said) == len(expected) and ("data.text_length" in "".join(said)) == bool(expected)
+        caplog.clear()
+
+
+def test_the_older_name_of_bad_shards_is_taken(caplog):
+    assert DataConfig(train="x", on_missing="skip").bad_shards == "skip" and "is now data.bad_shards" in caplog.text
+    with pytest.raises(ValidationError, match="older name of bad_shards"):
+        DataConfig(train="x", on_missing="skip", bad_shards="skip")
 
 
 def test_a_shard_cut_after_indexing_is_noticed(tmp_path):

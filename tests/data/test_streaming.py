@@ -23,6 +23,7 @@ from dalle.data import opening, streaming
 from dalle.data.index import ShardIndex
 from dalle.data.loader import DataConfig, train_batches, validation_batches
 from dalle.data.opening import LostShard, Patience, ShardStream, shard_urls
+from dalle.data.reasons import Tally
 from dalle.data.streaming import DamagedShard, drawn_shard, raw_samples
 from dalle.data.writer import ShardWriter
 from dalle.errors import UserError
@@ -138,7 +139,7 @@ def server(data):
 def read_keys(url, timeout=0.5, retries=2):
     stream = ShardStream(url, Patience(timeout, retries))
     with contextlib.closing(stream):
-        return [sample.key.decode() for sample in raw_samples(stream, Counter())]
+        return [sample.key.decode() for sample in raw_samples(stream, Tally())]
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -176,23 +177,23 @@ def test_what_no_retry_mends_is_not_retried(server):
 
 def test_a_lost_shard_stops_the_run_or_is_counted(server, caplog):
     spec = server.url("{00000..00002}.tar?token=secret")
-    with pytest.raises(UserError, match=r"00001\.tar: the server answered 404.*data\.on_missing=skip") as caught:
+    with pytest.raises(UserError, match=r"00001\.tar: the server answered 404.*data\.bad_shards=skip") as caught:
         del server.files["00001.tar"]
         batches_of(config(spec), 9)
     assert "secret" not in str(caught.value)
-    batches, loader = batches_of(config(spec, on_missing="skip"), 8)
+    batches, loader = batches_of(config(spec, bad_shards="skip"), 8)
     assert keys_in(batches) == 2 * (KEYS[:PER_SHARD] + KEYS[2 * PER_SHARD:])
     assert loader.skipped == {"missing_shard": 1}           # not asked for again in the second pass
     assert "training without the shard" in caplog.text and "secret" not in caplog.text
     server.files.clear()
     for tier in ("sequential", "resampled"):
         with pytest.raises(UserError, match="none of the shards .* can be read"):
-            batches_of(config(spec, on_missing="skip", tier=tier), 1)
+            batches_of(config(spec, bad_shards="skip", tier=tier), 1)
 
 
 def test_a_shard_lost_half_way_gives_its_first_half_once(server):
     server.moods["00001.tar"] = ["cut", "503", "503", "503"]
-    batches, loader = batches_of(config(server.url("{00000..00002}.tar"), on_missing="skip"), 4, batch_size=PER_SHARD)
+    batches, loader = batches_of(config(server.url("{00000..00002}.tar"), bad_shards="skip"), 4, batch_size=PER_SHARD)
     keys = keys_in(batches)
     seen = keys[PER_SHARD:keys.index(KEYS[2 * PER_SHARD])]
     assert 0 < len(seen) < PER_SHARD and seen == KEYS[PER_SHARD:PER_SHARD + len(seen)]
@@ -283,9 +284,9 @@ def test_a_missing_file_is_found_before_training(data, tmp_path):
     for number in (0, 2):
         os.link(data / "train" / f"0000{number}.tar", tmp_path / f"0000{number}.tar")
     spec = f"{tmp_path}/{{00000..00002}}.tar"
-    with pytest.raises(UserError, match=r"00001\.tar does not exist.*data\.on_missing=skip"):
+    with pytest.raises(UserError, match=r"00001\.tar does not exist.*data\.bad_shards=skip"):
         train_batches(config(spec), seed=0, batch_size=3)
-    batches, loader = batches_of(config(spec, on_missing="skip"), 4)
+    batches, loader = batches_of(config(spec, bad_shards="skip"), 4)
     assert keys_in(batches) == KEYS[:6] + KEYS[12:] and loader.skipped == {"missing_shard": 1}
     assert loader.identity == train_batches(config(data / "train"), seed=0, batch_size=3).identity
 
@@ -310,7 +311,7 @@ def test_a_stream_holds_the_samples_that_the_index_finds(tmp_path, format):
                ("._c.jpg", b"mac"), ("v.x.jpg", b"v"), ("../../up.jpg", b"up")]
     path = write_tar(tmp_path / "0.tar", members, format)
     index = ShardIndex.build([path])
-    stream, problems = ShardStream(str(path), Patience(1, 0)), Counter()
+    stream, problems = ShardStream(str(path), Patience(1, 0)), Tally()
     samples = list(raw_samples(stream, problems))
     stream.close()
     assert [sample.key for sample in samples] == index.members(0)["key"].tolist()
@@ -319,7 +320,20 @@ def test_a_stream_holds_the_samples_that_the_index_finds(tmp_path, format):
         for part in ("image", "text", "json"):
             offset, size = int(row[f"{part}_offset"]), int(row[f"{part}_size"])
             assert sample.parts.get(part) == (contents[offset:offset + size] if size >= 0 else None)
-    assert {**problems, "no_caption": index.problems["no_caption"]} == index.problems
+    assert {**problems.counts, "no_caption": index.problems["no_caption"]} == index.problems
+
+
+def test_what_lies_between_the_members_of_a_streamed_sample_does_not_part_them(tmp_path):
+    between = [("._a.png", b"mac"), ("Thumbs.db", b"!"), ("README", b"")]
+    write_tar(tmp_path / "0.tar", [("a.png", png(1)), *between, ("a.txt", b"a caption")])
+    batches, loader = batches_of(config(tmp_path), 1, batch_size=1)
+    assert batches[0]["caption"] == ["a caption"] and not loader.skipped
+
+
+def test_members_that_a_stream_cannot_join_are_counted(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.png", png(1)), ("b.png", png(2)), ("b.txt", b"b"), ("a.txt", b"a")])
+    batches, loader = batches_of(config(tmp_path, max_bad_fraction=1), 1, batch_size=2)
+    assert keys_in(batches) == ["b", "b"] and loader.skipped["members_apart"] == 1
 
 
 def test_every_cut_is_noticed_and_nothing_halved_is_delivered(data, tmp_path):
@@ -335,7 +349,7 @@ def test_every_cut_is_noticed_and_nothing_halved_is_delivered(data, tmp_path):
         keys = []
         with contextlib.closing(ShardStream(str(path), Patience(1, 0))) as stream, \
                 pytest.raises(DamagedShard, match="truncated_shard"):
-            for sample in raw_samples(stream, Counter()):
+            for sample in raw_samples(stream, Tally()):
                 keys.append(sample.key.decode())
         assert keys == KEYS[:2 if name == "between samples" else 3], name
         batches, loader = batches_of(config(tmp_path), 4)
@@ -515,6 +529,12 @@ def test_identity_follows_the_shards_and_not_their_place(data, server):
 
     assert identity(data / "train") == identity(server.url("{00000..00002}.tar?token=1"))
     assert identity(data / "train") != identity(f"{data}/train/{{00000..00001}}.tar")
+
+
+def test_a_shard_whose_name_is_not_utf8_is_streamed(data, tmp_path):
+    os.link(data / "train" / "00000.tar", os.fsencode(tmp_path) + b"/caf\xe9.tar")
+    batches, loader = batches_of(config(tmp_path), 2)
+    assert keys_in(batches) == KEYS[:6] and len(loader.identity["fingerprint"]) == 32
 
 
 def test_a_run_trains_and_resumes_on_streams(workshop, commands, server, tmp_path):

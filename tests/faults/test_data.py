@@ -45,7 +45,9 @@ from tiny_shards import (
 
 from dalle.data.index import ShardIndex
 from dalle.data.loader import DataConfig, train_batches, validation_batches
+from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import EXIT_LOST_PROCESS, UserError
+from dalle.training.sample_log import surviving
 
 TWO_PROCESSES = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 EPOCH = SHARDS * SAMPLES // 12      # steps of 12 samples
@@ -118,6 +120,18 @@ def test_truncated_jpeg_html_and_empty_picture_are_skipped_and_counted(tmp_path,
     last = job.figures()[-1]
     assert last["step"] == EPOCH and last["bad_samples"] == 3
     assert {name: last[f"bad_samples/{name}"] for name in skipped} == skipped
+
+
+def test_captions_that_are_cut_and_damaged_json_are_in_the_log_and_at_the_end(tmp_path, run_here, capsys):
+    shards = write_shards(tmp_path / "shards", counts=(6, 6), damage={(0, 1): {"json": b"{"}})
+    CaptionTokenizer.train(["sample of shard 0123456789"], 270).save(tmp_path / "tokenizer")
+    job = write_job(tmp_path, shards, data={"tokenizer": str(tmp_path / "tokenizer"), "text_length": 5},
+                    settings={"steps": 2})
+    assert run_here("train", job.config).status == 0
+    last = job.figures()[-1]
+    assert last["partly_used/caption_cut"] == 24 and last["partly_used/damaged_json"] == 2 and not last["bad_samples"]
+    printed = capsys.readouterr().out
+    assert "samples used in part: 24 caption_cut (" in printed and "2 damaged_json (000000001): write" in printed
 
 
 def test_too_many_broken_pictures_end_the_run_with_status_2(tmp_path, run_here):
@@ -275,11 +289,32 @@ def test_truncated_tar_is_reported_by_the_check_and_refused_at_the_start(tmp_pat
     assert run_here("index_shards", shards, "--check", "--workers", 1).status == 1
     assert "does not fit: 00001.tar" in capsys.readouterr().out
     job = write_job(tmp_path, shards)
-    one_line(run_here("train", job.config), str(path), "bytes", "tools/index_shards.py")
+    one_line(run_here("train", job.config), str(path), "bytes", "tools/index_shards.py", "data.bad_shards=skip")
     assert run_here("index_shards", shards, "--workers", 1).status == 0        # indexed as it is now
     capsys.readouterr()
     assert run_here("index_shards", shards, "--check", "--workers", 1).status == 1
     assert "00001.tar" in capsys.readouterr().out                              # but still not called sound
+    one_line(run_here("train", job.config), str(path), "is damaged", "tools/index_shards.py", "data.bad_shards=skip")
+    assert not job.steps()
+
+
+@pytest.mark.parametrize("where", CUTS)
+def test_truncated_tar_is_trained_without_what_is_lost_where_that_was_chosen(tmp_path, where):
+    shards = write_shards(tmp_path / "shards")
+    whole, _ = one_epoch(shards)
+    path = cut(shards, where)
+    keys, skipped = one_epoch(shards, bad_shards="skip", max_bad_fraction=0)
+    lost = {sample_key(1, sample): sample_key(2, sample) for sample in range(SAMPLES - LOST, SAMPLES)}
+    assert keys == [lost.get(key, key) for key in whole]             # a position means the same; others stand in
+    assert skipped == {"damaged_shard": 1, "in_bad_shard": LOST}
+    ShardIndex.build(sorted(shards.glob("*.tar"))).save()            # as it is now, which is another data set
+    keys, skipped = one_epoch(shards, bad_shards="skip", caption="none")
+    half = where == "between picture and caption"
+    assert skipped == {"damaged_shard": 1} and len(keys) == len(GOOD) - LOST + half
+    assert set(keys) == GOOD - set(lost) | ({sample_key(1, SAMPLES - LOST)} if half else set())
+    with pytest.raises(UserError, match="is damaged"):
+        one_epoch(shards)
+    path.unlink()
 
 
 def test_damaged_offsets_in_the_index_are_reported_by_the_check(tmp_path, run_here, capsys):
@@ -307,15 +342,18 @@ def test_tar_truncated_during_the_run_loses_only_what_is_gone_and_counts_it(tmp_
 
 
 @pytest.mark.parametrize("where", CUTS)
-def test_tar_truncated_before_it_was_indexed_is_named_in_the_log(tmp_path, caplog, where):
+def test_tar_truncated_before_it_was_indexed_is_refused_at_every_start(tmp_path, caplog, where):
     shards = write_shards(tmp_path / "shards", index=False)
     path = cut(shards, where)
-    with caplog.at_level(logging.WARNING):
-        index = ShardIndex.load(str(shards))
+    for _ in range(2):                               # by the walk, and by the index that it left
+        with pytest.raises(UserError, match=rf"{path} is damaged .*data\.bad_shards=skip"):
+            ShardIndex.load(str(shards))
     assert any(str(path) in message and "byte" in message for message in caplog.messages)
+    index = ShardIndex.load(str(shards), "skip")
     half = where == "between picture and caption"
-    assert index.counts.tolist() == [SAMPLES, SAMPLES - LOST + half, *[SAMPLES] * 3]
+    assert index.counts.tolist() == [SAMPLES, SAMPLES - LOST + half, *[SAMPLES] * 3] and not index.gone
     assert index.problems["no_caption"] == half      # a sample cut in half is not delivered as whole
+    assert (index.bad.counts, index.bad.examples) == ({"damaged_shard": 1}, {"damaged_shard": "00001.tar"})
 
 
 def test_absurd_size_in_a_tar_header_is_reported(tmp_path, run_here, capsys):
@@ -327,7 +365,9 @@ def test_absurd_size_in_a_tar_header_is_reported(tmp_path, run_here, capsys):
         tar.addfile(info, io.BytesIO(good[1]))
     assert run_here("index_shards", shards, "--workers", 1).status == 0
     assert "truncated_member 1" in capsys.readouterr().out
-    assert run_here("train", write_job(tmp_path, shards).config).status == 0
+    job = write_job(tmp_path, shards)
+    one_line(run_here("train", job.config), "00001.tar is damaged (truncated_member)")
+    assert run_here("train", job.config, "data.bad_shards=skip").status == 0
 
 
 def test_missing_shard_stops_the_start_and_is_named(tmp_path, run_here):
@@ -337,6 +377,72 @@ def test_missing_shard_stops_the_start_and_is_named(tmp_path, run_here):
     one_line(run_here("train", job.config), str(shards / "00003.tar"), "missing", "tools/index_shards.py")
     one_line(run_here("train", job.config, f"data.train={shards}/{{00000..00004}}.tar"), "00003.tar", "does not exist")
     assert not job.steps()
+
+
+def test_shard_replaced_by_one_of_the_same_size_is_refused_or_left_out(tmp_path, run_here, capsys):
+    shards = write_shards(tmp_path / "shards", counts=(3, 3))
+    path = shards / "00001.tar"
+    other = write_tar(tmp_path / "other.tar", [*sample_of("x1", 1), *sample_of("x2", 2), *sample_of("x3", 3)])
+    assert other.stat().st_size == path.stat().st_size
+    os.replace(other, path)
+    one_line(run_here("train", write_job(tmp_path, shards).config), str(path), "is not the file that was indexed",
+             "tools/index_shards.py")
+    keys, skipped = one_epoch(shards, bad_shards="skip")
+    assert set(keys) == {sample_key(0, sample) for sample in range(3)}
+    assert skipped == {"damaged_shard": 1, "in_bad_shard": 2 * 3}                  # a step of 12 is two epochs
+    assert run_here("index_shards", shards, "--check", "--workers", 1).status == 1
+    assert "does not fit: 00001.tar" in capsys.readouterr().out
+    assert run_here("index_shards", shards, "--workers", 1).status == 0            # the remedy
+    assert set(one_epoch(shards)[0]) == {*keys, "x1", "x2", "x3"}
+
+
+def test_copied_shards_are_the_same_though_their_times_are_others(tmp_path, run_here, caplog):
+    shards = write_shards(tmp_path / "shards", counts=(3, 3))
+    keys, _ = one_epoch(shards)
+    for path in shards.glob("*.tar"):
+        os.utime(path, ns=(0, 12345))
+    for times_read in (1, 0):                        # what was read again is kept
+        caplog.clear()
+        assert one_epoch(shards) == (keys, {})
+        assert sum("reading their headers again" in message for message in caplog.messages) == times_read
+    assert run_here("index_shards", shards, "--check", "--workers", 1).status == 0
+
+
+def test_index_of_an_older_version_knows_no_times_and_notices_what_is_newer_than_itself(tmp_path, caplog):
+    shards = write_shards(tmp_path / "shards", counts=(3, 3))
+    table = shards / "index" / "index.json"
+    tree = json.loads(table.read_text())
+    for row in tree["shards"]:
+        del row["mtime_ns"]
+    table.write_text(json.dumps(tree))
+    os.utime(table, ns=(0, 10**18))
+    for name, time_ns in (("00000", 10**18 - 1), ("00001", 10**18 + 1)):
+        os.utime(shards / f"{name}.tar", ns=(0, time_ns))
+    one_epoch(shards)
+    assert any(message.startswith("1 shards of ") and "again" in message for message in caplog.messages)
+
+
+def test_index_of_an_older_version_that_left_something_out_is_named_with_the_way_to_a_new_one(tmp_path, caplog):
+    extra = {0: [("x.txt", b"alone")]}
+    shards = write_shards(tmp_path / "shards", counts=(3, 3), extra=extra)
+    table = shards / "index" / "index.json"
+    one_epoch(shards)
+    assert any("1 no_image (x in 00000.tar): a sample is KEY" in message for message in caplog.messages)
+    assert "older version" not in caplog.text
+    tree = json.loads(table.read_text())
+    del tree["shards"][0]["examples"]
+    table.write_text(json.dumps(tree))
+    one_epoch(shards)
+    assert "is of an older version" in caplog.text and f"tools/index_shards.py {shards}" in caplog.text
+
+
+def test_link_to_a_shard_that_is_gone_is_a_missing_shard(tmp_path, run_here):
+    shards = write_shards(tmp_path / "shards", counts=(3, 3))
+    (shards / "00001.tar").rename(tmp_path / "elsewhere.tar")
+    (shards / "00001.tar").symlink_to(tmp_path / "elsewhere.tar")
+    assert len(one_epoch(shards)[0]) == 6
+    (tmp_path / "elsewhere.tar").unlink()
+    one_line(run_here("train", write_job(tmp_path, shards).config), "00001.tar is in the index but missing on disk")
 
 
 def test_shard_that_goes_missing_during_the_run_stops_it_and_is_named(tmp_path):
@@ -490,7 +596,7 @@ def test_absent_object_store_ends_the_run_in_time_and_names_the_shard(tmp_path, 
     began = time.monotonic()
     with store(shards, shard3=[fault]) as server:
         job = write_job(tmp_path, server.url, data=impatient)
-        one_line(run_here("train", job.config), f":{server.server_port}/00003.tar", "data.on_missing=skip")
+        one_line(run_here("train", job.config), f":{server.server_port}/00003.tar", "data.bad_shards=skip")
         assert server.asked["00003.tar"] == (1 if fault == "404" else 4)      # no retry of what is not there
     assert time.monotonic() - began < 20
 
@@ -498,16 +604,36 @@ def test_absent_object_store_ends_the_run_in_time_and_names_the_shard(tmp_path, 
 def test_missing_shard_is_trained_without_only_where_that_was_chosen_and_is_counted(tmp_path, run_here, impatient):
     shards = write_shards(tmp_path / "shards")
     with store(shards, shard3=["404"]) as server:
-        job = write_job(tmp_path, server.url, name="stream", data={**impatient, "on_missing": "skip"})
+        job = write_job(tmp_path, server.url, name="stream", data={**impatient, "bad_shards": "skip"})
         assert run_here("train", job.config).status == 0
     assert job.figures()[-1]["bad_samples/missing_shard"] == 1
     (shards / "00003.tar").unlink()
-    job = write_job(tmp_path, shards, name="local", data={"on_missing": "skip"})
+    job = write_job(tmp_path, shards, name="local", data={"bad_shards": "skip"})
     assert run_here("train", job.config).status == 0
     assert job.figures()[-1]["bad_samples/missing_shard"] == 1
-    keys, skipped = one_epoch(shards, on_missing="skip")
-    assert sorted(keys) == sorted(key for key in GOOD if not key.startswith("00003"))
-    assert skipped == {"missing_shard": 1}
+    keys, skipped = one_epoch(shards, bad_shards="skip")
+    assert set(keys) == {key for key in GOOD if not key.startswith("00003")} and len(keys) == len(GOOD)
+    assert skipped == {"missing_shard": 1, "in_bad_shard": SAMPLES}
+
+
+def test_running_job_goes_on_without_a_shard_where_that_was_chosen_and_with_it_when_it_is_back(tmp_path, run_here):
+    shards = write_shards(tmp_path / "shards")
+    settings = {"steps": 5, "log_samples": True, "save_every": 1}
+    whole = write_job(tmp_path, shards, name="whole", settings=settings)
+    assert run_here("train", whole.config).status == 0
+    job = write_job(tmp_path, shards, settings=settings)
+    assert run_here("train", job.config, "--stop-after", 1).status == 0
+    aside = (shards / "00003.tar").rename(tmp_path / "aside.tar")
+    one_line(run_here("train", job.config), "00003.tar is in the index but missing", "data.bad_shards=skip")
+    assert run_here("train", job.config, "data.bad_shards=skip", "--stop-after", 3).status == 0
+    assert job.figures()[-1]["bad_samples/missing_shard"] == 1
+    aside.rename(shards / "00003.tar")
+    assert run_here("train", job.config).status == 0
+    trained, expected = surviving(job.run), surviving(whole.run)
+    stood_in = {sample_key(3, sample): sample_key(4, sample) for sample in range(SAMPLES)}
+    for step in (1, 2):                              # those that were taken while it was gone
+        expected[step] = [(position, stood_in.get(key, key)) for position, key in expected[step]]
+    assert trained == expected and set(trained) == set(range(5))
 
 
 # -- ranks and workers ------------------------------------------------------------------------------------------------
@@ -602,8 +728,8 @@ def test_pickle_inside_a_shard_is_never_read(tmp_path, run_here):
     shards = write_shards(tmp_path / "shards", damage=damage, extra=extra, index=False)
     assert run_here("index_shards", shards, "--workers", 1).status == 0
     keys, skipped = one_epoch(shards)
-    assert set(keys) == GOOD - {sample_key(shard, shard) for shard in (1, 2, 3)}
-    assert skipped == {"not_an_image": 1, "caption_encoding": 1, "damaged_json": 1}
+    assert set(keys) == GOOD - {sample_key(shard, shard) for shard in (1, 2)}         # a JSON is not needed
+    assert skipped == {"not_an_image": 1, "caption_encoding": 1}
     streamed, skipped_in_stream = one_epoch(shards, tier="sequential")
     assert set(streamed) == set(keys) and skipped_in_stream == skipped
     assert run_here("train", write_job(tmp_path, shards).config).status == 0

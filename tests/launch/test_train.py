@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,28 @@ def refusal(call, *arguments) -> str:
 def test_missing_data_names_the_folder(workshop, train, tmp_path):
     config = workshop.config("dvae", tmp_path, data={"train": str(tmp_path / "nothing")})
     assert "nothing" in refusal(train, config)
+
+
+@pytest.mark.parametrize("arguments", [["--dry-run"], ["data.workers=0"]])
+@pytest.mark.parametrize(("key", "words"), [
+    ("train", "no folder"), ("validation", "set data.validation=null"), ("tokenizer", "no tokenizer in"),
+])
+def test_data_that_is_not_there_is_refused_before_a_network_is_built(workshop, train, tmp_path, monkeypatch, key, words,
+                                                                     arguments):
+    monkeypatch.setattr("dalle.tasks.transformer.TransformerTask.__init__", None)
+    config = workshop.config("transformer", tmp_path)
+    message = refusal(train, config, f"data.{key}={tmp_path}/typo", *arguments)
+    assert message.startswith(f"data.{key}: ") and words in message and not (tmp_path / "transformer").exists()
+
+
+def test_what_the_first_validation_would_refuse_is_refused_at_the_start(workshop, train, tmp_path, monkeypatch):
+    monkeypatch.setattr("dalle.tasks.transformer.TransformerTask.__init__", None)
+    config = workshop.config("transformer", tmp_path)
+    damaged = tmp_path / "validation"
+    shutil.copytree(workshop.folder / "data" / "validation", damaged, ignore=shutil.ignore_patterns("index"))
+    (path,) = damaged.glob("*.tar")
+    os.truncate(path, path.stat().st_size // 2)
+    assert "is damaged" in refusal(train, config, f"data.validation={damaged}")
 
 
 def test_a_codec_whose_grid_does_not_fit(workshop, train, tmp_path):

@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from dalle.data.dataset import DataConfig
+from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import MissingModel, UserError
 from dalle.training.checkpoint import different_settings
 from dalle.training.prerequisites import (
@@ -211,10 +213,39 @@ def test_data_of_the_project_that_was_not_made_yet(changes, line, tmp_path, monk
     assert str(caught.value) == line
 
 
-def test_data_that_is_there_or_is_not_ours_is_left_to_the_loader(tmp_path, monkeypatch):
+def test_all_that_the_data_names_is_looked_for_and_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data/shapes/train").mkdir(parents=True)
-    check_data(DataConfig(train="data/shapes/train/*.tar", validation="https://host/data/coco/val.tar"))
+    for name in ("a/0.tar", "a/1.tar", "b/0.tar"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(b"")                       # shards are not read
+    CaptionTokenizer.train_words(["a"]).save("t")
+    Path("c").mkdir()
+    Path("c/codes.json").write_text("{}")
+    good = {"train": "a/{0..1}.tar::b", "validation": "b", "tokenizer": "t", "codes": "c", "validation_codes": "c"}
+    before = sorted(tmp_path.rglob("*"))
+    check_data(DataConfig(**good))
+    assert sorted(tmp_path.rglob("*")) == before
+    for key, value, words in (
+        ("train", "a/{0..2}.tar", "a/2.tar does not exist"), ("train", "typo", "there is no folder typo"),
+        ("train", "c", r"no \.tar shard there"), ("validation", "typo", "no folder typo.*set data.validation=null"),
+        ("tokenizer", "a", "no tokenizer in a"), ("codes", "a", "no cached codes in a"),
+        ("validation_codes", "a", "no cached codes in a"),
+    ):
+        with pytest.raises(UserError, match=rf"^data\.{key}: .*{words}"):
+            check_data(DataConfig(**{**good, key: value}))
+
+
+@pytest.mark.parametrize(("spec", "words"), [
+    ("a/{0..1}.tar", None), ("https://host/{0..1}.tar", None), ("a/{0..2}.tar", "a/2.tar does not exist"),
+    ("typo/*.tar", "no shard matches"), ("pipe:cat x", "would run a shell command"),
+])
+def test_the_shards_of_a_stream_are_looked_for_where_they_are_files(tmp_path, monkeypatch, spec, words):
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    for name in ("a/0.tar", "a/1.tar"):
+        Path(name).write_bytes(b"")
+    with pytest.raises(UserError, match=words) if words else nullcontext():
+        check_data(DataConfig(train=spec, tier="sequential"))
 
 
 def test_prerequisites_may_change_at_a_resume():

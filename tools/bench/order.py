@@ -50,10 +50,12 @@ def make_shards(folder: Path, shards: int, samples: int) -> Path:
     table.parent.mkdir(parents=True, exist_ok=True)
     infos = [ShardInfo(f"{number:05d}.tar", str(folder), samples, SHARD_BYTES, f"{number:032x}", {})
              for number in range(shards)]
+    rows = []
     for info in infos:
         with open(info.path, "wb") as file:
             file.truncate(SHARD_BYTES)
-    rows = [{"name": info.name, "count": info.count, "size": info.size, "digest": info.digest} for info in infos]
+        rows.append({"name": info.name, "count": info.count, "size": info.size, "digest": info.digest,
+                     "mtime_ns": info.path.stat().st_mtime_ns})
     table.write_text(json.dumps({"version": VERSION, "fingerprint": ShardIndex(infos).fingerprint, "shards": rows}))
     return folder
 
