@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
 REPAIR = "repair or remove them"
 REMEDIES: dict[str, str] = {
@@ -14,11 +14,38 @@ REMEDIES: dict[str, str] = {
     "too_many_pixels": "make the pictures smaller or raise data.max_pixels",
     "unsupported_mode": "floating point pixels have no known range: convert them to 8 or 16 bits",
     "no_image": "a sample is KEY.jpg|png|webp with KEY.txt: add the pictures, or leave the captions",
+    "a format that is not read": "convert them to JPEG or PNG (raw files of a camera: export them)",
+    "no_reader": "pip install 'pillow>=11.3' pillow-heif, or convert them to JPEG or PNG",
+    "hidden by a dot": "take the dot off the front of the names, if they are meant to be read",
     # captions
     "no_caption": "add the captions, or set data.caption=none to train on pictures alone",
     "empty_caption": "fill in the captions, or set data.caption=none to train on pictures alone",
     "caption_encoding": "write the captions as UTF-8",
+    "no .txt beside it": "write the captions of x.jpg into x.txt beside it, one a line, or give a table",
+    "not in the tables, no .txt beside it": "name them in the metadata, or write their captions into x.txt",
+    "caption that is no text": "write texts (or lists of texts), or name another column with --caption-column",
+    # tables
+    "a table without a column of captions": "name its column with --caption-column",
+    "metadata without file_name": "name its column of paths with --path-column",
+    "a link to a folder that holds it": "nothing to do, unless it was meant to lead elsewhere",
+    "a link that leads nowhere": "bring back what it leads to",
+    "row without a path": "name the pictures, or name another column with --path-column",
+    "row without a picture": "the cells are empty: fill them in or remove the rows",
+    "path that is no text": "write paths, or name another column with --path-column",
+    "class_id that is no whole number": "write class ids as 0, 1, 2, ...",
+    "another class_id than before": "give each picture one class_id; rows that say another one are not used",
+    "no such file": "a table or a link names what is not there: paths are relative to the table's folder",
+    "not a file": "the paths lead to folders or devices: name pictures",
+    "unreadable file": "check the permissions of the files and the disk",
+    "path leads outside the table's folder": "move the table above its pictures, or allow it with --absolute-paths",
+    "a path of a Windows drive": "write the paths relative to the table's folder",
+    "a URL, not a file": "fetch the pictures first, with img2dataset for example",
+    # emoji
+    "same picture as another emoji": "nothing to do: one of those that the font draws alike is kept",
+    "more than one glyph": "nothing to do: this font cannot draw them",
+    "no glyph in the font": "nothing to do: this font cannot draw them",
     # names and members
+    "name is not UTF-8": "rename the files (convmv -f latin1 -t utf8 -r --notest FOLDER does it for a folder)",
     "dot_in_name": "a key ends at the first dot of its name: make the shards again with names without inner dots",
     "duplicate_key": "give every sample of a shard a name of its own; the first one is used",
     "duplicate_member": "give every sample one picture and one .txt; the first of each is used",
@@ -40,9 +67,14 @@ def remedy(reason: str) -> str:
 
 
 def printable(name: str) -> str:
-    """``name`` so that any terminal, log or JSON file takes it: control characters and half characters are escaped."""
-    return "".join(character if character.isprintable() else character.encode("unicode_escape", "surrogatepass")
-                   .decode("ascii") for character in name)
+    """``name`` so that any terminal, log or JSON file takes it: control characters and bytes of no text are escaped."""
+    return "".join(character if character.isprintable() else _escaped(character) for character in name)
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":          # how Python spells the byte of a file name that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 class Tally:
@@ -74,10 +106,9 @@ class Tally:
         """All reasons in one line, such as "24 no such file (a/b.jpg)"."""
         return ", ".join(f"{number} {reason}{self._such_as(reason)}" for reason, number in self.counts.most_common())
 
-    def record(self) -> dict[str, Any]:
-        """For a JSON file: reason -> how many, an example and what to do."""
-        return {reason: {"count": number, "example": self.examples.get(reason, ""), "remedy": remedy(reason)}
-                for reason, number in sorted(self.counts.items())}
+    def advice(self) -> str:
+        """What to do about the commonest reason."""
+        return remedy(self.counts.most_common(1)[0][0]) if self.counts else ""
 
     def _such_as(self, reason: str) -> str:
         return f" ({self.examples[reason]})" if reason in self.examples else ""
