@@ -1,6 +1,7 @@
 """Formats that are read when shards are made: turned upright, and refused by the size in their header."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 import dalle.data.decode
 from dalle.data.decode import BadSample
 from dalle.data.formats import decode_any, kind_of
+from dalle.sampling.generator import read_picture
 
 
 def encoded(kind: str, orientation: int | None = None) -> bytes:
@@ -49,12 +51,17 @@ def test_what_begins_as_a_picture_is_damaged_rather_than_none(kind):
     assert caught.value.reason in ("damaged_image", "truncated_image")
 
 
+def test_a_picture_to_sample_from_may_be_of_any_format(tmp_path):
+    (tmp_path / "picture").write_bytes(encoded("AVIF"))
+    assert read_picture(tmp_path / "picture").shape == (3, 16, 32)
+
+
 def test_kinds_by_first_bytes():
     assert kind_of(encoded("AVIF")[:16]) == "avif" and kind_of(encoded("JPEG2000")[:16]) == "jp2"
     assert kind_of(b"<html>") is None and kind_of(b"") is None
 
 
 def test_without_the_reader_a_heic_picture_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(BadSample, match="no_reader"):
         decode_any(b"\0\0\0\x1cftypheic" + bytes(40))
