@@ -243,33 +243,40 @@ def _of_set_table(file: Path, name: str, config: FolderConfig) -> list[Entry | L
 
 
 def read_table(table: Table, config: FolderConfig) -> list[Entry | LeftOut]:
-    """The pictures that a table names, in its order; the captions of a path that comes again are collected."""
+    """The pictures that a table names or holds, in its order; the captions of a path that comes again are collected."""
     columns = _columns(table, config)
-    held, file = columns[0] in table.picture_columns, printable(table.path.name)
+    file, anywhere = printable(table.path.name), config.absolute_paths
     found: dict[str, Entry | LeftOut] = {}
     wrong: list[LeftOut] = []
     for number, row in enumerate(table.rows([name for name in columns if name is not None])):
-        where = f"{file}, {row.where}"
         try:
-            texts, label = _captions_of(row.cells.get(columns[1])), _class_of(row.cells.get(columns[2]))
-            path = _path_of(row.cells.get(columns[0]), required=not held)
+            path, captions, label = _read_row(row.cells, columns, holds_picture=columns[0] in table.picture_columns)
+            if columns[0] in table.picture_columns:
+                name = f"{file}/{number}"
+                found[name] = Entry(name, Cell(table.path, columns[0], number, path), captions, label)
+            elif path in found:
+                found[path] = _joined(found[path], captions, label)
+            else:
+                found[path] = _entry(table.path.parent, path, captions, label, anywhere)
         except BadSample as bad:
-            wrong.append(LeftOut(bad.reason, where))
-            continue
-        if held:
-            name = f"{file}/{number}"
-            found[name] = Entry(name, Cell(table.path, columns[0], number, path), texts, label)
-            continue
-        before = found.get(path)
-        if before is None:
-            found[path] = _entry(table.path.parent, path, texts, label, config.absolute_paths)
-        elif isinstance(before, Entry):
-            if None not in (label, before.label) and label != before.label:
-                wrong.append(LeftOut("another class_id than before", where))
-                continue
-            found[path] = replace(before, captions=before.captions + texts,
-                                  label=label if before.label is None else before.label)
+            wrong.append(LeftOut(bad.reason, f"{file}, {row.where}"))
     return [*found.values(), *wrong]
+
+
+def _read_row(cells: dict[str, Any], columns: Columns, holds_picture: bool) -> tuple[str | None, tuple[str, ...],
+                                                                                    int | None]:
+    """Path (None at most where the row holds its picture), captions and class id. Raises :class:`BadSample`."""
+    path, captions, label = (cells.get(column) for column in columns)
+    return _path_of(path, required=not holds_picture), _captions_of(captions), _class_of(label)
+
+
+def _joined(before: Entry | LeftOut, captions: tuple[str, ...], label: int | None) -> Entry | LeftOut:
+    """What a path stands for that comes again."""
+    if isinstance(before, LeftOut):
+        return before
+    if before.label is not None and label not in (None, before.label):
+        raise BadSample("another class_id than before")
+    return replace(before, captions=before.captions + captions, label=label if before.label is None else before.label)
 
 
 def _columns(table: Table, config: FolderConfig) -> Columns:

@@ -8,6 +8,7 @@ import codecs
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -53,6 +54,12 @@ def open_table(path: Path) -> Table:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"the table {path} cannot be read: {' '.join(str(error).split())}")
+
+
+def _check_names(path: Path, columns: Sequence[str]) -> None:
+    twice = [name for name, times in Counter(columns).items() if name and times > 1]
+    if twice:
+        raise UserError(f"{path}: its header names the column {twice[0]!r} twice; name each once")
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -116,7 +123,7 @@ class CsvTable(TextTable):
         first = next((line for line in self.lines() if line.strip()), "")
         self.delimiter = delimiter_of(first)
         self.columns = next((cells for _, cells in self._records()), [])
-        self._check_header()
+        _check_names(path, self.columns)
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
         places = [(name, self.columns.index(name)) for name in columns]
@@ -142,11 +149,6 @@ class CsvTable(TextTable):
                 return
             if cells:
                 yield line, cells
-
-    def _check_header(self) -> None:
-        twice = {name for name in self.columns if name and self.columns.count(name) > 1}
-        if twice:
-            raise UserError(f"{self.path}: its header names the column {sorted(twice)[0]!r} twice; name each once")
 
 
 def delimiter_of(header: str) -> str:
@@ -189,6 +191,7 @@ class ParquetTable:
         with pyarrow.parquet.ParquetFile(path) as file:
             self._schema = file.schema_arrow
         self.columns = self._schema.names
+        _check_names(path, self.columns)
         self.picture_columns = [field.name for field in self._schema if _holds_pictures(field.type)]
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
@@ -196,7 +199,7 @@ class ParquetTable:
         leaves = [leaf for name in columns for leaf in self._leaves_without_bytes(name)]
         number = 0
         for batch in self._batches(BATCH_ROWS, leaves):
-            for cells in batch.to_pylist() if leaves else [{} for _ in range(len(batch))]:
+            for cells in batch.to_pylist():
                 number += 1
                 yield Row(f"row {number}", cells)
 

@@ -1,6 +1,7 @@
 """The command: what it writes, what it leaves alone, how it refuses."""
 
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dalle.data.index import ShardIndex
-from dalle.errors import UserError
+from dalle.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "make_shards.py"
@@ -155,3 +156,11 @@ def test_mistakes_are_one_line_and_status_2(tmp_path):
                               env=environment)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
         assert words in done.stderr
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_no_command(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: print("caf\xe9 \udcff", flush=True))
+    assert ended.value.code == 0 and shown.getvalue() == b"caf\\xe9 \\udcff\n"
