@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, features
 
-from dalle.data.decode import FORMATS, BadSample, decode_image
+from dalle.data.decode import FORMATS, MAX_PIXELS, BadSample, decode_image
 
 READABLE = ("jpg", "jpeg", "jpe", "jfif", "jif", "pjpeg", "pjp", "png", "apng", "webp", "gif", "bmp", "dib", "tif",
             "tiff", "avif", "avifs", "heic", "heics", "heif", "heifs", "hif", "jp2", "j2k", "jpf", "jpx")
@@ -59,7 +59,7 @@ def is_unreadable(file: Path) -> bool:
     return file.suffix.lower().removeprefix(".") in UNREADABLE
 
 
-def decode_any(data: bytes) -> Image.Image:
+def decode_any(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """:func:`dalle.data.decode.decode_image` for every format that is read; HEIC by ``pillow-heif``.
 
     Raises :class:`BadSample`, with ``no_reader`` for a format that this installation cannot read.
@@ -70,7 +70,7 @@ def decode_any(data: bytes) -> Image.Image:
     if kind == "avif" and not features.check("avif"):
         raise BadSample("no_reader", "this Pillow was built without AVIF")
     try:
-        return decode_image(data, formats=("HEIF",) if kind == "heif" else CONVERTED)
+        return decode_image(data, max_pixels, formats=("HEIF",) if kind == "heif" else CONVERTED)
     except BadSample as bad:
         if bad.reason == "not_an_image" and kind is not None:       # it begins as one
             raise BadSample("damaged_image", bad.detail) from None
