@@ -71,21 +71,21 @@ def build_dataset(out: Path, recipe: dict[str, Any], samples: Callable[[], Itera
         if not counts["train"]:
             raise UserError(f"{out}: no sample for training came out{_because(counts, left_out)}; nothing was written")
         record = {"recipe": recipe, **(details or {}), "counts": counts, **_kept(left_out), "files": _files(partial)}
-        _write_record(partial, record)
-        if before is None and not place.exists():
-            partial.rename(place)
-        else:
-            _replace(place, before or {"files": []}, partial, record)
+        _put(place, before, partial, record)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}") from error
     finally:
         _remove_partial(partial)
+    _say(out, counts, left_out, report)
+    return record
+
+
+def _say(out: Path, counts: dict[str, int], left_out: Tally, report: Callable[[str], None]) -> None:
     report(f"{printable(str(out))}: {_counts(counts)}")
     for line in left_out.lines():
         report(f"  left out {line}")
     if not counts["validation"]:
         report("  nothing is held out: train with data.validation=null, or make the set again with a part held out")
-    return record
 
 
 def _kept(left_out: Tally) -> dict[str, Any]:
@@ -113,12 +113,21 @@ def _remove_partial(partial: Path) -> None:
     shutil.rmtree(partial)
 
 
-def _replace(out: Path, before: Mapping[str, Any], partial: Path, record: Mapping[str, Any]) -> None:
-    """Put the new set into ``out`` in place of the files of the one ``before``; all others stay.
+def _put(out: Path, before: Mapping[str, Any] | None, partial: Path, record: Mapping[str, Any]) -> None:
+    """Make ``partial`` the set at ``out``: by one rename where nothing is there."""
+    if out.exists():
+        _replace(out, before["files"] if before else [], partial, record)
+    else:
+        _write_record(partial, record)
+        partial.rename(out)
+
+
+def _replace(out: Path, old: list[str], partial: Path, record: Mapping[str, Any]) -> None:
+    """Put the new set into ``out`` in place of the ``old`` files; all others stay.
 
     Killed on the way it leaves a record of no recipe, which names the files of both: the next start asks for --force.
     """
-    old, new = before["files"], record["files"]
+    new = record["files"]
     _write_record(out, {"recipe": {}, "counts": dict.fromkeys(SPLITS, 0), "files": sorted({*old, *new})})
     for name in old:
         (out / name).unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from dalle.config import Section
-from dalle.data.building import LeftOut, Sample, build_dataset, hash_fraction, in_batches, in_order
+from dalle.data.building import SPLITS, LeftOut, Sample, build_dataset, hash_fraction, in_batches, in_order
 from dalle.data.decode import BadSample, decode_captions
 from dalle.data.formats import HEAD, decode_any, is_unreadable, kind_of, looks_like_picture
 from dalle.data.reasons import printable
@@ -107,6 +107,8 @@ def make_folder(config: FolderConfig, source: Path, out: Path, workers: int = 1,
 
     record = build_dataset(out, recipe, samples, total=len(found), samples_per_shard=config.samples_per_shard,
                            force=force, report=report, details={"classes": classes} if classes else {})
+    if _has_own_splits(entries, config):
+        report("  held out: what the source has in a folder validation or test (--validation-fraction draws by hash)")
     if classes:
         report(f"  class_id by sub-folder: {_some_of(classes)}")
     return record
@@ -377,14 +379,17 @@ def with_class_ids(entries: list[Entry]) -> tuple[list[Entry], list[str]]:
 
 def with_splits(entries: list[Entry], config: FolderConfig) -> list[Entry]:
     """The source's own splits where every picture has one; else by a hash of the path, at least one good picture."""
-    own = [_own_split(entry.name) for entry in entries]
-    if config.validation_fraction is None and set(own) == {"train", "validation"}:
-        return [replace(entry, split=split) for entry, split in zip(entries, own, strict=True)]
+    if _has_own_splits(entries, config):
+        return [replace(entry, split=_own_split(entry.name)) for entry in entries]
     fraction = VALIDATION_FRACTION if config.validation_fraction is None else config.validation_fraction
     hashes = [hash_fraction(entry.name) for entry in entries]
     limit = _hash_limit(entries, hashes, fraction, config)
     return [replace(entry, split="validation" if value < limit else "train")
             for entry, value in zip(entries, hashes, strict=True)]
+
+
+def _has_own_splits(entries: list[Entry], config: FolderConfig) -> bool:
+    return config.validation_fraction is None and {_own_split(entry.name) for entry in entries} == set(SPLITS)
 
 
 def _hash_limit(entries: list[Entry], hashes: list[float], fraction: float, config: FolderConfig) -> float:

@@ -295,6 +295,7 @@ def test_a_folder_with_metadata_keeps_its_splits(kind, tmp_path):
                     [{"file_name": name, "text": f"{split}, {name}"} for name in ("a.png", "sub/b.png")])
     put(source / "train/stray.png", text=None)
     record = make(source, tmp_path / "out", validation_fraction=None)
+    assert any("held out: what the source has" in line for line in record["lines"])
     assert record["left_out"] == {"not in the tables, no .txt beside it": 1}
     assert {name: text for name, (_, _, text) in read_set(tmp_path / "out/train").items()} == {
         "train/a.png": "train, a.png", "train/sub/b.png": "train, sub/b.png"}
