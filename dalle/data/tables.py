@@ -72,7 +72,7 @@ def text_encoding(path: Path) -> str:
         return "utf-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    if b"\0" in head:
+    if head.count(0) > len(head) // 4:        # of few zero bytes the cells tell
         return "utf-16-le" if head[1::2].count(0) > head[::2].count(0) else "utf-16-be"
     return "utf-8-sig"
 

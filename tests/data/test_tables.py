@@ -46,3 +46,7 @@ def test_columns_of_json_lines_are_those_of_all_lines(tmp_path):
     data = '{"path": "a"}\n{"path": "b", "text": "x"}\n'.encode("utf-16")
     assert rows(tmp_path / "t.jsonl", data, "path", "text") == [("line 1", "a", None), ("line 2", "b", "x")]
     assert open_table(tmp_path / "t.jsonl").columns == ["path", "text"]
+
+
+def test_a_zero_byte_does_not_make_it_utf16(tmp_path):
+    assert rows(tmp_path / "t.csv", b"path,text\na\0.png,a cat\n", "path") == [("line 2", "a\0.png")]
