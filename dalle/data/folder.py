@@ -479,11 +479,11 @@ def _with_bytes(entry: Entry, data: bytes | None, config: FolderConfig) -> Entry
 
 
 def _make_chunk(chunk: _Chunk) -> list[Sample | LeftOut]:
-    return [entry if isinstance(entry, LeftOut) else make_sample(entry, chunk.config) for entry in chunk.entries]
+    return [make_sample(entry, chunk.config) for entry in chunk.entries]
 
 
 def make_sample(entry: Entry | LeftOut, config: FolderConfig) -> Sample | LeftOut:
-    """The picture of one entry with its captions, or why it is left out."""
+    """The picture of one entry with its captions, or why it is left out (which may be known already)."""
     if isinstance(entry, LeftOut):
         return entry
     try:
