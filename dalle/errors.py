@@ -7,6 +7,7 @@
     130  Ctrl-C; anything else: an unexpected failure
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -49,6 +50,8 @@ def has_ranks() -> bool:
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and exit: with what it returns (None is 0), or as the list above says, with one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):       # a name that the terminal cannot show must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except (UserError, LostProcess) as error:

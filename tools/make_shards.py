@@ -30,7 +30,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="the folder to write")
     parser.add_argument("--samples-per-shard", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    parser.add_argument("--force", action="store_true", help="replace a set that was made with other parameters")
+    parser.add_argument("--force", action="store_true",
+                        help="replace the shards of a set that was made with other parameters; other files stay")
 
 
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,10 @@ def _add_emoji(parser: argparse.ArgumentParser) -> None:
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH",
-                        help="a folder of pictures with .txt files beside them, or a table (csv, tsv, jsonl, parquet)")
+                        help="a folder of pictures with .txt files beside them (every line is one caption), a table "
+                             "(csv, tsv, jsonl, parquet) of paths and captions, parquet files that hold the pictures, "
+                             "or a folder with metadata.csv|jsonl|parquet; a column class_id and class sub-folders "
+                             "are kept")
     _add_common(parser)
     parser.add_argument("--path-column", default=None, help="the table's column of paths (default: by name)")
     parser.add_argument("--caption-column", default=None, help="the table's column of captions (default: by name)")
@@ -62,7 +66,9 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
                         help="shrink pictures so that the shorter side is N, stored as JPEG quality 95 (PNG stays PNG)")
     parser.add_argument("--max-size", type=int, default=None, metavar="N",
                         help="keep a file's own bytes up to this shorter side (default: the value of --resize)")
-    parser.add_argument("--validation-fraction", type=float, default=0.05, help="held out, by hash of the path")
+    parser.add_argument("--validation-fraction", type=float, default=None,
+                        help="held out, by hash of the path, at least one picture (default: the folders train, "
+                             "validation, test of the source, or else 0.05)")
 
 
 def main(arguments: list[str] | None = None) -> None:

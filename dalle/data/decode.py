@@ -7,6 +7,7 @@ are opened (Pillow would start Ghostscript for an EPS), truncated pictures are r
 import json
 import logging
 import math
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -39,17 +40,19 @@ class BadSample(Exception):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, draft_side: int | None = None) -> Image.Image:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, draft_side: int | None = None,
+                 formats: Sequence[str] = FORMATS) -> Image.Image:
     """The picture as 8-bit RGB: alpha matted on white, 16 bits scaled, EXIF orientation applied, first frame.
 
     ``draft_side``: when the shorter side of a JPEG is at least twice this, let the decoder shrink it by 2, 4 or 8 (not
-    below this), which is several times faster. Raises :class:`BadSample`: ``empty_image``, ``not_an_image``,
-    ``too_many_pixels``, ``truncated_image``, ``damaged_image``, ``unsupported_mode``.
+    below this), which is several times faster. ``formats``: those that are opened, by Pillow's names. Raises
+    :class:`BadSample`: ``empty_image``, ``not_an_image``, ``too_many_pixels``, ``truncated_image``, ``damaged_image``,
+    ``unsupported_mode``.
     """
     if not data:
         raise BadSample("empty_image")
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        image = Image.open(BytesIO(data), formats=formats)
         width, height = image.size
         if width * height > max_pixels:
             raise BadSample("too_many_pixels", f"{width} x {height}, above {max_pixels}")

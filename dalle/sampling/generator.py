@@ -290,10 +290,11 @@ def fit_picture(image: Tensor, size: int) -> Tensor:
 
 def read_picture(path: str | Path) -> Tensor:
     """An image file as uint8 [3, H, W]; ``UserError`` when it is missing or cannot be read."""
-    from dalle.data.decode import BadSample, decode_image
+    from dalle.data.decode import BadSample
+    from dalle.data.formats import decode_any
 
     try:
-        picture: Image.Image = decode_image(Path(path).read_bytes())
+        picture: Image.Image = decode_any(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"cannot read the picture {path}: {error.strerror or error}") from error
     except BadSample as error:

@@ -1,6 +1,8 @@
 """The command: what it writes, what it leaves alone, how it refuses."""
 
 import importlib.util
+import io
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dalle.data.index import ShardIndex
-from dalle.errors import UserError
+from dalle.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "make_shards.py"
@@ -63,6 +65,54 @@ def test_a_folder_of_other_files_is_never_replaced(command, tmp_path):
     assert (tmp_path / "set/thesis.txt").read_text() == "years of work"
 
 
+def test_force_deletes_only_what_the_command_wrote(command, tmp_path):
+    out = tmp_path / "set"
+    command(shapes(out))
+    for name in ("tokenizer/tokenizer.json", "notes.txt", "train/index/mine.txt"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    command(shapes(out, "--count", "6", "--validation", "0", "--force"))
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == [
+        "dataset.json", "notes.txt", "tokenizer/tokenizer.json", "train/00000.tar", "train/00001.tar",
+        "train/index/00000.npy", "train/index/00001.npy", "train/index/index.json", "train/index/mine.txt"]
+    assert ShardIndex.load(str(out / "train")).num_samples == 6 and not (out / "validation").exists()
+    (out / "train/00002.tar").write_bytes(b"somebody's")
+    with pytest.raises(UserError, match="00002.tar was not made by this command"):
+        command(shapes(out, "--force"))
+    assert (out / "train/00002.tar").read_bytes() == b"somebody's"
+
+
+@pytest.mark.parametrize("name", ["../mine.txt", "train/../../mine.txt", "tokenizer/tokenizer.json", "/etc/passwd"])
+def test_a_record_from_elsewhere_deletes_nothing(command, tmp_path, name):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/dataset.json").write_text(json.dumps({"recipe": {"kind": "other"}, "files": [name]}))
+    with pytest.raises(UserError, match="no dataset.json that says what they are"):
+        command(shapes(tmp_path / "set", "--force"))
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_replacing_that_was_interrupted_is_said_and_done_again(command, tmp_path, monkeypatch):
+    out = tmp_path / "set"
+    command(shapes(out))
+    with monkeypatch.context() as patch:
+        patch.setattr("dalle.data.building.shutil.move", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            command(shapes(out, "--seed", "1", "--force"))
+    with pytest.raises(UserError, match="was interrupted; give --force"):
+        command(shapes(out))
+    command(shapes(out, "--force"))
+    assert ShardIndex.load(str(out / "train")).num_samples == 12
+
+
+def test_a_folder_where_the_set_is_written_first_is_not_emptied(command, tmp_path):
+    (tmp_path / "set.partial").mkdir()
+    (tmp_path / "set.partial/thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds thesis.txt; move it away"):
+        command(shapes(tmp_path / "set"))
+    assert (tmp_path / "set.partial/thesis.txt").is_file()
+
+
 def test_an_interrupted_run_leaves_no_set_and_the_next_one_succeeds(command, tmp_path, monkeypatch):
     import dalle.data.shapes
 
@@ -106,3 +156,11 @@ def test_mistakes_are_one_line_and_status_2(tmp_path):
                               env=environment)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
         assert words in done.stderr
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_no_command(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: print("caf\xe9 \udcff", flush=True))
+    assert ended.value.code == 0 and shown.getvalue() == b"caf\\xe9 \\udcff\n"
