@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -30,6 +30,16 @@ KINDS = {("BPE", "ByteLevel"), ("WordLevel", "Split")}      # how a saved file d
 MOST_REMEMBERED = 65_536         # captions split, and words merged: some 20 MB each
 LONGEST_WORD = 256                # merging costs its square; longer ones are cut where merges are skipped
 MIN_PAIR_COUNT = 2                # a pair seen once is the corpus, not the language
+
+
+class Lost(NamedTuple):
+    """What of a caption a model does not get to read; true where it is anything at all."""
+
+    cut: int                     # tokens behind the last one that fits
+    unknown: tuple[str, ...]     # words that the list lacks, as they are spelled: all are one token to the model
+
+    def __bool__(self) -> bool:
+        return self.cut > 0 or bool(self.unknown)
 
 
 class CaptionTokenizer:
@@ -162,6 +172,15 @@ class CaptionTokenizer:
             self._merger = _Merger(self._tokenizer)
         skips = _Skips(dropout, rng)
         return [token for word in self._merger.words(caption) for token in self._merger.merge(word, skips)]
+
+    def what_is_lost(self, caption: str, length: int) -> Lost:
+        """What a model of ``length`` tokens does not read of ``caption``; a BPE knows every word by its bytes."""
+        encoding = self._tokenizer.encode(caption, add_special_tokens=False)
+        unknown: dict[str, None] = {}
+        if self.kind == "words":
+            unknown = {caption[slice(*place)]: None
+                       for token, place in zip(encoding.ids, encoding.offsets, strict=True) if token == UNKNOWN_ID}
+        return Lost(max(0, len(encoding.ids) - length), tuple(unknown))
 
     def count(self, caption: str) -> int:
         """How many tokens the caption has before truncation."""

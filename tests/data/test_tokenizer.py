@@ -69,6 +69,13 @@ def _shared(cache=[]):  # noqa: B006 - hypothesis and module fixtures do not mix
     return cache[0]
 
 
+def test_what_of_a_caption_is_lost_is_what_lies_behind_the_length_and_no_word(tokenizer):
+    count = tokenizer.count("a small red circle")
+    assert not tokenizer.what_is_lost("a small red circle", count)
+    assert tokenizer.what_is_lost("a small red circle", count - 2) == (2, ())
+    assert tokenizer.what_is_lost("żółw 🐢", 1000) == (0, ())          # unseen words are spelled in bytes
+
+
 def test_a_caption_that_spells_the_special_token(tokenizer):
     assert 0 not in tokenizer.token_ids(f"a {UNFILLED} star")
     assert tokenizer.decode(tokenizer.encode(f"a {UNFILLED} star", 64)) == f"a {UNFILLED} star"

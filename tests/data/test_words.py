@@ -45,6 +45,15 @@ def test_captions_that_spell_the_special_tokens_are_words(words):
     assert words.token_ids("<unfilled> bird <unknown>") == [1, 3, 1]
 
 
+@pytest.mark.parametrize(("caption", "length", "cut", "unknown"), [
+    ("a red bird", 3, 0, ()), ("a red bird", 2, 1, ()), ("", 3, 0, ()), ("?!", 3, 0, ()),
+    ("A Grün dog, a dog", 4, 1, ("Grün", "dog")), ("a \u0047ru\u0308n bird", 4, 0, ("Gru\u0308n",)),
+])
+def test_what_a_model_does_not_read_of_a_caption(words, caption, length, cut, unknown):
+    lost = words.what_is_lost(caption, length)
+    assert lost == (cut, unknown) and bool(lost) == bool(cut or unknown)
+
+
 def test_rare_words_and_those_beyond_the_limit_are_unknown():
     assert CaptionTokenizer.train_words(CORPUS, min_count=2).vocab_size == 6
     short = CaptionTokenizer.train_words(CORPUS, vocab_size=4)
