@@ -239,7 +239,7 @@ def read_word_vectors(file: str | Path, tokenizer: CaptionTokenizer, dim: int) -
 
 def vector_lines(file: str | Path) -> Iterator[tuple[str, str]]:
     """Word and numbers of each line; the first line of fastText's files holds the count and the length instead."""
-    with open(file, encoding="utf-8", newline="\n") as lines:
+    with open(file, encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines):
             word, _, numbers = line.rstrip("\n ").partition(" ")
             if number > 0 or len(numbers.split()) > 1:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import gans
 from dalle.errors import UserError, run_command
+from dalle.text_file import read_text_file
 
 OF_COMPLETION = "--image FILE says which picture is completed, --rows K how much of it is kept"
 
@@ -87,9 +88,9 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
         raise UserError("--prompt is empty: say what the picture should show")
     if arguments.prompts is not None:
         try:
-            lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {arguments.prompts} cannot be read: {error}") from error
+            lines = read_text_file(arguments.prompts).splitlines()
+        except UserError as error:
+            raise UserError(f"--prompts {error}") from error
         found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not found:
             raise UserError(f"--prompts {arguments.prompts} holds no prompt: write one caption a line")
