@@ -7,6 +7,7 @@
 
 Candidate i of prompt p has a seed that follows from (--seed, p, i) alone: it is the same picture however many are asked
 for and however they are batched. Out: `index.html` (everything inside it), `grid.png`, `kept/*.png`, `results.json`.
+Those of an earlier gallery in the folder are replaced; other files are left alone.
 """
 
 import argparse
@@ -169,12 +170,15 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
     import torch
 
     from dalle.sampling.candidates import sample_and_rerank
-    from dalle.sampling.gallery import write_gallery
+    from dalle.sampling.gallery import check_folder, write_gallery
     from dalle.sampling.generator import load_generator, read_picture
+    from dalle.sampling.lettering import missing_letters
     from dalle.sampling.rerank import load_reranker
 
     names = ("temperature", "top_k", "top_p", "guidance", "truncation")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    check_folder(arguments.out, len(prompts), arguments.keep,
+                 with_source=arguments.image is not None and arguments.rows is None)
     picture = read_picture(arguments.image) if arguments.image is not None else None
     bf16 = arguments.dtype == "bf16" or (arguments.dtype == "auto" and device.type == "cuda")
     say(f"model: {arguments.model}")
@@ -188,6 +192,9 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
     for reader in (generator, reranker):
         for warning in reader.caption_warnings(prompts) if reader is not None else []:
             say(f"warning: {warning}")
+    unwritable = missing_letters(prompts)
+    if unwritable is not None:
+        say(f"warning: {unwritable}")
 
     started = time.perf_counter()
 
