@@ -30,9 +30,9 @@ from dalle.sampling.generator import (
     identify,
     load_model,
     load_tokenizer,
+    lost_warnings,
     model_folder,
     model_kind,
-    truncation_warnings,
 )
 from dalle.sampling.rerank import FeatureReranker
 from dalle.tasks.clip import POOLS, RANKS, full_precision, pooled_recalls, recall
@@ -486,7 +486,7 @@ class DAMSMTextEncoder(TextEncoder):
         return self.network(token_ids(self.tokenizer, captions, self.text_length).to(self.device))
 
     def warnings(self, captions: Iterable[str]) -> list[str]:
-        return truncation_warnings(list(captions), self.tokenizer, self.text_length, "caption for the text encoder")
+        return lost_warnings(list(captions), self.tokenizer, self.text_length, "caption for the text encoder")
 
     def save(self, folder: str | Path) -> None:
         """A DAMSM without a picture side."""
@@ -514,6 +514,6 @@ def load_reranker(folder: Path, device: torch.device | str = "cpu") -> FeatureRe
         return F.normalize(model.text(token_ids(tokenizer, captions, length).to(device)).sentence, dim=1)
 
     def warnings(captions: list[str]) -> list[str]:
-        return truncation_warnings(captions, tokenizer, length, "caption for the reranker")
+        return lost_warnings(captions, tokenizer, length, "caption for the reranker")
 
     return FeatureReranker(encode_image, encode_captions, identify(folder), warnings)

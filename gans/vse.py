@@ -24,7 +24,7 @@ from dalle.training.optimizers import OptimizerConfig
 from dalle.training.task import Batch, Loss, Networks, Phase
 from gans.joint import JointConfig, JointModel, JointRun, JointTask
 from gans.task import filled
-from gans.text import TOKENIZER_FOLDER, Text, TextEncoder, cut_captions, length_mask, token_ids
+from gans.text import TOKENIZER_FOLDER, Text, TextEncoder, length_mask, lost_of_prompts, token_ids
 
 MARGIN = 0.2
 
@@ -104,7 +104,7 @@ class VSETextEncoder(TextEncoder):
         return Text(sentence, states.transpose(1, 2), length_mask(word_counts(ids), self.text_length))
 
     def warnings(self, captions: Sequence[str]) -> list[str]:
-        return cut_captions(self.tokenizer, captions, self.text_length)
+        return lost_of_prompts(self.tokenizer, captions, self.text_length)
 
     def save(self, folder: str | Path) -> None:
         self.model.save_text(folder)

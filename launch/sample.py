@@ -22,6 +22,7 @@ import gans
 from dalle.errors import UserError, run_command
 from dalle.text_file import read_text_file
 
+WARNINGS_SHOWN = 10
 OF_COMPLETION = "--image FILE says which picture is completed, --rows K how much of it is kept"
 
 
@@ -165,6 +166,12 @@ def painter(generator: Any, arguments: argparse.Namespace, picture: Any) -> tupl
     return edit, source
 
 
+def shortened(warnings: list[str]) -> list[str]:
+    """The first of many, and how many more there are."""
+    more = len(warnings) - WARNINGS_SHOWN
+    return warnings[:WARNINGS_SHOWN] + ([f"and {more} more, see results.json"] if more > 0 else [])
+
+
 def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any) -> None:
     """Load, paint, rank, write."""
     import torch
@@ -189,12 +196,10 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
     if arguments.rerank is not None:
         say(f"reranker: {arguments.rerank}")
         reranker = load_reranker(arguments.rerank, device)
-    for reader in (generator, reranker):
-        for warning in reader.caption_warnings(prompts) if reader is not None else []:
-            say(f"warning: {warning}")
-    unwritable = missing_letters(prompts)
-    if unwritable is not None:
-        say(f"warning: {unwritable}")
+    lost = [warning for reader in (generator, reranker) if reader is not None
+            for warning in reader.caption_warnings(prompts)]
+    for warning in [*shortened(lost), *missing_letters(prompts)]:
+        say(f"warning: {warning}")
 
     started = time.perf_counter()
 
@@ -214,7 +219,7 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
         "options": {**settings, "rows": arguments.rows,
                     "image": str(arguments.image) if arguments.image else None},
     }
-    page = write_gallery(arguments.out, results, arguments.keep, about, source)
+    page = write_gallery(arguments.out, results, arguments.keep, about, source, lost)
     if reranker is None:
         say("unranked: without --rerank the pictures are in the order of their seeds")
     say(f"gallery: {page}")

@@ -27,13 +27,14 @@ INK, PAPER = (29, 29, 27), (250, 249, 246)
 
 
 def write_gallery(folder: Path, results: Sequence[PromptResult], keep: int, about: dict[str, Any],
-                  source: Tensor | None = None) -> Path:
+                  source: Tensor | None = None, warnings: Sequence[str] = ()) -> Path:
     """Write ``kept/*.png``, ``grid.png``, ``results.json`` and ``index.html`` into ``folder``; returns the page.
 
     The first ``keep`` candidates of each caption are kept; the others are on the page, folded away. ``about`` says what
     made the pictures (``model``, ``reranker``, ``options``, ``seed``). ``source``, uint8 [3, H, W], is the picture that
     all of them change; it is shown before them and written to ``source.png``. A candidate's ``details["pictures"]``
-    (name -> uint8 [3, h, w]) are written beside it, and shown below it. What an earlier call wrote is replaced, and no
+    (name -> uint8 [3, h, w]) are written beside it, and shown below it. ``warnings``: what the models did not read of
+    the captions; on the page and in ``results.json``. What an earlier call wrote is replaced, and no
     other file (see :func:`check_folder`).
     """
     if source is not None:
@@ -44,7 +45,8 @@ def write_gallery(folder: Path, results: Sequence[PromptResult], keep: int, abou
         for stale in written_before(folder) - set(PAGE_FILES):
             (folder / stale).unlink(missing_ok=True)
         # before the pictures: it lists them, so that one which was stopped here knows its own the next time
-        description = json.dumps(describe(results, keep, about), indent=2, ensure_ascii=False)
+        told = {**about, "warnings": list(warnings)} if warnings else about
+        description = json.dumps(describe(results, keep, told), indent=2, ensure_ascii=False)
         (folder / RESULTS).write_text(description + "\n", encoding="utf-8")
         for prompt, result in enumerate(results):
             for place, candidate in enumerate(result.candidates[:keep]):
@@ -55,7 +57,7 @@ def write_gallery(folder: Path, results: Sequence[PromptResult], keep: int, abou
             (folder / SOURCE).write_bytes(png(source))
         sheet(results, keep, source).save(folder / SHEET)
         page = folder / PAGE
-        page.write_text(render_page(results, keep, about, source), encoding="utf-8")
+        page.write_text(render_page(results, keep, about, source, warnings), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the gallery into {folder}: {error.strerror or error}") from error
     return page
@@ -196,12 +198,13 @@ def wrap_text(text: str, font: Lettering | ImageFont.FreeTypeFont, width: int, m
 
 
 def render_page(results: Sequence[PromptResult], keep: int, about: dict[str, Any],
-                source: Tensor | None = None) -> str:
+                source: Tensor | None = None, warnings: Sequence[str] = ()) -> str:
     """A page with its pictures inside, without scripts or anything to fetch; every caption is escaped."""
     side = min(results[0].candidates[0].image.shape[-2:])
     sections = "\n".join(render_prompt(number, result, keep, source) for number, result in enumerate(results, start=1))
     total = sum(len(result.candidates) for result in results)
     summary = f"{count(len(results), 'caption')}, {count(total, 'picture')}"
+    noticed = "".join(f"<p class=\"warning\">{html.escape(warning)}</p>\n" for warning in warnings)
     rows = "\n".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts(about))
     return f"""<!doctype html>
 <html lang="en">
@@ -217,7 +220,7 @@ def render_page(results: Sequence[PromptResult], keep: int, about: dict[str, Any
 <p>{summary}</p>
 </header>
 <main>
-{sections}
+{noticed}{sections}
 </main>
 <footer>
 <dl>
@@ -302,6 +305,7 @@ header { display: flex; align-items: baseline; gap: 1rem; }
 h1 { margin: 0; font-size: 1.05rem; letter-spacing: .14em; text-transform: uppercase; }
 header p, .order, figcaption, summary, footer { color: var(--soft); font-size: .85rem; }
 header p, .order { margin: 0; }
+.warning { margin: .75rem 0 0; padding-left: .75rem; border-left: 3px solid #d55e00; font-size: .9rem; }
 section { margin-top: 1.75rem; padding-top: 1.5rem; border-top: 1px solid var(--line); }
 h2 { margin: 0; font-size: 1.3rem; line-height: 1.35; font-weight: 600; overflow-wrap: anywhere; }
 .number { display: inline-block; min-width: 1.8em; color: var(--soft); font-weight: 400;

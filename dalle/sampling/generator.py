@@ -96,7 +96,7 @@ class TransformerGenerator:
         return self.codec.grid[0]
 
     def caption_warnings(self, captions: list[str]) -> list[str]:
-        return truncation_warnings(captions, self.tokenizer, self.transformer.config.text_length, "prompt")
+        return lost_warnings(captions, self.tokenizer, self.transformer.config.text_length, "prompt")
 
     def settings(self, **options: Any) -> dict[str, Any]:
         return sampling_config(options).model_dump(mode="json")
@@ -251,14 +251,28 @@ def sampling_config(options: dict[str, Any]) -> SamplingConfig:
         raise UserError(f"--{name.replace('_', '-')}: {first['msg']} (got {first.get('input')!r})") from error
 
 
-def truncation_warnings(captions: Sequence[str], tokenizer: CaptionTokenizer, length: int, what: str) -> list[str]:
-    """One line for each different caption of more than ``length`` tokens."""
-    counts = {caption: tokenizer.count(caption) for caption in captions}
-    return [
-        f"the {what} \"{shorten(caption)}\" has {count} tokens, this model reads {length}: "
-        f"the first {length} are kept"
-        for caption, count in counts.items() if count > length
-    ]
+def lost_warnings(captions: Sequence[str], tokenizer: CaptionTokenizer, length: int, what: str) -> list[str]:
+    """A line for each different caption of more than ``length`` tokens, and for each with words that are unknown."""
+    lines = []
+    for caption in dict.fromkeys(captions):
+        lost = tokenizer.what_is_lost(caption, length)
+        if lost.cut:
+            lines.append(cut_warning(what, caption, length + lost.cut, length))
+        if lost.unknown:
+            lines.append(unknown_warning(what, caption, lost.unknown))
+    return lines
+
+
+def cut_warning(what: str, caption: str, count: int, length: int, unit: str = "tokens") -> str:
+    """That a model reads ``length`` of the ``count`` units of a caption."""
+    return (f"the {what} \"{shorten(caption)}\" has {count} {unit}, this model reads {length}: "
+            f"the first {length} are kept")
+
+
+def unknown_warning(what: str, caption: str, unknown: Sequence[str], unit: str = "words") -> str:
+    """That a model cannot tell ``unknown`` from one another."""
+    return (f"the {what} \"{shorten(caption)}\" has {unit} that this model does not know, all the same to it: "
+            f"{shorten(' '.join(unknown))}")
 
 
 def equal_groups(captions: Sequence[str]) -> list[list[list[int]]]:

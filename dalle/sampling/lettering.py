@@ -91,14 +91,14 @@ def is_drawn(character: str) -> bool:
     return unicodedata.category(character) not in JOINED | SPACES
 
 
-def missing_letters(captions: Iterable[str]) -> str | None:
-    """A line about the characters that no font of this machine has; None where all can be drawn."""
+def missing_letters(captions: Iterable[str]) -> list[str]:
+    """A line about the characters that no font of this machine has, where there are any."""
     missing = Lettering(captions).missing
     if not missing:
-        return None
+        return []
     shown = " ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
-    return (f"no font on this machine has {shown}: boxes in grid.png, the page shows what the browser has; install a "
-            "font for them, such as Noto (fonts-noto-cjk, fonts-noto-color-emoji)")
+    return [f"no font on this machine has {shown}: boxes in grid.png, the page shows what the browser has; install a "
+            "font for them, such as Noto (fonts-noto-cjk, fonts-noto-color-emoji)"]
 
 
 @cache

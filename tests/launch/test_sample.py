@@ -165,7 +165,10 @@ def test_mistakes_with_a_model_that_edits(runs, editor, tmp_path, monkeypatch, a
 def test_a_long_prompt_is_truncated_with_a_warning(runs, tmp_path, monkeypatch, capsys):
     run(monkeypatch, "--model", runs / "painter", "--prompt", "a red star above a blue circle " * 3,
         "--candidates", 1, "--out", tmp_path, "--device", "cpu")
-    assert "warning: the prompt" in capsys.readouterr().err
+    line = "the prompt \"a red star above a blue circle a red star above a "
+    assert f"warning: {line}" in capsys.readouterr().err
+    assert json.loads((tmp_path / "results.json").read_text())["warnings"][0].startswith(line)
+    assert "this model reads 6: the first 6 are kept</p>" in (tmp_path / "index.html").read_text()
 
 
 MISTAKES = {

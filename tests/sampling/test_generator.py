@@ -16,6 +16,7 @@ from dalle.sampling.generator import (
     TransformerGenerator,
     equal_groups,
     load_generator,
+    lost_warnings,
     read_picture,
     sampling_config,
 )
@@ -109,6 +110,13 @@ def test_a_long_prompt_is_told(generator):
     long = "a red star " * 5
     (warning,) = generator.caption_warnings(["a red star", long, long])
     assert f"{generator.tokenizer.count(long)} tokens" in warning and "first 6 are kept" in warning
+
+
+def test_unknown_words_are_told():
+    tokenizer = CaptionTokenizer.train_words(["a red star"])
+    assert lost_warnings(["a red star", "a grün star", "a blau star and"], tokenizer, 4, "prompt") == [
+        'the prompt "a grün star" has words that this model does not know, all the same to it: grün',
+        'the prompt "a blau star and" has words that this model does not know, all the same to it: blau and']
 
 
 def test_a_missing_path_lists_what_is_near(run_folder):
