@@ -144,4 +144,4 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, save_memory="use --dtype bf16, fewer --candidates, or more processes")

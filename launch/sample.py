@@ -226,4 +226,4 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, save_memory="set --batch-size to less, or --dtype bf16")

@@ -21,6 +21,9 @@ import gans
 from dalle.config import load_config, to_yaml
 from dalle.errors import UserError, run_command
 
+SAVE_MEMORY = ("set train.micro_batch_size to less, model.checkpointing=true for a transformer, a smaller model, or "
+               "share the weights of several processes with an engine that splits them (launch/engines: fsdp2, zero3)")
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,4 +141,4 @@ def print_plan(task, config, needed) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, save_memory=SAVE_MEMORY)
