@@ -21,6 +21,8 @@ from dalle.models.transformer import TextToImageTransformer
 from dalle.sampling.decode import SamplingConfig, sample_codes
 
 EXPORT_FOLDER = "model"    # of a run folder
+EXPORT = "python tools/export.py RUN --out FOLDER"
+TRAIN_TOKENIZER = "python tools/train_tokenizer.py SHARDS"
 DECODE_BATCH = 16          # codec pictures at a time; always filled up, so that no picture depends on its company
 
 CODECS: dict[str, type[PretrainedModel]] = {DiscreteVAE.model_type: DiscreteVAE}
@@ -214,7 +216,8 @@ def load_model(kind: type[Model], folder: Path, device: torch.device | str) -> M
 def load_codec(folder: Path, device: torch.device | str) -> DiscreteVAE:
     """The codec of an export folder, of any kind in ``CODECS``."""
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{folder.parent} has no {folder.name}/: export the transformer again, its codec belongs there")
+        raise UserError(f"{folder.parent} has no {folder.name}/, which belongs to an exported transformer: copy the "
+                        f"whole folder again, or make it from the run with `{EXPORT}`")
     kind = model_kind(folder)
     if kind not in CODECS:
         raise UserError(f"{folder} holds a {kind!r}, not a codec: {', '.join(sorted(CODECS))}")
@@ -222,11 +225,15 @@ def load_codec(folder: Path, device: torch.device | str) -> DiscreteVAE:
 
 
 def load_tokenizer(folder: Path) -> CaptionTokenizer:
-    """The tokenizer that was saved with a model."""
+    """The tokenizer in ``folder``, of a data set or of a model; where it is missing, how to get one of its kind."""
     if not folder.parent.is_dir():
-        raise MissingModel(f"{folder.parent} does not exist; its tokenizer is looked for there", folder)
+        raise MissingModel(f"{folder.parent} does not exist; its tokenizer is looked for there (one of a data set is "
+                           f"made by `{TRAIN_TOKENIZER} --out {folder}`)", folder)
+    if not folder.is_dir() and (folder.parent / CONFIG_FILE).is_file():
+        raise UserError(f"{folder.parent} has no {folder.name}/, which belongs to the model: copy the whole folder "
+                        f"again, or make it from the run with `{EXPORT}`")
     if not folder.is_dir():
-        raise UserError(f"{folder.parent} has no {folder.name}/: export the model again, its tokenizer belongs there")
+        raise UserError(f"the tokenizer {folder} does not exist; train one: `{TRAIN_TOKENIZER} --out {folder}`")
     return CaptionTokenizer.load(folder)
 
 
