@@ -114,8 +114,8 @@ def test_a_long_prompt_is_told(generator):
 
 
 @pytest.mark.parametrize(("place", "words"), [
-    ("data/tokenizer", "the tokenizer {here}/data/tokenizer does not exist; train one: `python tools/train_tokenizer.py "
-                       "SHARDS --out {here}/data/tokenizer`"),
+    ("data/tokenizer", "the tokenizer {here}/data/tokenizer does not exist; train one: `python "
+                       "tools/train_tokenizer.py SHARDS --out {here}/data/tokenizer`"),
     ("model/tokenizer", "{here}/model has no tokenizer/, which belongs to the model: copy the whole folder again, or "
                         "make it from the run with `python tools/export.py RUN --out FOLDER`"),
     ("nowhere/tokenizer", "{here}/nowhere does not exist; its tokenizer is looked for there (one of a data set is made "
