@@ -13,7 +13,6 @@ Those of an earlier gallery in the folder are replaced; other files are left alo
 import argparse
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -180,6 +179,7 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
     from dalle.sampling.gallery import check_folder, write_gallery
     from dalle.sampling.generator import load_generator, read_picture
     from dalle.sampling.lettering import missing_letters
+    from dalle.sampling.progress import PaintingProgress
     from dalle.sampling.rerank import load_reranker
 
     names = ("temperature", "top_k", "top_p", "guidance", "truncation")
@@ -201,16 +201,10 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
     for warning in [*shortened(lost), *missing_letters(prompts)]:
         say(f"warning: {warning}")
 
-    started = time.perf_counter()
-
-    def report(done: int, total: int) -> None:
-        seconds = time.perf_counter() - started
-        say(f"painted {done} of {total} pictures in {seconds:.1f} s ({done / seconds:.1f} a second)")
-
     results = sample_and_rerank(
         generator, reranker, prompts, arguments.candidates, arguments.seed,
         {**options, **({"batch_size": arguments.batch_size} if arguments.batch_size else {})}, paint=paint,
-        on_progress=report)
+        on_progress=PaintingProgress())
     about = {
         "model": generator.identity,
         "reranker": reranker.identity if reranker is not None else None,

@@ -1,7 +1,8 @@
 """What makes pictures from captions, behind one interface; rerank, galleries and judges know only that."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -28,6 +29,7 @@ DECODE_BATCH = 16          # codec pictures at a time; always filled up, so that
 CODECS: dict[str, type[PretrainedModel]] = {DiscreteVAE.model_type: DiscreteVAE}
 
 
+OnProgress = Callable[[float], None]      # pictures' worth of work done
 Model = TypeVar("Model", bound=PretrainedModel)
 
 
@@ -48,7 +50,10 @@ class Generator(Protocol):
     def generate_with_details(
         self, captions: list[str], seeds: list[int], **options: Any
     ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """The pictures, and for each what it was made of (for the transformer: its ``codes``)."""
+        """The pictures, and for each what it was made of (for the transformer: its ``codes``).
+
+        The option ``on_progress`` is told, now and then, how many pictures' worth of the work is done.
+        """
         ...
 
     def caption_warnings(self, captions: list[str]) -> list[str]:
@@ -109,7 +114,7 @@ class TransformerGenerator:
     @torch.no_grad()
     def generate_with_details(
         self, captions: list[str], seeds: list[int], known_codes: Tensor | None = None,
-        batch_size: int | None = None, **options: Any,
+        batch_size: int | None = None, on_progress: OnProgress = lambda pictures: None, **options: Any,
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """uint8 [N, 3, H, W] and N dicts with ``codes``; ``known_codes`` [k] are the first codes of all of them."""
         if len(captions) != len(seeds):
@@ -117,12 +122,15 @@ class TransformerGenerator:
         sampling = sampling_config(options)
         codes = torch.empty(len(seeds), self.codec.grid[0] * self.codec.grid[1], dtype=torch.int64)
         # Captions with equally many pictures go together: the decoder computes each caption once for all its pictures.
+        done = 0
         for members in equal_groups(captions):
             text = self._encode([captions[group[0]] for group in members])
             flat = [index for group in members for index in group]
             sampled = sample_codes(self.transformer, text, [seeds[index] for index in flat], sampling,
-                                   known_codes=known_codes, batch_size=batch_size)
+                                   known_codes=known_codes, batch_size=batch_size,
+                                   on_progress=partial(told_after, on_progress, done))
             codes[flat] = sampled.cpu()
+            done += len(flat)
         images = self._paint(codes)
         return images, [{"codes": row.tolist()} for row in codes]
 
@@ -280,6 +288,11 @@ def unknown_warning(what: str, caption: str, unknown: Sequence[str], unit: str =
     """That a model cannot tell ``unknown`` from one another."""
     return (f"the {what} \"{shorten(caption)}\" has {unit} that this model does not know, all the same to it: "
             f"{shorten(' '.join(unknown))}")
+
+
+def told_after(on_progress: OnProgress, done: int, pictures: float) -> None:
+    """Tell what one group of pictures adds to those that are done."""
+    on_progress(done + pictures)
 
 
 def equal_groups(captions: Sequence[str]) -> list[list[list[int]]]:

@@ -16,7 +16,8 @@ def live_line(console: Console) -> Progress:
     """Name, bar, count and time that is left at their full width; the figures in what the terminal has left of it."""
     bar = BarColumn(bar_width=BAR_WIDTH, table_column=Column(min_width=BAR_WIDTH, no_wrap=True))
     figures = TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
-    name = TextColumn("{task.description}", table_column=Column(max_width=NAME_WIDTH, no_wrap=True, overflow="ellipsis"))
+    name = TextColumn("{task.description}",
+                      table_column=Column(max_width=NAME_WIDTH, no_wrap=True, overflow="ellipsis"))
     return Progress(name, bar, MofNCompleteColumn(), TimeRemainingColumn(), figures, console=console, expand=True)
 
 

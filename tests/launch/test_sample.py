@@ -112,7 +112,7 @@ class Editor:
             raise UserError(f"--{next(iter(options))} is no option of an editor")
         return {"truncation": 1.0, **options}
 
-    def generate_with_details(self, captions, seeds, *, sources, **options):
+    def generate_with_details(self, captions, seeds, *, sources, on_progress, **options):
         colours = torch.tensor([seed % 100 for seed in seeds], dtype=torch.uint8)[:, None, None, None]
         return sources // 2 + colours, [{"option": options} for _ in seeds]
 
