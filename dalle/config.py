@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dalle.errors import UserError
+from dalle.text_file import read_text_file
 
 
 class Section(BaseModel):
@@ -60,14 +61,10 @@ def load_config(path: str | Path, overrides: Sequence[str], runs: Mapping[str, t
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; only plain data, no tags, no repeated keys."""
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"no config file at {path}")
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"no config file at {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    try:
-        tree = parse_yaml(text)
+        tree = parse_yaml(read_text_file(path))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -7,6 +7,7 @@
     130  Ctrl-C; anything else: an unexpected failure
 """
 
+import errno
 import io
 import os
 import sys
@@ -15,6 +16,21 @@ from collections.abc import Callable
 USER_ERROR_STATUS = 2
 EXIT_STOPPED_BY_SIGNAL = 75      # EX_TEMPFAIL
 EXIT_LOST_PROCESS = 76
+
+
+# what is wrong with the place that a file should be written to or read from, and what to do about it
+OF_THE_PLACE = {
+    errno.EACCES: "give a place that you may read and write",
+    errno.EPERM: "give a place that you may read and write",
+    errno.EROFS: "give a place that can be written",
+    errno.ENOSPC: "make room, or give another place",
+    errno.EDQUOT: "make room, or give another place",
+    errno.ENOTDIR: "a file is where a folder is needed",
+    errno.EISDIR: "a folder is where a file is needed",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "allow more open files (ulimit -n)",
+}
 
 
 class UserError(Exception):
@@ -48,13 +64,39 @@ def has_ranks() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's ``main`` and exit: with what it returns (None is 0), or as the list above says, with one line."""
+def not_the_programs(error: Exception, save_memory: str) -> Exception | None:
+    """``error`` as one line where the disk, a permission or the memory is behind it; None for what may be a fault of
+    the program: a file that is not there among it, because a command looks for what it was given."""
+    if isinstance(error, OSError) and error.errno in OF_THE_PLACE:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return UserError(f"{place}{error.strerror}; {OF_THE_PLACE[error.errno]}")
+    if is_out_of_memory(error):
+        first = (str(error).strip() or "there is not enough memory").splitlines()[0]
+        return UserError(f"out of memory: {first}" + (f"; {save_memory}" if save_memory else ""))
+    return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of Python and numpy, of a GPU, or of torch's allocator on the CPU; torch itself is not imported for it."""
+    named = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")
+    return isinstance(error, MemoryError) or named or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error))
+
+
+def run_command(main: Callable[[], int | None], save_memory: str = "") -> None:
+    """Run a command's ``main`` and exit: with what it returns (None is 0), or as the list above says, with one line.
+
+    ``save_memory`` is what the command's user can do where it runs out of memory.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):       # a name that the terminal cannot show must not end a command
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main()
-    except (UserError, LostProcess) as error:
+    except (UserError, LostProcess, OSError, MemoryError, RuntimeError) as raised:
+        told = isinstance(raised, (UserError, LostProcess))
+        error = raised if told else not_the_programs(raised, save_memory)
+        if error is None:
+            raise
         say_error(error)
         status = exit_status(error)
         if has_ranks():      # an ordinary exit waits for, or is aborted by, threads of the lost process group

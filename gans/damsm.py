@@ -30,12 +30,12 @@ from dalle.sampling.generator import (
     identify,
     load_model,
     load_tokenizer,
+    lost_warnings,
     model_folder,
     model_kind,
-    truncation_warnings,
 )
 from dalle.sampling.rerank import FeatureReranker
-from dalle.tasks.clip import POOLS, RANKS, full_precision, pooled_recalls, recall
+from dalle.tasks.clip import POOLS, RANKS, full_precision, pooled_recalls, pools_of, recall
 from dalle.training.gathering import in_global_order, in_global_order_with_gradient
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
@@ -438,6 +438,9 @@ class DamsmTask(Task):
                 wholes.append(F.normalize(pooled, dim=1))
                 sentences.append(F.normalize(said.sentence, dim=1))
                 captions += batch["caption"]
+            if not figures:      # a small set: its one pool
+                for pool in pools_of(len(waiting)):
+                    word_recalls(figures, waiting, self.config.loss.gammas, pool)
             figures = pooled_recalls(list(zip(wholes, sentences, strict=True))) | figures
             if len(set(captions)) >= R_PRECISION_CANDIDATES:
                 hits = r_precision_hits(torch.cat(wholes), torch.cat(sentences), R_PRECISION_CANDIDATES,
@@ -453,12 +456,11 @@ class DamsmTask(Task):
 
 
 def word_recalls(figures: dict[str, Mean], pairs: list[tuple[Tensor, Tensor, Tensor]],
-                 gammas: Gammas) -> list[tuple[Tensor, Tensor, Tensor]]:
+                 gammas: Gammas, pool: int = POOLS[0]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Add ``words_recall@k_in_64``, by the word-level score, of the whole pools among ``pairs``; the rest is returned.
 
     A pair is regions [D, h, w], words [D, T] and mask [T]: too large to keep them all.
     """
-    pool = POOLS[0]
     while len(pairs) >= pool:
         regions, words, mask = (torch.stack(parts) for parts in zip(*pairs[:pool], strict=True))
         scores = word_scores(regions, words, mask, *gammas)
@@ -486,7 +488,7 @@ class DAMSMTextEncoder(TextEncoder):
         return self.network(token_ids(self.tokenizer, captions, self.text_length).to(self.device))
 
     def warnings(self, captions: Iterable[str]) -> list[str]:
-        return truncation_warnings(list(captions), self.tokenizer, self.text_length, "caption for the text encoder")
+        return lost_warnings(list(captions), self.tokenizer, self.text_length, "caption for the text encoder")
 
     def save(self, folder: str | Path) -> None:
         """A DAMSM without a picture side."""
@@ -514,6 +516,6 @@ def load_reranker(folder: Path, device: torch.device | str = "cpu") -> FeatureRe
         return F.normalize(model.text(token_ids(tokenizer, captions, length).to(device)).sentence, dim=1)
 
     def warnings(captions: list[str]) -> list[str]:
-        return truncation_warnings(captions, tokenizer, length, "caption for the reranker")
+        return lost_warnings(captions, tokenizer, length, "caption for the reranker")
 
     return FeatureReranker(encode_image, encode_captions, identify(folder), warnings)

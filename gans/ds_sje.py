@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dalle.config import Section
-from dalle.sampling.generator import load_model, shorten
+from dalle.sampling.generator import cut_warning, load_model, unknown_warning
 from dalle.tasks.clip import full_precision
 from dalle.training.gathering import in_global_order
 from dalle.training.optimizers import OptimizerConfig
@@ -188,9 +188,14 @@ class DSSJETextEncoder(TextEncoder):
         return Text(sentence, hidden.transpose(1, 2), mask)
 
     def warnings(self, captions: Sequence[str]) -> list[str]:
-        return [f"the prompt \"{shorten(caption)}\" has {len(caption)} characters, this model reads "
-                f"{self.char_length}: the first {self.char_length} are kept"
-                for caption in dict.fromkeys(captions) if len(caption) > self.char_length]
+        lines = []
+        for caption in dict.fromkeys(captions):
+            if len(caption) > self.char_length:
+                lines.append(cut_warning("prompt", caption, len(caption), self.char_length, "characters"))
+            unknown = dict.fromkeys(symbol for symbol in caption if symbol.lower() not in INDEX)
+            if unknown:
+                lines.append(unknown_warning("prompt", caption, list(unknown), "characters"))
+        return lines
 
     def save(self, folder: str | Path) -> None:
         self.model.save_text(folder)

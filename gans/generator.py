@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dalle.errors import UserError
 from dalle.models.base import CONFIG_FILE, PretrainedModel
-from dalle.sampling.generator import fit_picture, identify, load_model, model_kind, to_bytes
+from dalle.sampling.generator import OnProgress, fit_picture, identify, load_model, model_kind, to_bytes
 from gans.text import Text, load_text_encoder
 
 TEXT_FOLDER = "text"       # of an exported generator
@@ -93,7 +93,8 @@ class GANGenerator:
 
     @torch.no_grad()
     def _generate(self, captions: list[str], seeds: list[int], *, detailed: bool, sources: Tensor | None = None,
-                  batch_size: int | None = None, **options: Any) -> tuple[Tensor, list[dict[str, Any]]]:
+                  batch_size: int | None = None, on_progress: OnProgress = lambda pictures: None,
+                  **options: Any) -> tuple[Tensor, list[dict[str, Any]]]:
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds: one seed a picture is needed")
         if self.edits != (sources is not None):
@@ -114,6 +115,7 @@ class GANGenerator:
             if detailed:
                 details += [self._details({name: values[row] for name, values in extra.items()}, captions[index])
                             for row, index in enumerate(part)]
+            on_progress(part[-1] + 1)
         self.network.train(was_training)
         return images, details
 

@@ -28,7 +28,15 @@ from dalle.models.clip import (
     load_open_clip_folder,
     no_code_from_hubs,
 )
-from dalle.sampling.generator import load_model, load_tokenizer, model_folder, model_kind, truncation_warnings
+from dalle.sampling.generator import (
+    cut_warning,
+    load_model,
+    load_tokenizer,
+    lost_warnings,
+    model_folder,
+    model_kind,
+)
+from dalle.sampling.rerank import open_clip_warnings
 from dalle.tensor_file import write_synced
 
 OPEN_CLIP_PREFIX, TRANSFORMERS_PREFIX = "open_clip:", "transformers:"
@@ -143,9 +151,9 @@ def token_ids(tokenizer: CaptionTokenizer, captions: Sequence[str], length: int)
     return torch.from_numpy(np.stack(ids)) if ids else torch.zeros(0, length, dtype=torch.int64)
 
 
-def cut_captions(tokenizer: CaptionTokenizer, captions: Sequence[str], length: int) -> list[str]:
+def lost_of_prompts(tokenizer: CaptionTokenizer, captions: Sequence[str], length: int) -> list[str]:
     """A line for every different caption of more than ``length`` tokens."""
-    return truncation_warnings(captions, tokenizer, length, "prompt")
+    return lost_warnings(captions, tokenizer, length, "prompt")
 
 
 # -- CLIP, trained here
@@ -176,7 +184,7 @@ class ClipTextEncoder(TextEncoder):
         return Text(sentence, words, length_mask((ids != 0).sum(dim=1), self.text_length))
 
     def warnings(self, captions: Sequence[str]) -> list[str]:
-        return cut_captions(self.tokenizer, captions, self.text_length)
+        return lost_of_prompts(self.tokenizer, captions, self.text_length)
 
     def save(self, folder: str | Path) -> None:
         self.model.save_pretrained(folder)
@@ -230,6 +238,9 @@ class OpenClipTextEncoder(TextEncoder):
         ids = self.tokenizer(captions)
         sentence, tokens = self._features(ids)
         return Text(sentence, tokens.transpose(1, 2), self._mask(ids).to(self.device))
+
+    def warnings(self, captions: Sequence[str]) -> list[str]:
+        return open_clip_warnings(self.tokenizer, captions, "prompt")
 
     def _mask(self, ids: Tensor) -> Tensor:
         """bool [B, T]: True for tokens of the caption itself."""
@@ -344,6 +355,11 @@ class TransformersTextEncoder(TextEncoder):
         sentence = output.pooler_output if self.pooler else mean_of_tokens(hidden, seen)
         words = with_one_word((seen == 1) & (tokens["special_tokens_mask"] == 0))
         return Text(sentence, hidden.transpose(1, 2), words)
+
+    def warnings(self, captions: Sequence[str]) -> list[str]:
+        counts = {caption: len(self.tokenizer(caption, verbose=False)["input_ids"]) for caption in captions}
+        return [cut_warning("prompt", caption, count, self.text_length) for caption, count in counts.items()
+                if count > self.text_length]
 
     @classmethod
     def pretrained(cls, name: str) -> Self:

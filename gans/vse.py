@@ -24,7 +24,7 @@ from dalle.training.optimizers import OptimizerConfig
 from dalle.training.task import Batch, Loss, Networks, Phase
 from gans.joint import JointConfig, JointModel, JointRun, JointTask
 from gans.task import filled
-from gans.text import TOKENIZER_FOLDER, Text, TextEncoder, cut_captions, length_mask, token_ids
+from gans.text import TOKENIZER_FOLDER, Text, TextEncoder, length_mask, lost_of_prompts, token_ids
 
 MARGIN = 0.2
 
@@ -104,7 +104,7 @@ class VSETextEncoder(TextEncoder):
         return Text(sentence, states.transpose(1, 2), length_mask(word_counts(ids), self.text_length))
 
     def warnings(self, captions: Sequence[str]) -> list[str]:
-        return cut_captions(self.tokenizer, captions, self.text_length)
+        return lost_of_prompts(self.tokenizer, captions, self.text_length)
 
     def save(self, folder: str | Path) -> None:
         self.model.save_text(folder)
@@ -239,7 +239,7 @@ def read_word_vectors(file: str | Path, tokenizer: CaptionTokenizer, dim: int) -
 
 def vector_lines(file: str | Path) -> Iterator[tuple[str, str]]:
     """Word and numbers of each line; the first line of fastText's files holds the count and the length instead."""
-    with open(file, encoding="utf-8", newline="\n") as lines:
+    with open(file, encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines):
             word, _, numbers = line.rstrip("\n ").partition(" ")
             if number > 0 or len(numbers.split()) > 1:

@@ -111,7 +111,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace) -> None:
     from dalle.evaluation.measure import Job, evaluate
     from dalle.evaluation.processes import Processes
-    from dalle.evaluation.report import glance, write_report
+    from dalle.evaluation.report import check_out, glance, write_report
 
     device = choose_device(arguments.device)
     names = ("temperature", "guidance", "top_k", "top_p", "truncation")
@@ -124,6 +124,7 @@ def measure(arguments: argparse.Namespace) -> None:
         options={name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None},
         seed=arguments.seed, allow_few=arguments.allow_few, device=device,
         precision="bf16" if arguments.dtype == "bf16" or (arguments.dtype == "auto" and device != "cpu") else "fp32")
+    check_out(job.out)
     processes = Processes.from_environment()
 
     def say(message: str) -> None:
@@ -143,4 +144,4 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, save_memory="use --dtype bf16, fewer --candidates, or more processes")

@@ -7,19 +7,21 @@
 
 Candidate i of prompt p has a seed that follows from (--seed, p, i) alone: it is the same picture however many are asked
 for and however they are batched. Out: `index.html` (everything inside it), `grid.png`, `kept/*.png`, `results.json`.
+Those of an earlier gallery in the folder are replaced; other files are left alone.
 """
 
 import argparse
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import gans
 from dalle.errors import UserError, run_command
+from dalle.text_file import read_text_file
 
+WARNINGS_SHOWN = 10
 OF_COMPLETION = "--image FILE says which picture is completed, --rows K how much of it is kept"
 
 
@@ -87,9 +89,9 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
         raise UserError("--prompt is empty: say what the picture should show")
     if arguments.prompts is not None:
         try:
-            lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {arguments.prompts} cannot be read: {error}") from error
+            lines = read_text_file(arguments.prompts).splitlines()
+        except UserError as error:
+            raise UserError(f"--prompts {error}") from error
         found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not found:
             raise UserError(f"--prompts {arguments.prompts} holds no prompt: write one caption a line")
@@ -163,17 +165,27 @@ def painter(generator: Any, arguments: argparse.Namespace, picture: Any) -> tupl
     return edit, source
 
 
+def shortened(warnings: list[str]) -> list[str]:
+    """The first of many, and how many more there are."""
+    more = len(warnings) - WARNINGS_SHOWN
+    return warnings[:WARNINGS_SHOWN] + ([f"and {more} more, see results.json"] if more > 0 else [])
+
+
 def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any) -> None:
     """Load, paint, rank, write."""
     import torch
 
     from dalle.sampling.candidates import sample_and_rerank
-    from dalle.sampling.gallery import write_gallery
+    from dalle.sampling.gallery import check_folder, write_gallery
     from dalle.sampling.generator import load_generator, read_picture
+    from dalle.sampling.lettering import missing_letters
+    from dalle.sampling.progress import PaintingProgress
     from dalle.sampling.rerank import load_reranker
 
     names = ("temperature", "top_k", "top_p", "guidance", "truncation")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    check_folder(arguments.out, len(prompts), arguments.keep,
+                 with_source=arguments.image is not None and arguments.rows is None)
     picture = read_picture(arguments.image) if arguments.image is not None else None
     bf16 = arguments.dtype == "bf16" or (arguments.dtype == "auto" and device.type == "cuda")
     say(f"model: {arguments.model}")
@@ -184,20 +196,15 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
     if arguments.rerank is not None:
         say(f"reranker: {arguments.rerank}")
         reranker = load_reranker(arguments.rerank, device)
-    for reader in (generator, reranker):
-        for warning in reader.caption_warnings(prompts) if reader is not None else []:
-            say(f"warning: {warning}")
-
-    started = time.perf_counter()
-
-    def report(done: int, total: int) -> None:
-        seconds = time.perf_counter() - started
-        say(f"painted {done} of {total} pictures in {seconds:.1f} s ({done / seconds:.1f} a second)")
+    lost = [warning for reader in (generator, reranker) if reader is not None
+            for warning in reader.caption_warnings(prompts)]
+    for warning in [*shortened(lost), *missing_letters(prompts)]:
+        say(f"warning: {warning}")
 
     results = sample_and_rerank(
         generator, reranker, prompts, arguments.candidates, arguments.seed,
         {**options, **({"batch_size": arguments.batch_size} if arguments.batch_size else {})}, paint=paint,
-        on_progress=report)
+        on_progress=PaintingProgress())
     about = {
         "model": generator.identity,
         "reranker": reranker.identity if reranker is not None else None,
@@ -206,11 +213,11 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
         "options": {**settings, "rows": arguments.rows,
                     "image": str(arguments.image) if arguments.image else None},
     }
-    page = write_gallery(arguments.out, results, arguments.keep, about, source)
+    page = write_gallery(arguments.out, results, arguments.keep, about, source, lost)
     if reranker is None:
         say("unranked: without --rerank the pictures are in the order of their seeds")
     say(f"gallery: {page}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, save_memory="set --batch-size to less, or --dtype bf16")

@@ -26,6 +26,7 @@ from pathlib import Path
 import gans
 from dalle.config import load_config, read_yaml
 from dalle.errors import UserError, run_command
+from dalle.text_file import read_text_file
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ROOT / "launch" / "engines"
@@ -36,6 +37,9 @@ CHOICES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "cpu")
 DIRECTIVE_VALUE = re.compile(r"[A-Za-z0-9_./:=@+,%&|()*\[\]^~-]+")
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\u0085\u2028\u2029]")
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+MEMORY = re.compile(r"(\d+)([KMGT]?)", re.ASCII | re.IGNORECASE)
+UNLIMITED = ("UNLIMITED", "INFINITE")
+LONGEST_WARNING = 65535      # seconds, of sbatch's --signal
 SET_BY_LAUNCHERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 SET_HERE = {
     "job-name", "nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "time", "partition", "account",
@@ -79,8 +83,9 @@ def parse_arguments() -> argparse.Namespace:
     size.add_argument("--gpus-per-node", type=natural, required=True, metavar="G", help="0: CPU cores")
     size.add_argument("--tasks-per-node", type=positive, metavar="T", help="processes a node without GPUs (default 1)")
     size.add_argument("--cpus-per-task", type=positive, metavar="C", help="a process (default: data.workers + 1)")
-    size.add_argument("--mem", help="memory a node, such as 200G")
-    size.add_argument("--time", required=True, metavar="[D-]HH:MM:SS", help="the limit of one start of the job")
+    size.add_argument("--mem", metavar="N[K|M|G|T]", help="memory a node, such as 200G; without a unit megabytes")
+    size.add_argument("--time", required=True, metavar="[D-]HH:MM:SS", help="the limit of one start of the job, in any "
+                      "of SLURM's forms: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS, UNLIMITED")
 
     queue = parser.add_argument_group("queue")
     queue.add_argument("--partition")
@@ -114,6 +119,8 @@ def main() -> int:
     arguments = parse_arguments()
     refuse_unprintable(arguments)
     check_options(arguments)
+    for line in readings(arguments):
+        print(line, file=sys.stderr)
     gans.register()
     runs = plan_runs(arguments)
     logs = (arguments.log_folder or common_folder(runs, arguments) / "slurm").absolute()
@@ -168,9 +175,12 @@ def check_options(arguments: argparse.Namespace) -> None:
     if arguments.container_mounts and not arguments.container:
         raise UserError("--container-mounts needs --container IMAGE")
     name, seconds = parse_signal(arguments.signal)
-    if seconds >= parse_time(arguments.time):
-        raise UserError(f"--signal {arguments.signal} comes {seconds} seconds before the end, but --time "
-                        f"{arguments.time} is not longer than that")
+    limit = parse_time(arguments.time)
+    if limit is not None and seconds >= limit:
+        raise UserError(f"--signal {arguments.signal} comes {duration(seconds)} before the end, but --time "
+                        f"{arguments.time} is {duration(limit)}, not longer than that")
+    if arguments.mem is not None and not MEMORY.fullmatch(arguments.mem):
+        raise UserError(f"--mem {arguments.mem!r} is not of the form N[K|M|G|T], such as 200G")
     for pair in arguments.env:
         key, equals, _ = pair.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
@@ -189,21 +199,59 @@ def check_options(arguments: argparse.Namespace) -> None:
 
 
 def parse_signal(text: str) -> tuple[str, int]:
-    match = re.fullmatch(r"(?:SIG)?(USR1|USR2|TERM|HUP)@(\d{1,5})", text)
+    match = re.fullmatch(r"(?:SIG)?(USR1|USR2|TERM|HUP)@(\d{1,5})", text, re.ASCII)
+    if match and int(match[2]) > LONGEST_WARNING:
+        raise UserError(f"--signal {text}: SLURM takes at most {LONGEST_WARNING} seconds")
     if not match:
         raise UserError(f"--signal {text!r} is not of the form NAME@SECONDS with USR1, USR2, TERM or HUP: USR2@300")
     return match[1], int(match[2])
 
 
-def parse_time(text: str) -> int:
-    """Seconds in SLURM's [days-]hours:minutes:seconds, days-hours[:minutes], minutes[:seconds]."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+def parse_time(text: str) -> int | None:
+    """Seconds in SLURM's minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]; None: no limit."""
+    if text.upper() in UNLIMITED:
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
     if not match:
         raise UserError(f"--time {text!r} is not of the form [DAYS-]HH:MM:SS")
     days, first, second, third = (int(part or 0) for part in match.groups())
     if match[1] or match[4]:
         return ((days * 24 + first) * 60 + second) * 60 + third
-    return first * 60 + second
+    return first * 60 + second or None      # a limit of zero is none
+
+
+def readings(arguments: argparse.Namespace) -> list[str]:
+    """How SLURM reads the sizes that are easily written wrong."""
+    lines = [f"time limit {duration(parse_time(arguments.time))}{other_reading(arguments.time)}"]
+    if arguments.mem is not None and MEMORY.fullmatch(arguments.mem)[2] == "":
+        number = int(arguments.mem)
+        lines.append(f"memory {number} MB a node ({number} is megabytes to SLURM; {number} GB is {number}G)" if number
+                     else "memory: all that a node has (0 to SLURM)")
+    return lines
+
+
+def other_reading(text: str) -> str:
+    """Of a time without hours: what it is, and how the hours that may have been meant are written."""
+    parts = text.split(":")
+    if "-" in text or len(parts) > 2 or parse_time(text) is None:
+        return ""
+    form = "minutes:seconds" if len(parts) == 2 else "minutes"
+    hours, minutes = (*map(int, parts), 0)[:2]
+    return f" ({text} is {form} to SLURM); {in_words(0, hours, minutes, 0)} is {hours}:{minutes:02}:00"
+
+
+def duration(seconds: int | None) -> str:
+    """``seconds`` in words: 1 day 2 hours; None is no limit."""
+    if seconds is None:
+        return "none"
+    return in_words(seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60, seconds % 60)
+
+
+def in_words(*parts: int) -> str:
+    """Days, hours, minutes and seconds, those that are not 0."""
+    words = [f"{number} {unit}{'s' if number != 1 else ''}"
+             for number, unit in zip(parts, ("day", "hour", "minute", "second"), strict=True) if number]
+    return " ".join(words) or "0 seconds"
 
 
 def plan_runs(arguments: argparse.Namespace) -> list[PlannedRun]:
@@ -237,17 +285,24 @@ def plan_run(arguments: argparse.Namespace, overrides: list[str]) -> PlannedRun:
 def sweep_lines(path: Path) -> list[list[str]]:
     """The overrides on each line; blank lines and comments do not count."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        words = [shlex.split(line, comments=True) for line in lines]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--sweep {path} cannot be read: {error}") from None
-    words = [line for line in words if line]
+        lines = enumerate(read_text_file(path).splitlines(), start=1)
+    except UserError as error:
+        raise UserError(f"--sweep {error}") from error
+    words = [line for line in (sweep_words(path, number, text) for number, text in lines) if line]
     if not words:
         raise UserError(f"--sweep {path} holds no line of overrides")
     for line in words:
         if UNPRINTABLE.search("".join(line)):
             raise UserError(f"--sweep {path}: {line} holds a control character, which a batch script cannot carry")
     return words
+
+
+def sweep_words(path: Path, number: int, line: str) -> list[str]:
+    """The overrides of one line, split as a shell would."""
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError as error:
+        raise UserError(f"--sweep {path}, line {number}: {str(error).lower()}") from None
 
 
 def offload_overrides(engine: str | None) -> list[str]:

@@ -21,6 +21,9 @@ import gans
 from dalle.config import load_config, to_yaml
 from dalle.errors import UserError, run_command
 
+SAVE_MEMORY = ("set train.micro_batch_size to less, model.checkpointing=true for a transformer, a smaller model, or "
+               "share the weights of several processes with an engine that splits them (launch/engines: fsdp2, zero3)")
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,7 +34,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stop-after", type=int, metavar="STEP",
                         help="end, with a checkpoint, once so many steps are done")
     parser.add_argument("--with-prerequisites", action="store_true", help="first train the runs that this one reads "
-                        "(`prerequisites` of the config), where they are missing or unfinished")
+                        "(`prerequisites` of the config), where they are missing or unfinished. Changes that say where "
+                        "the data is and how it is read hold for them, too (data.train, data.validation, "
+                        "data.tokenizer, data.workers, ...); those of the model, of `output` and of all else do not")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes and the plan, and stop")
     return parser.parse_intermixed_args()
@@ -57,7 +62,7 @@ def main() -> int:
     from dalle.training.prerequisites import check_data, missing_runs_explained, prerequisites
 
     check_data(config.data)
-    needed = partial(prerequisites, arguments.config, config, RUNS)
+    needed = partial(prerequisites, arguments.config, config, RUNS, arguments.overrides)
     if arguments.with_prerequisites:
         status = make_prerequisites(needed(), arguments.dry_run)
         if status is not None:
@@ -143,4 +148,4 @@ def print_plan(task, config, needed) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, save_memory=SAVE_MEMORY)

@@ -79,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, save_memory="set --batch-size to less")

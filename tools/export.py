@@ -11,6 +11,8 @@ config, where a codec or tokenizer has moved.
 
 import argparse
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gans
@@ -42,6 +44,22 @@ def choose_checkpoint(run: Path, wanted: str | None) -> Path:
     return newest
 
 
+@contextmanager
+def written_beside(out: Path) -> Iterator[Path]:
+    """An empty folder that becomes ``out`` where all goes well, and is removed where it does not."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}; give another --out") from error
+    try:
+        yield temporary
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def main() -> int:
     arguments = parse_arguments()
     out = arguments.out or arguments.run / "export"
@@ -60,14 +78,11 @@ def main() -> int:
         apply_override(tree, override)
     task = TASKS[tree["task"]](validate(tree, RUNS, source=str(checkpoint)))
     averaged = not arguments.raw and any(SavedPlayer(checkpoint / name).keys(AVERAGE) for name in task.players)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    export_checkpoint(task, checkpoint, temporary, averaged=not arguments.raw)
-    parameters = {name: parameter_count(player.module) for name, player in task.players.items()}
-    write_card(temporary, {**state, "config": tree}, newest_validation(arguments.run, state["step"]), averaged,
-               parameters)
-    temporary.rename(out)
+    with written_beside(out) as temporary:
+        export_checkpoint(task, checkpoint, temporary, averaged=not arguments.raw)
+        parameters = {name: parameter_count(player.module) for name, player in task.players.items()}
+        write_card(temporary, {**state, "config": tree}, newest_validation(arguments.run, state["step"]), averaged,
+                   parameters)
     print(f"{out}: step {state['step']}, {'averaged' if averaged else 'raw'} weights, from {checkpoint}")
     return 0
 

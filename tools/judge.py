@@ -65,6 +65,7 @@ def main() -> None:
     from dalle.metrics.shapes_judge import colour_shape_right
     from dalle.sampling.candidates import sample_and_rerank
     from dalle.sampling.generator import load_generator
+    from dalle.sampling.progress import PaintingProgress
     from dalle.sampling.rerank import load_reranker
 
     captions = held_out_captions(arguments.data, arguments.captions)
@@ -79,7 +80,7 @@ def main() -> None:
     reranker = load_reranker(arguments.rerank, device)
     results = sample_and_rerank(
         generator, reranker, captions, arguments.candidates, arguments.seed, options,
-        on_progress=lambda done, total: print(f"painted {done} of {total} pictures", flush=True))
+        on_progress=PaintingProgress())
     right = np.stack([
         colour_shape_right(torch.stack([candidate.image for candidate in result.candidates]),
                            [result.caption] * len(result.candidates))

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from dalle.data.index import GONE, ShardReader, VanishedShard
+from dalle.text_file import decode_text
 
 log = logging.getLogger(__name__)
 
@@ -120,9 +121,9 @@ def decode_captions(data: bytes) -> list[str]:
     words), ``empty_caption`` when nothing is left.
     """
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadSample("caption_encoding", f"byte {error.object[error.start]:#04x} at {error.start}") from None
+        text = decode_text(data)
+    except ValueError as error:
+        raise BadSample("caption_encoding", str(error)) from None
     captions = [line.strip() for line in text.replace("\0", "").split("\n")]
     captions = [caption for caption in captions if caption]
     if not captions:

@@ -101,6 +101,7 @@ def evaluate_generator(job: Job, generator: Generator, reranker: Reranker | None
             metrics = left_out(results, metrics, ("msssim",), "compares pictures of one class; the samples drawn from "
                                f"{job.data} share no class_id", say)
     refuse_nothing(metrics, results)
+    tell_lost(captions, [reader for reader in (generator, reranker, clip) if reader is not None], say)
 
     precision = getattr(generator, "precision", job.precision)      # some are always in fp32
     sources = Sources(ShardReferences(job.data, index), drawn, job.seed) if edits(generator) else None
@@ -231,6 +232,14 @@ def evaluate_codec(job: Job, folder: Path, processes: Processes, say: Say) -> Re
 
 
 # -- what both need ---------------------------------------------------------------------------------------------------
+
+def tell_lost(captions: list[str], readers: Sequence[Generator | Reranker], say: Say) -> None:
+    """Say of how many captions a model does not get to read everything, with the first of them."""
+    for reader in readers:
+        lines = reader.caption_warnings(captions)
+        if lines:
+            say(f"not read whole: {len(lines)} captions of {len(captions)}, such as: {lines[0]}")
+
 
 def left_out(results: Results, metrics: Sequence[str], some: Sequence[str], reason: str, say: Say) -> list[str]:
     """``metrics`` without ``some``, which are noted with the reason."""

@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from dalle.evaluation.protocol import Protocol, Row, named
 from dalle.metrics.judge_report import JudgeReport
 
+PLOTS = ("blur.png", "best_of_n.png")
 AXES = {"fid": "FID (lower is better)", "rfid": "rFID (lower is better)", "kid": "KID (lower is better)",
         "is": "Inception Score (higher is better)", "clip-score": "CLIP score, 100 x cosine (higher is better)",
         "r-precision": "R-precision (share of 1)", "vs": "VS similarity (cosine)",
@@ -30,7 +31,7 @@ OF_METRIC = ("extractor", "extractor_digest", "resize", "judge", "judge_digest",
 def draw_plots(rows: Sequence[Row], judge: Mapping[int, JudgeReport], out: Path) -> list[Path]:
     """The plots that the rows allow, as PNG files in ``out``; a curve needs two points."""
     written = []
-    for name, draw in (("blur.png", blur_figure), ("best_of_n.png", candidates_figure)):
+    for name, draw in zip(PLOTS, (blur_figure, candidates_figure), strict=True):
         figure = draw(rows)
         (out / name).unlink(missing_ok=True)
         if figure is not None:

@@ -8,17 +8,29 @@ from typing import Any
 from dalle.errors import UserError
 from dalle.evaluation.blocks import write_atomically
 from dalle.evaluation.job import Results
-from dalle.evaluation.plots import draw_plots
+from dalle.evaluation.plots import PLOTS, draw_plots
 from dalle.evaluation.protocol import Protocol, Row, differences
 
+RESULTS, TABLE = "results.json", "results.md"
 FORMAT = 1
 LISTED = 200      # of the unreadable pictures, so many are named in the results
+
+
+def check_out(out: Path) -> None:
+    """:class:`UserError` for files of the user's where the results would be written."""
+    try:
+        read_rows(out / RESULTS)
+    except UserError:
+        other = next((name for name in (RESULTS, TABLE, *PLOTS) if (out / name).exists()), None)
+        if other is not None:
+            raise UserError(f"{out / other} is not of an evaluation and would be overwritten: give another --out, or "
+                            "move it") from None
 
 
 def write_report(results: Results, out: Path) -> list[Path]:
     """``results.json``, ``results.md`` and the plots; the files that were written."""
     try:
-        written = [out / "results.json", out / "results.md"]
+        written = [out / RESULTS, out / TABLE]
         write_atomically(written[0], (json.dumps(to_json(results), indent=2) + "\n").encode())
         write_atomically(written[1], to_markdown(results).encode())
         return written + draw_plots(results.rows, results.judge, out)

@@ -300,6 +300,13 @@ class OpenClipScorer(nn.Module):
         return _normalised(self.model.encode_text(self.tokenizer(captions).to(self.device)))
 
 
+def count_tokens(tokenizer: Any, caption: str) -> int:
+    """How many tokens an open_clip tokenizer makes of a caption, the marks around it counted, before it cuts them."""
+    if hasattr(tokenizer, "eot_token_id"):       # open_clip's own; else one of transformers
+        return len(tokenizer.encode(caption)) + 2
+    return len(tokenizer.tokenizer(caption, verbose=False)["input_ids"])
+
+
 def load_open_clip(name: str, weights: str | None, device: str | torch.device = "cpu") -> OpenClipScorer:
     """The open_clip model config ``name`` in fp32 with ``weights``: a pretrained tag or the path of a weights file.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,12 +51,12 @@ def sample_and_rerank(
     seed: int = 0,
     options: dict[str, Any] | None = None,
     paint: Callable[..., tuple[Tensor, list[dict[str, Any]]]] | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> list[PromptResult]:
     """``candidates`` pictures for each caption, in the order of the captions, each caption's best first.
 
     ``options`` go to the generator. ``paint`` replaces ``generator.generate_with_details`` (a completion, say).
-    ``on_progress(done, total)`` is told the pictures finished, whenever some are.
+    ``on_progress(done, total)`` is told how many pictures' worth of painting is done, and of all that are finished.
     """
     if candidates < 1:
         raise ValueError(f"candidates must be at least 1, not {candidates}")
@@ -66,7 +67,9 @@ def sample_and_rerank(
         part = range(start, min(start + prompts_at_once, len(captions)))
         repeated = [captions[prompt] for prompt in part for _ in range(candidates)]
         seeds = [candidate_seed(seed, prompt, number) for prompt in part for number in range(candidates)]
-        images, details = paint(repeated, seeds, **(options or {}))
+        before, total = len(results) * candidates, len(captions) * candidates
+        images, details = paint(repeated, seeds, **(options or {}),
+                                on_progress=partial(told_of_all, on_progress, before, total))
         scores = reranker.score(images, repeated).tolist() if reranker is not None else [None] * len(seeds)
         painted = [
             Candidate(index % candidates, seeds[index], images[index], scores[index], details[index])
@@ -75,8 +78,14 @@ def sample_and_rerank(
         for offset, prompt in enumerate(part):
             own = painted[offset * candidates : (offset + 1) * candidates]
             results.append(PromptResult(captions[prompt], ordered(own), ranked=reranker is not None))
-        on_progress(len(results) * candidates, len(captions) * candidates)
+    on_progress(len(results) * candidates, len(results) * candidates)
     return results
+
+
+def told_of_all(on_progress: Callable[[float, int], None], before: int, total: int, pictures: float) -> None:
+    """Tell of a part's pictures as of those of all captions; that all are painted is told once they are ranked."""
+    if before + pictures < total:
+        on_progress(before + pictures, total)
 
 
 def ordered(candidates: list[Candidate]) -> list[Candidate]:

@@ -5,7 +5,8 @@ its own generator, and work is always done in batches of one fixed shape, filled
 matrix product of another shape may round differently.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from pydantic import Field
@@ -35,12 +36,14 @@ class SamplingConfig(Section):
 
 def sample_codes(model: TextToImageTransformer, text: Tensor, seeds: Sequence[int],
                  options: SamplingConfig | None = None, known_codes: Tensor | None = None,
-                 batch_size: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+                 batch_size: int | None = None, dtype: torch.dtype | None = None,
+                 on_progress: Callable[[float], None] = lambda candidates: None) -> Tensor:
     """Codes int64 [n, N], on the model's device, for n = len(seeds) candidates.
 
     ``text`` [P, T] holds P captions, each with n / P candidates: candidate i continues caption i // (n / P). Each
     caption is computed once. ``known_codes``, [k] or [P, k] with k < N, are the first codes of every candidate and
-    come back unchanged. ``batch_size`` (default: by device and memory) and ``dtype`` (default: the weights') may change
+    come back unchanged. ``on_progress`` is told after each code how many candidates' worth of them are done.
+    ``batch_size`` (default: by device and memory) and ``dtype`` (default: the weights') may change
     the last bits of the logits; how many candidates are asked for at once does not. Raises ``ValueError`` for sizes
     that do not fit.
     """
@@ -60,7 +63,8 @@ def sample_codes(model: TextToImageTransformer, text: Tensor, seeds: Sequence[in
             codes = torch.zeros(len(seeds), config.num_image_slots, dtype=torch.int64, device=device)
             for candidates, rows, logits, state in _batches(decoder, text, known, per_caption, batch_size, options):
                 numbers = drawn[[candidates[min(place, len(candidates) - 1)] for place in range(batch_size)]]
-                written = _decode(decoder, state.expand(rows), logits[rows], numbers, known.shape[1], options)
+                share = partial(part_done, on_progress, candidates)
+                written = _decode(decoder, state.expand(rows), logits[rows], numbers, known.shape[1], options, share)
                 codes[candidates.start:candidates.stop] = written[:len(candidates)]
             codes[:, :known.shape[1]] = known.repeat_interleave(per_caption, dim=0)
     finally:
@@ -129,7 +133,7 @@ def _prefill(model: TextToImageTransformer, text: Tensor, known: Tensor, streams
 
 
 def _decode(model: TextToImageTransformer, state: DecodingState, logits: Tensor, numbers: Tensor,
-            first: int, options: SamplingConfig) -> Tensor:
+            first: int, options: SamplingConfig, on_share: Callable[[float], None]) -> Tensor:
     """Codes [B, N] from slot ``first`` on (zeros before it), given the logits of that slot and the state before it."""
     codes = torch.zeros(numbers.shape, dtype=torch.int64, device=numbers.device)
     last = numbers.shape[1] - 1
@@ -137,7 +141,13 @@ def _decode(model: TextToImageTransformer, state: DecodingState, logits: Tensor,
         codes[:, slot] = choose_codes(guide(logits, options), numbers[:, slot], options)
         if slot < last:
             logits = model.decode_step(codes[:, slot].repeat(options.streams), state)
+        on_share((slot + 1 - first) / (last + 1 - first))
     return codes
+
+
+def part_done(on_progress: Callable[[float], None], candidates: range, share: float) -> None:
+    """Tell that of the batch ``candidates`` this share is done, and all before it."""
+    on_progress(candidates.start + share * len(candidates))
 
 
 def guide(logits: Tensor, options: SamplingConfig) -> Tensor:

@@ -10,51 +10,81 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageFont
 from torch import Tensor
 
 from dalle.errors import UserError
 from dalle.sampling.candidates import Candidate, PromptResult
+from dalle.sampling.lettering import Lettering
 
 SMALL_PICTURE = 96       # below this side, pixels are shown as squares instead of being blurred
 SHEET_SIDE = 128         # least side of a picture on the sheet
 SHEET_GAP = 12
-SOURCE = "source.png"
+PAGE, SHEET, RESULTS, KEPT, SOURCE = "index.html", "grid.png", "results.json", "kept", "source.png"
+PAGE_FILES = (PAGE, SHEET, RESULTS)
 CAPTION_LINE = 20
 INK, PAPER = (29, 29, 27), (250, 249, 246)
 
 
 def write_gallery(folder: Path, results: Sequence[PromptResult], keep: int, about: dict[str, Any],
-                  source: Tensor | None = None) -> Path:
+                  source: Tensor | None = None, warnings: Sequence[str] = ()) -> Path:
     """Write ``kept/*.png``, ``grid.png``, ``results.json`` and ``index.html`` into ``folder``; returns the page.
 
     The first ``keep`` candidates of each caption are kept; the others are on the page, folded away. ``about`` says what
     made the pictures (``model``, ``reranker``, ``options``, ``seed``). ``source``, uint8 [3, H, W], is the picture that
     all of them change; it is shown before them and written to ``source.png``. A candidate's ``details["pictures"]``
-    (name -> uint8 [3, h, w]) are written beside it, and shown below it.
+    (name -> uint8 [3, h, w]) are written beside it, and shown below it. ``warnings``: what the models did not read of
+    the captions; on the page and in ``results.json``. What an earlier call wrote is replaced, and no
+    other file (see :func:`check_folder`).
     """
-    kept = folder / "kept"
+    if source is not None:
+        about = {**about, "source": SOURCE}
+    kept = folder / KEPT
     try:
         kept.mkdir(parents=True, exist_ok=True)
-        for stale in kept.glob("*.png"):
-            stale.unlink()
+        for stale in written_before(folder) - set(PAGE_FILES):
+            (folder / stale).unlink(missing_ok=True)
+        # before the pictures: it lists them, so that one which was stopped here knows its own the next time
+        told = {**about, "warnings": list(warnings)} if warnings else about
+        description = json.dumps(describe(results, keep, told), indent=2, ensure_ascii=False)
+        (folder / RESULTS).write_text(description + "\n", encoding="utf-8")
         for prompt, result in enumerate(results):
             for place, candidate in enumerate(result.candidates[:keep]):
                 (kept / picture_name(prompt, place)).write_bytes(png(candidate.image))
                 for name, picture in more_pictures(candidate).items():
                     (kept / picture_name(prompt, place, name)).write_bytes(png(picture))
-        (folder / SOURCE).unlink(missing_ok=True)
         if source is not None:
             (folder / SOURCE).write_bytes(png(source))
-            about = {**about, "source": SOURCE}
-        sheet(results, keep, source).save(folder / "grid.png")
-        description = json.dumps(describe(results, keep, about), indent=2, ensure_ascii=False)
-        (folder / "results.json").write_text(description + "\n", encoding="utf-8")
-        page = folder / "index.html"
-        page.write_text(render_page(results, keep, about, source), encoding="utf-8")
+        sheet(results, keep, source).save(folder / SHEET)
+        page = folder / PAGE
+        page.write_text(render_page(results, keep, about, source, warnings), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the gallery into {folder}: {error.strerror or error}") from error
     return page
+
+
+def check_folder(folder: Path, prompts: int, keep: int, with_source: bool) -> None:
+    """:class:`UserError` for a file of the user's where the gallery of so many prompts would write one."""
+    names = [*PAGE_FILES, *([SOURCE] if with_source else []),
+             *(f"{KEPT}/{picture_name(prompt, place)}" for prompt in range(prompts) for place in range(keep))]
+    own = written_before(folder)
+    other = next((name for name in names if name not in own and (folder / name).exists()), None)
+    if other is not None:
+        raise UserError(f"{folder / other} is not of a gallery and would be overwritten: give another --out, or move "
+                        "it")
+
+
+def written_before(folder: Path) -> set[str]:
+    """The files of the gallery in ``folder``, as its ``results.json`` lists them; none where there is no gallery."""
+    try:
+        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        candidates = [candidate for prompt in found["prompts"] for candidate in prompt["candidates"]]
+        listed = [candidate["kept"] for candidate in candidates if candidate["kept"]]
+        listed += [name for candidate in candidates for name in candidate.get("pictures", {}).values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    names = {f"{KEPT}/{Path(name).name}" for name in listed}       # nothing outside the folder, whatever is listed
+    return names | {*PAGE_FILES, *([SOURCE] if found.get("source") == SOURCE else [])}
 
 
 def picture_name(prompt: int, place: int, name: str | None = None) -> str:
@@ -74,14 +104,14 @@ def describe(results: Sequence[PromptResult], keep: int, about: dict[str, Any]) 
         kept = place < keep
         details = {name: value for name, value in candidate.details.items() if name != "pictures"}
         if kept and more_pictures(candidate):
-            details["pictures"] = {name: f"kept/{picture_name(prompt, place, name)}"
+            details["pictures"] = {name: f"{KEPT}/{picture_name(prompt, place, name)}"
                                    for name in more_pictures(candidate)}
         return {
             "candidate": candidate.number,
             "seed": candidate.seed,
             "score": candidate.score,
             "rank": place if results[prompt].ranked else None,
-            "kept": f"kept/{picture_name(prompt, place)}" if kept else None,
+            "kept": f"{KEPT}/{picture_name(prompt, place)}" if kept else None,
             **details,
         }
 
@@ -126,7 +156,7 @@ def sheet(results: Sequence[PromptResult], keep: int, source: Tensor | None = No
     first = [source] if source is not None else []
     shown = [first + [candidate.image for candidate in result.candidates[:keep]] for result in results]
     columns = min(8, max(len(pictures) for pictures in shown))
-    font = ImageFont.load_default(size=14)
+    font = Lettering(result.caption for result in results)
     sheet_width = SHEET_GAP + columns * cell_width
     captions = [wrap_text(result.caption, font, sheet_width - 2 * SHEET_GAP) for result in results]
     heights = [
@@ -134,11 +164,10 @@ def sheet(results: Sequence[PromptResult], keep: int, source: Tensor | None = No
         for lines, pictures in zip(captions, shown, strict=True)
     ]
     canvas = Image.new("RGB", (sheet_width, SHEET_GAP + sum(heights)), PAPER)
-    draw = ImageDraw.Draw(canvas)
     top = SHEET_GAP
     for lines, pictures, block in zip(captions, shown, heights, strict=True):
         for number, line in enumerate(lines):
-            draw.text((SHEET_GAP, top + number * CAPTION_LINE), line, fill=INK, font=font)
+            font.draw(canvas, SHEET_GAP, top + number * CAPTION_LINE, line, INK)
         pictures_top = top + len(lines) * CAPTION_LINE + SHEET_GAP // 2
         for place, image in enumerate(pictures):
             picture = to_pillow(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
@@ -148,7 +177,7 @@ def sheet(results: Sequence[PromptResult], keep: int, source: Tensor | None = No
     return canvas
 
 
-def wrap_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 3) -> list[str]:
+def wrap_text(text: str, font: Lettering | ImageFont.FreeTypeFont, width: int, most: int = 3) -> list[str]:
     """``text`` in at most ``most`` lines no wider than ``width`` pixels; the last ends in an ellipsis if it was cut."""
     lines = [""]
     text = text[: most * width]            # a character takes a pixel; what is left would be cut letter by letter
@@ -169,12 +198,13 @@ def wrap_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wid
 
 
 def render_page(results: Sequence[PromptResult], keep: int, about: dict[str, Any],
-                source: Tensor | None = None) -> str:
+                source: Tensor | None = None, warnings: Sequence[str] = ()) -> str:
     """A page with its pictures inside, without scripts or anything to fetch; every caption is escaped."""
     side = min(results[0].candidates[0].image.shape[-2:])
     sections = "\n".join(render_prompt(number, result, keep, source) for number, result in enumerate(results, start=1))
     total = sum(len(result.candidates) for result in results)
     summary = f"{count(len(results), 'caption')}, {count(total, 'picture')}"
+    noticed = "".join(f"<p class=\"warning\">{html.escape(warning)}</p>\n" for warning in warnings)
     rows = "\n".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts(about))
     return f"""<!doctype html>
 <html lang="en">
@@ -190,7 +220,7 @@ def render_page(results: Sequence[PromptResult], keep: int, about: dict[str, Any
 <p>{summary}</p>
 </header>
 <main>
-{sections}
+{noticed}{sections}
 </main>
 <footer>
 <dl>
@@ -275,6 +305,7 @@ header { display: flex; align-items: baseline; gap: 1rem; }
 h1 { margin: 0; font-size: 1.05rem; letter-spacing: .14em; text-transform: uppercase; }
 header p, .order, figcaption, summary, footer { color: var(--soft); font-size: .85rem; }
 header p, .order { margin: 0; }
+.warning { margin: .75rem 0 0; padding-left: .75rem; border-left: 3px solid #d55e00; font-size: .9rem; }
 section { margin-top: 1.75rem; padding-top: 1.5rem; border-top: 1px solid var(--line); }
 h2 { margin: 0; font-size: 1.3rem; line-height: 1.35; font-weight: 600; overflow-wrap: anywhere; }
 .number { display: inline-block; min-width: 1.8em; color: var(--soft); font-weight: 400;

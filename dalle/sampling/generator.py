@@ -1,7 +1,8 @@
 """What makes pictures from captions, behind one interface; rerank, galleries and judges know only that."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -21,11 +22,14 @@ from dalle.models.transformer import TextToImageTransformer
 from dalle.sampling.decode import SamplingConfig, sample_codes
 
 EXPORT_FOLDER = "model"    # of a run folder
+EXPORT = "python tools/export.py RUN --out FOLDER"
+TRAIN_TOKENIZER = "python tools/train_tokenizer.py SHARDS"
 DECODE_BATCH = 16          # codec pictures at a time; always filled up, so that no picture depends on its company
 
 CODECS: dict[str, type[PretrainedModel]] = {DiscreteVAE.model_type: DiscreteVAE}
 
 
+OnProgress = Callable[[float], None]      # pictures' worth of work done
 Model = TypeVar("Model", bound=PretrainedModel)
 
 
@@ -46,7 +50,10 @@ class Generator(Protocol):
     def generate_with_details(
         self, captions: list[str], seeds: list[int], **options: Any
     ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """The pictures, and for each what it was made of (for the transformer: its ``codes``)."""
+        """The pictures, and for each what it was made of (for the transformer: its ``codes``).
+
+        The option ``on_progress`` is told, now and then, how many pictures' worth of the work is done.
+        """
         ...
 
     def caption_warnings(self, captions: list[str]) -> list[str]:
@@ -96,7 +103,7 @@ class TransformerGenerator:
         return self.codec.grid[0]
 
     def caption_warnings(self, captions: list[str]) -> list[str]:
-        return truncation_warnings(captions, self.tokenizer, self.transformer.config.text_length, "prompt")
+        return lost_warnings(captions, self.tokenizer, self.transformer.config.text_length, "prompt")
 
     def settings(self, **options: Any) -> dict[str, Any]:
         return sampling_config(options).model_dump(mode="json")
@@ -107,7 +114,7 @@ class TransformerGenerator:
     @torch.no_grad()
     def generate_with_details(
         self, captions: list[str], seeds: list[int], known_codes: Tensor | None = None,
-        batch_size: int | None = None, **options: Any,
+        batch_size: int | None = None, on_progress: OnProgress = lambda pictures: None, **options: Any,
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """uint8 [N, 3, H, W] and N dicts with ``codes``; ``known_codes`` [k] are the first codes of all of them."""
         if len(captions) != len(seeds):
@@ -115,12 +122,15 @@ class TransformerGenerator:
         sampling = sampling_config(options)
         codes = torch.empty(len(seeds), self.codec.grid[0] * self.codec.grid[1], dtype=torch.int64)
         # Captions with equally many pictures go together: the decoder computes each caption once for all its pictures.
+        done = 0
         for members in equal_groups(captions):
             text = self._encode([captions[group[0]] for group in members])
             flat = [index for group in members for index in group]
             sampled = sample_codes(self.transformer, text, [seeds[index] for index in flat], sampling,
-                                   known_codes=known_codes, batch_size=batch_size)
+                                   known_codes=known_codes, batch_size=batch_size,
+                                   on_progress=partial(told_after, on_progress, done))
             codes[flat] = sampled.cpu()
+            done += len(flat)
         images = self._paint(codes)
         return images, [{"codes": row.tolist()} for row in codes]
 
@@ -214,7 +224,8 @@ def load_model(kind: type[Model], folder: Path, device: torch.device | str) -> M
 def load_codec(folder: Path, device: torch.device | str) -> DiscreteVAE:
     """The codec of an export folder, of any kind in ``CODECS``."""
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{folder.parent} has no {folder.name}/: export the transformer again, its codec belongs there")
+        raise UserError(f"{folder.parent} has no {folder.name}/, which belongs to an exported transformer: copy the "
+                        f"whole folder again, or make it from the run with `{EXPORT}`")
     kind = model_kind(folder)
     if kind not in CODECS:
         raise UserError(f"{folder} holds a {kind!r}, not a codec: {', '.join(sorted(CODECS))}")
@@ -222,11 +233,15 @@ def load_codec(folder: Path, device: torch.device | str) -> DiscreteVAE:
 
 
 def load_tokenizer(folder: Path) -> CaptionTokenizer:
-    """The tokenizer that was saved with a model."""
+    """The tokenizer in ``folder``, of a data set or of a model; where it is missing, how to get one of its kind."""
     if not folder.parent.is_dir():
-        raise MissingModel(f"{folder.parent} does not exist; its tokenizer is looked for there", folder)
+        raise MissingModel(f"{folder.parent} does not exist; its tokenizer is looked for there (one of a data set is "
+                           f"made by `{TRAIN_TOKENIZER} --out {folder}`)", folder)
+    if not folder.is_dir() and (folder.parent / CONFIG_FILE).is_file():
+        raise UserError(f"{folder.parent} has no {folder.name}/, which belongs to the model: copy the whole folder "
+                        f"again, or make it from the run with `{EXPORT}`")
     if not folder.is_dir():
-        raise UserError(f"{folder.parent} has no {folder.name}/: export the model again, its tokenizer belongs there")
+        raise UserError(f"the tokenizer {folder} does not exist; train one: `{TRAIN_TOKENIZER} --out {folder}`")
     return CaptionTokenizer.load(folder)
 
 
@@ -251,14 +266,33 @@ def sampling_config(options: dict[str, Any]) -> SamplingConfig:
         raise UserError(f"--{name.replace('_', '-')}: {first['msg']} (got {first.get('input')!r})") from error
 
 
-def truncation_warnings(captions: Sequence[str], tokenizer: CaptionTokenizer, length: int, what: str) -> list[str]:
-    """One line for each different caption of more than ``length`` tokens."""
-    counts = {caption: tokenizer.count(caption) for caption in captions}
-    return [
-        f"the {what} \"{shorten(caption)}\" has {count} tokens, this model reads {length}: "
-        f"the first {length} are kept"
-        for caption, count in counts.items() if count > length
-    ]
+def lost_warnings(captions: Sequence[str], tokenizer: CaptionTokenizer, length: int, what: str) -> list[str]:
+    """A line for each different caption of more than ``length`` tokens, and for each with words that are unknown."""
+    lines = []
+    for caption in dict.fromkeys(captions):
+        lost = tokenizer.what_is_lost(caption, length)
+        if lost.cut:
+            lines.append(cut_warning(what, caption, length + lost.cut, length))
+        if lost.unknown:
+            lines.append(unknown_warning(what, caption, lost.unknown))
+    return lines
+
+
+def cut_warning(what: str, caption: str, count: int, length: int, unit: str = "tokens") -> str:
+    """That a model reads ``length`` of the ``count`` units of a caption."""
+    return (f"the {what} \"{shorten(caption)}\" has {count} {unit}, this model reads {length}: "
+            f"the first {length} are kept")
+
+
+def unknown_warning(what: str, caption: str, unknown: Sequence[str], unit: str = "words") -> str:
+    """That a model cannot tell ``unknown`` from one another."""
+    return (f"the {what} \"{shorten(caption)}\" has {unit} that this model does not know, all the same to it: "
+            f"{shorten(' '.join(unknown))}")
+
+
+def told_after(on_progress: OnProgress, done: int, pictures: float) -> None:
+    """Tell what one group of pictures adds to those that are done."""
+    on_progress(done + pictures)
 
 
 def equal_groups(captions: Sequence[str]) -> list[list[list[int]]]:

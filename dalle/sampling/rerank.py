@@ -15,18 +15,20 @@ from dalle.models.clip import (
     LOCAL_FOLDER_CONFIG,
     ClipModel,
     OpenClipScorer,
+    count_tokens,
     first_line,
     load_open_clip,
     load_open_clip_folder,
 )
 from dalle.sampling.generator import (
+    cut_warning,
     file_digest,
     identify,
     load_model,
     load_tokenizer,
+    lost_warnings,
     model_folder,
     model_kind,
-    truncation_warnings,
 )
 
 OPEN_CLIP_PREFIX = "open_clip:"
@@ -88,7 +90,7 @@ def clip_reranker(model: ClipModel, tokenizer: CaptionTokenizer, identity: dict[
         return model.encode_text(torch.from_numpy(ids).to(device()))
 
     def warnings(captions: list[str]) -> list[str]:
-        return truncation_warnings(captions, tokenizer, length, "caption for the reranker")
+        return lost_warnings(captions, tokenizer, length, "caption for the reranker")
 
     return FeatureReranker(lambda images: model.encode_image(images.to(device())), encode_captions, identity, warnings)
 
@@ -142,7 +144,16 @@ def open_clip_reranker(name: str, spec: str, device: torch.device | str) -> Feat
 
 
 def scorer_reranker(scorer: OpenClipScorer, identity: dict[str, Any]) -> FeatureReranker:
-    return FeatureReranker(scorer.encode_image, scorer.encode_captions, identity)
+    def warnings(captions: list[str]) -> list[str]:
+        return open_clip_warnings(scorer.tokenizer, captions, "caption for the reranker")
+
+    return FeatureReranker(scorer.encode_image, scorer.encode_captions, identity, warnings)
+
+
+def open_clip_warnings(tokenizer: Any, captions: Sequence[str], what: str) -> list[str]:
+    """A line for each different caption that an open_clip tokenizer cuts; the marks around a caption count."""
+    length, counts = tokenizer.context_length, {caption: count_tokens(tokenizer, caption) for caption in captions}
+    return [cut_warning(what, caption, count, length) for caption, count in counts.items() if count > length]
 
 
 def newest_digest(folder: Path) -> str:

@@ -115,7 +115,7 @@ class ClipTask(Task):
         """Recall@1 and @5 in pools of 64 and of 1,000 consecutive samples, the mean of both directions.
 
         A pool never spans two processes and an incomplete last pool is left out, so that the figure is always "in N".
-        Where no pool is whole, the figure is absent.
+        Where not even 64 are there, N is the largest power of two that is.
         """
         model = networks.bare("clip")
         with full_precision(model.image_mean.device):
@@ -129,18 +129,24 @@ class ClipTask(Task):
 
 
 def pooled_recalls(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Mean]:
-    """``recall@k_in_N`` over whole pools of N rows of the (image, text) features, in their order."""
+    """``recall@k_in_N`` over whole pools of N rows of the (image, text) features, in their order (:func:`pools_of`)."""
     figures: dict[str, Mean] = {}
     if not pairs:
         return figures
     images = torch.cat([image for image, _ in pairs]).float()
     texts = torch.cat([text for _, text in pairs]).float()
-    for pool in POOLS:
+    for pool in pools_of(len(images)):
         for start in range(0, len(images) - pool + 1, pool):
             similarity = images[start : start + pool] @ texts[start : start + pool].T
             for k in RANKS:
                 figures.setdefault(f"recall@{k}_in_{pool}", Mean()).add(recall(similarity, k), count=pool)
     return figures
+
+
+def pools_of(count: int) -> tuple[int, ...]:
+    """The sizes of ``POOLS`` that ``count`` pairs fill; where they fill none, the largest power of two that they do."""
+    filled = tuple(pool for pool in POOLS if pool <= count)
+    return filled or ((1 << count.bit_length() - 1,) if count > 1 else ())
 
 
 def recall(similarity: Tensor, k: int) -> float:

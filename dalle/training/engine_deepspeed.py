@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.errors import UserError
+from dalle.text_file import read_text_file
 from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.ema import Average, full_access
 from dalle.training.engine import Member, Outcome, launched_size, poisoned, state_keys, wants_cpu
@@ -245,8 +246,10 @@ def launched_zero() -> dict[str, Any]:
 def read_deepspeed_file(path: Path) -> dict[str, Any]:
     """The ``zero_optimization`` section of a DeepSpeed JSON; all else in it would contradict the run's own config."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tree = json.loads(read_text_file(path))
+    except UserError as error:
+        raise UserError(f"the DeepSpeed file {error}") from None
+    except ValueError as error:
         raise UserError(f"the DeepSpeed file {path} cannot be read: {error}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("zero_optimization"), dict):
         raise UserError(f"the DeepSpeed file {path} has no zero_optimization section")

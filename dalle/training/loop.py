@@ -407,6 +407,8 @@ class Trainer:
             values[f"validation/{name}"] = Mean(sum(mean.total for mean in means),
                                                 sum(mean.count for mean in means)).value
         if not values:
+            self.progress.say(f"validation after step {self.done}: no figure, the samples of data.validation are fewer "
+                              f"than a {self.config.task} run measures")
             return
         self._publish(values)
         figures = "  ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in values.items())

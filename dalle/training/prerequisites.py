@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -37,6 +38,11 @@ RECIPES = {
               "python tools/train_tokenizer.py {root}/train --out {root}/tokenizer --vocab-size 4096"),
 }
 
+EXPORT_FOLDER = "model"
+# keys of `data` that follow from the model, so that a run and its prerequisites may well differ in them
+OF_THE_MODEL = {"image_size", "crop", "flip", "images", "caption", "num_captions", "text_length", "bpe_dropout",
+                "caption_dropout", "codes", "validation_codes"}
+
 State = Literal["finished", "unfinished", "missing"]
 
 
@@ -45,6 +51,7 @@ class Prerequisite(NamedTuple):
 
     path: str            # of its config, as it was given
     config: RunConfig
+    overrides: tuple[str, ...] = ()      # of the run that reads it, as far as they are passed on
 
     @property
     def state(self) -> State:
@@ -55,8 +62,13 @@ class Prerequisite(NamedTuple):
             return "finished" if exported else "missing"
         return "finished" if exported and finished_steps(folder) >= self.config.train.steps else "unfinished"
 
+    @property
+    def command(self) -> str:
+        """What a person types to train it."""
+        return shlex.join(["python", "launch/train.py", self.path, *self.overrides])
+
     def describe(self) -> dict[str, str]:
-        return {"config": self.path, "folder": str(self.config.folder), "state": self.state}
+        return {"config": self.path, "folder": str(self.config.folder), "state": self.state, "command": self.command}
 
 
 def finished_steps(folder: Path) -> int:
@@ -67,8 +79,12 @@ def finished_steps(folder: Path) -> int:
         return 0
 
 
-def prerequisites(path: str, config: RunConfig, runs: Mapping[str, type[RunConfig]]) -> list[Prerequisite]:
-    """Every run that ``config``, read from ``path``, needs, each once and after all that it needs itself."""
+def prerequisites(path: str, config: RunConfig, runs: Mapping[str, type[RunConfig]],
+                  overrides: Sequence[str] = ()) -> list[Prerequisite]:
+    """Every run that ``config``, read from ``path``, needs, each once and after all that it needs itself.
+
+    ``overrides`` are those of ``config``; :func:`passed_on` says which of them hold for the others, too.
+    """
     found: dict[Path, Prerequisite] = {}
 
     def visit(above: list[str], config: RunConfig) -> None:
@@ -79,13 +95,30 @@ def prerequisites(path: str, config: RunConfig, runs: Mapping[str, type[RunConfi
                 continue
             try:
                 own = load_config(name, [], runs)
+                passed = passed_on(overrides, own)
+                own = load_config(name, passed, runs) if passed else own
             except UserError as error:
                 raise UserError(f"prerequisites of {above[-1]}: {error}") from None
             visit([*above, name], own)
-            found[Path(name).resolve()] = Prerequisite(name, own)
+            found[Path(name).resolve()] = Prerequisite(name, own, passed)
 
     visit([path], config)
     return list(found.values())
+
+
+def passed_on(overrides: Sequence[str], prerequisite: RunConfig) -> tuple[str, ...]:
+    """The overrides that a run and what it reads have in common: where the pictures and captions are and how they are
+    read (``data.*`` but ``OF_THE_MODEL``), and the tokenizer of a data set where the prerequisite has one."""
+    return tuple(override for override in overrides if is_shared(*override.partition("=")[::2], prerequisite))
+
+
+def is_shared(key: str, value: str, prerequisite: RunConfig) -> bool:
+    section, dot, name = key.partition(".")
+    if section != "data" or not dot:
+        return False
+    if name == "tokenizer":      # one in a run's folder is that run's own
+        return prerequisite.data.tokenizer is not None and Path(value).parent.name != EXPORT_FOLDER
+    return name not in OF_THE_MODEL
 
 
 def train_prerequisites(needed: Sequence[Prerequisite], command: Sequence[str], is_main: bool,
@@ -100,8 +133,8 @@ def train_prerequisites(needed: Sequence[Prerequisite], command: Sequence[str], 
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         elif one.state != "finished":
             say(f"prerequisite: {one.config.folder} is {one.state}, training it first "
-                f"(python launch/train.py {one.path})")
-            status = run_to_its_end([*command, one.path])
+                f"({one.command})")
+            status = run_to_its_end([*command, one.path, *one.overrides])
             if status:
                 say(f"the prerequisite {one.path} ended with status {status}; nothing after it was started")
                 return status
@@ -152,7 +185,7 @@ def how_to_make(folder: Path, path: str, needed: Sequence[Prerequisite]) -> str 
     """The command for the run in ``folder``: of a prerequisite, or of a config beside the one at ``path``."""
     for one in needed:
         if is_inside(folder, one.config.folder):
-            return f"python launch/train.py {one.path}, or add --with-prerequisites"
+            return f"{one.command}, or add --with-prerequisites"
     for other in sorted(Path(path).parent.glob("*.yaml")):
         if is_inside(folder, folder_of(other)):
             return f"python launch/train.py {other}"

@@ -6,8 +6,19 @@ from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
+BAR_WIDTH, NAME_WIDTH = 14, 16       # letters
 SHOWN = ("loss", "grad_norm", "lr", "samples_per_second", "data_wait")
+
+
+def live_line(console: Console) -> Progress:
+    """Name, bar, count and time that is left at their full width; the figures in what the terminal has left of it."""
+    bar = BarColumn(bar_width=BAR_WIDTH, table_column=Column(min_width=BAR_WIDTH, no_wrap=True))
+    figures = TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    name = TextColumn("{task.description}",
+                      table_column=Column(max_width=NAME_WIDTH, no_wrap=True, overflow="ellipsis"))
+    return Progress(name, bar, MofNCompleteColumn(), TimeRemainingColumn(), figures, console=console, expand=True)
 
 
 class ProgressLine:
@@ -18,9 +29,7 @@ class ProgressLine:
         self._shown = shown
         self._bar: Progress | None = None
         if shown and sys.stderr.isatty():
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                                 TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
-                                 console=Console(stderr=True))
+            self._bar = live_line(Console(stderr=True))
             self._bar.start()
             self._row = self._bar.add_task(name, total=steps, completed=start, figures="")
 
@@ -40,7 +49,7 @@ class ProgressLine:
     def say(self, message: str) -> None:
         """A line of its own, above the live one."""
         if self._bar is not None:
-            self._bar.console.print(message, markup=False, highlight=False)
+            self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
         elif self._shown:
             print(message, flush=True)
 

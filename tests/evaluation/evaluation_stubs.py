@@ -36,6 +36,9 @@ class StubGenerator:
     def settings(self, **options):
         return {"temperature": 1.0, **options}
 
+    def caption_warnings(self, captions: list[str]) -> list[str]:
+        return [f"{caption} is long" for caption in captions if len(caption) > 1000]
+
 
 class StubEditor(StubGenerator):
     """Adds what a stub paints to half of the picture that it is given."""
@@ -64,6 +67,9 @@ class Redness:
 
     def score(self, images: Tensor, captions: list[str]) -> Tensor:
         return images[:, 0].float().mean(dim=(1, 2)) / 255
+
+    def caption_warnings(self, captions: list[str]) -> list[str]:
+        return []
 
 
 class MeanColour:

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_stubs import StubGenerator, colour, png
+from evaluation_stubs import Redness, StubGenerator, colour, png
 
 from dalle.data.index import ShardIndex
 from dalle.errors import UserError
 from dalle.evaluation import pictures
 from dalle.evaluation.captions import draw_captions
 from dalle.evaluation.job import check
+from dalle.evaluation.measure import tell_lost
 from dalle.evaluation.references import ShardReferences
 from dalle.metrics.distributions import Moments, frechet_distance, inception_score
 from dalle.sampling.candidates import candidate_seed
@@ -186,11 +187,20 @@ def test_missing_models_are_named(job, evaluate):
         evaluate(job, samples=100000)
 
 
+def test_captions_that_are_not_read_whole_are_counted():
+    said = []
+    tell_lost(["short", "rather long", "very long"], [Reds(), Redness()], said.append)
+    assert said == ["not read whole: 2 captions of 3, such as: 'rather long' is cut"]
+
+
 class Reds:
     """A VS scorer, and a CLIP of two features: how red a picture is, how long a caption."""
 
     def __init__(self, digest: str = "33"):
         self.identity = {"kind": "clip", "path": "reds", "digest": digest}
+
+    def caption_warnings(self, captions):
+        return [f"{caption!r} is cut" for caption in captions if len(caption) > 6]
 
     def cosines(self, images, captions):
         return images[:, 0].float().mean(dim=(1, 2)) / 255 + torch.tensor([len(caption) for caption in captions]) / 100

@@ -10,7 +10,7 @@ from dalle.errors import UserError
 from dalle.evaluation.job import Results
 from dalle.evaluation.plots import draw_plots
 from dalle.evaluation.protocol import Protocol, Row, differences
-from dalle.evaluation.report import compare, glance, labels, read_rows, to_json, write_report
+from dalle.evaluation.report import check_out, compare, glance, labels, read_rows, to_json, write_report
 
 PROTOCOL = Protocol(tool="tessera 1", samples=512, seed=0, image_size=64, captions="val", captions_fingerprint="c" * 32,
                     reference="val", reference_fingerprint="f" * 32, references=1000, extractor="clip:q",
@@ -35,6 +35,16 @@ def test_rows_survive_the_file(tmp_path):
     for part in ("0.tar:7: truncated_image", "empty_caption 2", "Left out: psnr (measures reconstructions)",
                  "512 samples of 64 px", "clip:q (eeeeeeeeeeee)", "step 3, EMA weights", "1,000 of val (ffffffffffff)"):
         assert part in text
+
+
+@pytest.mark.parametrize("name", ["results.json", "results.md", "blur.png", "best_of_n.png"])
+def test_a_file_of_the_users_in_the_way_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is not of an evaluation and would be overwritten"):
+        check_out(tmp_path)
+    (tmp_path / name).unlink()
+    write_report(Results({"kind": "stub"}, rows(0.0, 1.0)), tmp_path)
+    check_out(tmp_path)
 
 
 def test_the_glance_has_a_line_for_each_metric_and_blur():

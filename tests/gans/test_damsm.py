@@ -444,6 +444,8 @@ def test_validation_reads_pools_of_pairs(tokenizer):
     task.model.eval()
     figures = task.validate(BareNetworks(task), [share(batch, 0), share(batch, 1)])
     assert {"recall@1_in_64", "recall@5_in_64", "words_recall@1_in_64", "words_recall@5_in_64"} == figures.keys()
+    few = task.validate(BareNetworks(task), [share(batch, 0)])
+    assert {"recall@1_in_32", "recall@5_in_32", "words_recall@1_in_32", "words_recall@5_in_32"} == few.keys()
     batch["caption"] = [f"caption {number}" for number in range(64)]
     figures = task.validate(BareNetworks(task), [{**batch}, {**batch, "caption": [f"{n}" for n in range(64)]}])
     assert 0 <= figures["rprecision"].value <= 1 and figures["rprecision"].count == 128

@@ -221,6 +221,8 @@ def test_the_encoder_gives_the_embedding_and_the_states_within_the_text(recurren
             torch.testing.assert_close(text.words[row, :, step], expected)
     assert not text.sentence.requires_grad
     assert encoder.warnings(captions)[0].endswith("has 300 characters, this model reads 90: the first 90 are kept")
+    assert encoder.warnings(["a Größe ?", "a {b}"]) == [
+        'the prompt "a Größe ?" has characters that this model does not know, all the same to it: ö ß']
 
 
 def test_the_encoder_is_saved_without_the_pictures_side(tmp_path):

@@ -197,6 +197,8 @@ def test_a_tower_with_a_tokenizer_of_transformers_comes_back(tmp_path):
     check_frozen(encoder, encoder(CAPTIONS))
     assert encoder(CAPTIONS).mask.sum(dim=1).tolist() == [3, 6, 1]       # [CLS], [SEP] and padding are no words
     check_saved(encoder, tmp_path / "again")
+    (line,) = encoder.warnings(["a red circle", "a " * 9])
+    assert line.endswith("has 11 tokens, this model reads 8: the first 8 are kept")
 
 
 # -- transformers
@@ -217,6 +219,8 @@ def test_transformers_gives_hidden_states_and_their_mean(make, tmp_path):
         if caption:
             torch.testing.assert_close(text.words[row, :, 1 : len(hidden) - 1].T, hidden[1:-1], rtol=1e-4, atol=1e-5)
     check_saved(encoder, tmp_path / "again")
+    (line,) = encoder.warnings(["a", "a " * 9])
+    assert line.endswith("has 11 tokens, this model reads 10: the first 10 are kept")
 
 
 def test_the_pooler_is_a_choice(tmp_path):

@@ -82,7 +82,8 @@ def test_more_candidates_and_another_batch_leave_the_first_as_they_were(runs, tm
         candidates = json.loads((folder / "results.json").read_text())["prompts"][1]["candidates"]
         return [candidate["codes"] for candidate in candidates]
 
-    (tmp_path / "prompts.txt").write_text("# two of them\na red star\n\n  a blue circle \n")
+    lines = "# two of them\r\na red star\r\n\r\n  a blue circle \r\n"
+    (tmp_path / "prompts.txt").write_bytes(lines.encode("utf-8-sig"))       # as a Windows editor does
     prompts = ("--model", runs / "painter", "--prompts", tmp_path / "prompts.txt", "--device", "cpu")
     run(monkeypatch, *prompts, "--candidates", 2, "--out", tmp_path / "few")
     run(monkeypatch, *prompts, "--candidates", 5, "--batch-size", 3, "--out", tmp_path / "many")
@@ -111,7 +112,7 @@ class Editor:
             raise UserError(f"--{next(iter(options))} is no option of an editor")
         return {"truncation": 1.0, **options}
 
-    def generate_with_details(self, captions, seeds, *, sources, **options):
+    def generate_with_details(self, captions, seeds, *, sources, on_progress, **options):
         colours = torch.tensor([seed % 100 for seed in seeds], dtype=torch.uint8)[:, None, None, None]
         return sources // 2 + colours, [{"option": options} for _ in seeds]
 
@@ -164,7 +165,10 @@ def test_mistakes_with_a_model_that_edits(runs, editor, tmp_path, monkeypatch, a
 def test_a_long_prompt_is_truncated_with_a_warning(runs, tmp_path, monkeypatch, capsys):
     run(monkeypatch, "--model", runs / "painter", "--prompt", "a red star above a blue circle " * 3,
         "--candidates", 1, "--out", tmp_path, "--device", "cpu")
-    assert "warning: the prompt" in capsys.readouterr().err
+    line = "the prompt \"a red star above a blue circle a red star above a "
+    assert f"warning: {line}" in capsys.readouterr().err
+    assert json.loads((tmp_path / "results.json").read_text())["warnings"][0].startswith(line)
+    assert "this model reads 6: the first 6 are kept</p>" in (tmp_path / "index.html").read_text()
 
 
 MISTAKES = {
@@ -173,6 +177,7 @@ MISTAKES = {
     "no prompt": (["--no-prompt"], "nothing to paint"),
     "no file of prompts": (["--prompts", "{runs}/none.txt"], "cannot be read"),
     "a file without prompts": (["--prompts", "{runs}/empty.txt"], "holds no prompt"),
+    "prompts in UTF-16": (["--prompts", "{runs}/utf16.txt"], "utf16.txt cannot be read: it is UTF-16, not UTF-8; save"),
     "a missing model": (["--model", "{runs}/paintre"], "does not exist; models near it"),
     "a model of another task": (["--model", "{runs}/judge"], "holds a 'clip' model"),
     "a codec that does not fit": (["--model", "{runs}/misfit"], "4 x 4 codes, the transformer writes 2 x 2"),
@@ -194,6 +199,7 @@ MISTAKES = {
 def test_each_mistake_is_one_line(runs, tmp_path, monkeypatch, mistake):
     arguments, words = MISTAKES[mistake]
     (runs / "empty.txt").write_text("# nothing\n\n")
+    (runs / "utf16.txt").write_text("a red star", encoding="utf-16")
     arguments = [argument.format(runs=runs) for argument in arguments]
     usual = ["--prompt", "a red star"] if mistake not in ("no prompt", "a file without prompts") else []
     arguments = [argument for argument in arguments if argument != "--no-prompt"]

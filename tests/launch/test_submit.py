@@ -298,7 +298,10 @@ def test_zero_on_cpu_cores(render):
     (("--nodes", "1", *GPUS, "--array", "1-10"), "ends in %1"),
     (("--nodes", "1", *GPUS, "--tasks-per-node", "2"), "without GPUs"),
     (("--nodes", "1", *GPUS, "--engine", "cpu"), "--gpus-per-node 0"),
-    (("--nodes", "1", "--gpus-per-node", "8", "--time", "5:00"), "not longer"),
+    (("--nodes", "1", "--gpus-per-node", "8", "--time", "5:00"),
+     "comes 5 minutes before the end, but --time 5:00 is 5 minutes, not longer"),
+    (("--nodes", "1", *GPUS, "--signal", "USR2@70000"), "SLURM takes at most 65535 seconds"),
+    (("--nodes", "1", *GPUS, "--mem", "200GB"), "'200GB' is not of the form N[K|M|G|T], such as 200G"),
     (("--nodes", "1", "--gpus-per-node", "8", "--time", "a day"), "HH:MM:SS"),
     (("--nodes", "1", *GPUS, "--signal", "KILL@60"), "USR2@300"),
     (("--nodes", "1", *GPUS, "--signal", "HUP@60"), "train.stop_signals"),
@@ -315,6 +318,38 @@ def test_what_cannot_work_is_refused_in_one_line(cluster, options, message):
     with pytest.raises(UserError) as refusal:
         cluster.submit(cluster.config(), *options, "--dry-run")
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    (("--time", "24:00"), "time limit 24 minutes (24:00 is minutes:seconds to SLURM); 24 hours is 24:00:00\n"),
+    (("--time", "1:30"), "time limit 1 minute 30 seconds (1:30 is minutes:seconds to SLURM); 1 hour 30 minutes is "
+                         "1:30:00\n"),
+    (("--time", "90"), "time limit 1 hour 30 minutes (90 is minutes to SLURM); 90 hours is 90:00:00\n"),
+    (("--time", "24:00:00"), "time limit 1 day\n"),
+    (("--time", "1-12"), "time limit 1 day 12 hours\n"),
+    (("--time", "2-0:30"), "time limit 2 days 30 minutes\n"),
+    (("--time", "1-2:3:4"), "time limit 1 day 2 hours 3 minutes 4 seconds\n"),
+    (("--time", "UNLIMITED"), "time limit none\n"),
+    (("--time", "0"), "time limit none\n"),
+    (("--time", "1:0:0", "--mem", "200"),
+     "time limit 1 hour\nmemory 200 MB a node (200 is megabytes to SLURM; 200 GB is 200G)\n"),
+    (("--time", "1:0:0", "--mem", "0"), "time limit 1 hour\nmemory: all that a node has (0 to SLURM)\n"),
+    (("--time", "1:0:0", "--mem", "64g"), "time limit 1 hour\n"),
+])
+def test_how_slurm_reads_the_sizes_is_said(cluster, capsys, given, said):
+    capsys.readouterr()
+    cluster.submit(cluster.config(), "--nodes", "1", "--gpus-per-node", "1", "--signal", "USR2@10", *given, "--dry-run")
+    printed = capsys.readouterr()
+    assert printed.err == said and f"#SBATCH --time={given[1]}" in printed.out
+
+
+def test_a_sweep_file_of_a_windows_editor(cluster, capsys):
+    (cluster.folder / "sweep.txt").write_bytes("# größe\r\nseed=1\r\nseed=2\r\n".encode("utf-8-sig"))
+    cluster.submit(cluster.config(), "--nodes", "1", *GPUS, "--sweep", "sweep.txt", "--dry-run")
+    assert "#SBATCH --array=1-2" in capsys.readouterr().out
+    (cluster.folder / "sweep.txt").write_text("seed=1\nname='a\n")
+    with pytest.raises(UserError, match=r"^--sweep sweep.txt, line 2: no closing quotation$"):
+        cluster.submit(cluster.config(), "--nodes", "1", *GPUS, "--sweep", "sweep.txt", "--dry-run")
 
 
 def test_the_script_and_the_trainer_speak_of_the_same_things():
@@ -337,7 +372,7 @@ ATTACK = """a"b'c $(touch MARK) `touch MARK` ; touch MARK # \\ & | > MARK"""
 
 @pytest.mark.parametrize("option, advice", [
     ("--job-name", "letters, digits"), ("--partition", "letters, digits"), ("--account", "letters, digits"),
-    ("--qos", "letters, digits"), ("--mem", "letters, digits"), ("--log-folder", "plainer path"),
+    ("--qos", "letters, digits"), ("--mem", "such as 200G"), ("--log-folder", "plainer path"),
 ])
 @pytest.mark.parametrize("value", ["a b", "a#b", "$(touch MARK)", "a'b", 'a"b', "a\\b", "`id`"])
 def test_a_directive_takes_only_plain_values(cluster, option, advice, value):

@@ -186,7 +186,8 @@ def test_a_run_that_must_be_made_first_is_named_with_its_command(chained, train,
 def test_prerequisites_are_trained_first_and_once(chained, train, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert train(chained, "--with-prerequisites", "--dry-run") == 0
-    plan = {"config": str(tmp_path / "dvae.yaml"), "folder": str(tmp_path / "dvae"), "state": "missing"}
+    plan = {"config": str(tmp_path / "dvae.yaml"), "folder": str(tmp_path / "dvae"), "state": "missing",
+            "command": f"python launch/train.py {tmp_path / 'dvae.yaml'}"}
     assert json.loads(capfd.readouterr().out) == {"prerequisites": [plan]} and not (tmp_path / "dvae").exists()
 
     assert train(chained, "--with-prerequisites", "train.steps=2") == 0

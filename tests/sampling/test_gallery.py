@@ -12,7 +12,7 @@ from PIL import Image, ImageFont
 
 from dalle.errors import UserError
 from dalle.sampling.candidates import Candidate, PromptResult
-from dalle.sampling.gallery import facts, sheet, wrap_text, write_gallery
+from dalle.sampling.gallery import check_folder, facts, sheet, wrap_text, write_gallery
 
 HOSTILE = "<script>alert(\"x\")</script> & 'quotes' <img src=x onerror=alert(1)>"
 ABOUT = {"model": {"kind": "fake", "digest": "0123"}, "reranker": None, "seed": 0, "options": {"top_k": None}}
@@ -128,6 +128,37 @@ def test_writing_again_removes_pictures_that_are_no_longer_kept(tmp_path):
     write_gallery(tmp_path, results(), keep=3, about=ABOUT)
     write_gallery(tmp_path, results()[:1], keep=1, about=ABOUT)
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["000-01.png"]
+
+
+def test_files_of_others_stay(tmp_path):
+    write_gallery(tmp_path, results(), keep=3, about=ABOUT, source=torch.zeros(3, 8, 8, dtype=torch.uint8))
+    (tmp_path / "kept/mine.png").write_bytes(b"mine")
+    write_gallery(tmp_path, results()[:1], keep=1, about=ABOUT)
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["000-01.png", "mine.png"]
+    assert not (tmp_path / "source.png").exists()
+    (tmp_path / "source.png").write_bytes(b"mine")
+    write_gallery(tmp_path, results()[:1], keep=1, about=ABOUT)
+    assert (tmp_path / "source.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["index.html", "grid.png", "results.json", "kept/001-02.png", "source.png"])
+def test_a_file_of_the_users_in_the_way_is_refused(tmp_path, name):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is not of a gallery and would be overwritten"):
+        check_folder(tmp_path, prompts=2, keep=2, with_source=True)
+    (tmp_path / name).unlink()
+    write_gallery(tmp_path, results(), keep=2, about=ABOUT, source=torch.zeros(3, 8, 8, dtype=torch.uint8))
+    check_folder(tmp_path, prompts=2, keep=2, with_source=True)
+
+
+def test_a_results_file_cannot_name_what_lies_outside(tmp_path):
+    write_gallery(tmp_path / "out", results(1), keep=1, about=ABOUT)
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    text = (tmp_path / "out/results.json").read_text().replace("kept/000-01.png", "../mine.png")
+    (tmp_path / "out/results.json").write_text(text)
+    write_gallery(tmp_path / "out", results(1), keep=1, about=ABOUT)
+    assert (tmp_path / "mine.png").exists()
 
 
 def test_the_sheet_has_a_row_for_each_caption():

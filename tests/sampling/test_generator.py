@@ -16,6 +16,8 @@ from dalle.sampling.generator import (
     TransformerGenerator,
     equal_groups,
     load_generator,
+    load_tokenizer,
+    lost_warnings,
     read_picture,
     sampling_config,
 )
@@ -109,6 +111,30 @@ def test_a_long_prompt_is_told(generator):
     long = "a red star " * 5
     (warning,) = generator.caption_warnings(["a red star", long, long])
     assert f"{generator.tokenizer.count(long)} tokens" in warning and "first 6 are kept" in warning
+
+
+@pytest.mark.parametrize(("place", "words"), [
+    ("data/tokenizer", "the tokenizer {here}/data/tokenizer does not exist; train one: `python "
+                       "tools/train_tokenizer.py SHARDS --out {here}/data/tokenizer`"),
+    ("model/tokenizer", "{here}/model has no tokenizer/, which belongs to the model: copy the whole folder again, or "
+                        "make it from the run with `python tools/export.py RUN --out FOLDER`"),
+    ("nowhere/tokenizer", "{here}/nowhere does not exist; its tokenizer is looked for there (one of a data set is made "
+                          "by `python tools/train_tokenizer.py SHARDS --out {here}/nowhere/tokenizer`)"),
+])
+def test_a_missing_tokenizer_is_explained_by_where_it_was_looked_for(tmp_path, place, words):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    with pytest.raises(UserError) as missing:
+        load_tokenizer(tmp_path / place)
+    assert str(missing.value) == words.format(here=tmp_path)
+
+
+def test_unknown_words_are_told():
+    tokenizer = CaptionTokenizer.train_words(["a red star"])
+    assert lost_warnings(["a red star", "a grün star", "a blau star and"], tokenizer, 4, "prompt") == [
+        'the prompt "a grün star" has words that this model does not know, all the same to it: grün',
+        'the prompt "a blau star and" has words that this model does not know, all the same to it: blau and']
 
 
 def test_a_missing_path_lists_what_is_near(run_folder):

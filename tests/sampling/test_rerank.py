@@ -126,8 +126,10 @@ class CountingGenerator:
     def __init__(self):
         self.calls = []
 
-    def generate_with_details(self, captions, seeds, **options):
+    def generate_with_details(self, captions, seeds, on_progress, **options):
         self.calls.append((len(captions), options))
+        for number in range(len(seeds)):
+            on_progress(number + 1)
         images = torch.stack([torch.full((3, 2, 2), seed % 251, dtype=torch.uint8) for seed in seeds])
         return images, [{"codes": [len(caption)]} for caption in captions]
 
@@ -152,7 +154,7 @@ def test_candidates_are_ranked_and_keep_their_numbers():
             assert candidate.seed == candidate_seed(3, prompt, candidate.number)
             assert candidate.score == candidate.seed % 251
             assert candidate.details == {"codes": [prompt + 1]}
-    assert progress == [(10, 10)]
+    assert progress == [(done, 10) for done in range(1, 11)]
 
 
 def test_without_a_reranker_the_order_is_that_of_the_numbers():

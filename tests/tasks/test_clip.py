@@ -152,6 +152,14 @@ def test_pools_are_whole_and_batches_do_not_matter(folders):
     assert "recall@1_in_1000" not in whole and task.validate(networks, []) == {}
 
 
+@pytest.mark.parametrize(("count", "pool"), [(63, 32), (32, 32), (3, 2), (1, None)])
+def test_a_set_that_fills_no_pool_is_measured_in_the_largest_that_it_does(folders, count, pool):
+    task = make_task(folders)
+    figures = task.validate(BareNetworks(task), [make_batch(count)])
+    assert figures.keys() == ({f"recall@{k}_in_{pool}" for k in (1, 5)} if pool else set())
+    assert all(figure.count == count // pool * pool for figure in figures.values())
+
+
 def test_the_export_is_a_reranker(folders, tmp_path):
     task = make_task(folders)
     module = task.players["clip"].module

@@ -65,3 +65,10 @@ def test_refusals_are_one_line(run, commands, tmp_path):
                                ((run, "--out", tmp_path / "x", "codec=nowhere"), "nowhere")]:
         with pytest.raises(UserError, match=message):
             commands["export"](*arguments)
+    assert not list(tmp_path.glob(".*")) and not list(run.glob(".*"))        # nothing is left behind
+
+
+def test_a_place_that_cannot_be_written_is_one_line(run, commands, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"release cannot be written: Not a directory; give another --out"):
+        commands["export"](run, "--out", tmp_path / "file" / "release")

@@ -34,6 +34,14 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "toy/log.jsonl").read_text().splitlines()]
 
 
+def test_a_validation_without_a_figure_says_so(tmp_path, capsys):
+    task = SingleTask()
+    task.validate = lambda networks, batches: {}
+    train(tmp_path, task, validate_every=4)
+    assert ("validation after step 4: no figure, the samples of data.validation are fewer than a toy run measures"
+            in capsys.readouterr().out)
+
+
 def test_a_run_leaves_all_that_the_run_folder_promises(tmp_path):
     summary = train(tmp_path, validate_every=2, preview_every=4)
     assert (summary.status, summary.exit_status, summary.steps, summary.samples) == ("finished", 0, 4, 32)

@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dalle.config import load_config
 from dalle.data.dataset import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import MissingModel, UserError
 from dalle.training.checkpoint import different_settings
 from dalle.training.prerequisites import (
+    OF_THE_MODEL,
     check_data,
     missing_runs_explained,
+    passed_on,
     prerequisites,
     run_to_its_end,
     train_prerequisites,
@@ -61,6 +64,40 @@ def test_each_run_comes_once_and_after_what_it_needs(chain):
     assert [one.config.name for one in needed_by(chain)] == ["first", "second", "third"]
 
 
+def test_where_the_data_is_holds_for_what_a_run_reads(tmp_path, trainer):
+    write(tmp_path, "first")
+    write(tmp_path, "second", "first")
+    path = write(tmp_path, "last", "second")
+    shared = ("data.train=mine", "data.validation=held out", "data.workers=0", "data.max_bad_fraction=0.5")
+    own = ("data.image_size=32", "data.codes=c", "data.crop=random", "output=elsewhere", "seed=3", "train.steps=2")
+    config = load_config(path, [*shared, *own], RUNS)
+    needed = prerequisites(path, config, RUNS, [*own, *shared])
+    for one in needed:
+        assert one.overrides == shared and one.config.data.train == "mine" and one.config.data.image_size == 256
+        assert one.config.output == str(tmp_path / "runs") and one.config.train.steps == 10
+        assert one.command.endswith(".yaml data.train=mine 'data.validation=held out' data.workers=0 "
+                                    "data.max_bad_fraction=0.5")
+    said = []
+    assert train_prerequisites(needed, trainer, True, said.append) == 0
+    assert f"(python launch/train.py {tmp_path}/first.yaml data.train=mine 'data.validation=held out'" in said[0]
+    assert (tmp_path / "given").read_text().splitlines()[0] == str(list(shared))
+
+
+@pytest.mark.parametrize(("given", "has", "passed"), [
+    ("data/mine/tokenizer", "data/shapes/tokenizer", True),
+    ("data/mine/tokenizer", None, False),                                            # it reads no captions
+    ("runs/quickstart/clip/model/tokenizer", "data/shapes/tokenizer", False),        # the prerequisite's own
+])
+def test_a_tokenizer_is_passed_on_to_a_run_that_has_one_of_a_data_set(given, has, passed):
+    data = {"train": "x", **({"tokenizer": has} if has else {})}
+    one = RunConfig.model_validate({"task": "any", "name": "one", "data": data})
+    assert passed_on([f"data.tokenizer={given}"], one) == ((f"data.tokenizer={given}",) if passed else ())
+
+
+def test_the_keys_that_are_not_passed_on_exist():
+    assert DataConfig.model_fields.keys() > OF_THE_MODEL
+
+
 def test_a_circle_and_a_config_that_is_not_there_are_refused(tmp_path):
     path = write(tmp_path, "a", "b")
     with pytest.raises(UserError, match=r"prerequisites of .*a\.yaml: no config file at .*b\.yaml"):
@@ -99,6 +136,7 @@ import json, os, pathlib, sys, yaml
 here = pathlib.Path({str(tmp_path)!r})
 name = yaml.safe_load(open(sys.argv[1]))["name"]
 with open(here / "done", "a") as file: print(name, os.environ.get("RANK"), file=file)
+with open(here / "given", "a") as file: print(sys.argv[2:], file=file)
 if (here / "fail").exists() and (here / "fail").read_text() == name: sys.exit(7)
 for part in ("checkpoints", "model"): (here / "runs" / name / part).mkdir(parents=True)
 (here / "runs" / name / "model" / "config.json").write_text("{{}}")
