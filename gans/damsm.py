@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -37,7 +37,7 @@ from dalle.sampling.generator import (
 from dalle.sampling.rerank import FeatureReranker
 from dalle.tasks.clip import POOLS, RANKS, full_precision, pooled_recalls, recall
 from dalle.training.gathering import in_global_order, in_global_order_with_gradient
-from dalle.training.optimizers import OptimizerConfig
+from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
 from gans.layers import synchronised
@@ -53,9 +53,9 @@ R_PRECISION_CANDIDATES = 100
 class Gammas(NamedTuple):
     """How sharp attention, the sum over words and the softmax over pairs are (the code's values)."""
 
-    attention: float = 4.0
-    words: float = 5.0
-    pairs: float = 10.0
+    attention: PositiveFloat = 4.0
+    words: PositiveFloat = 5.0
+    pairs: PositiveFloat = 10.0
 
 
 GAMMAS = Gammas()
@@ -283,7 +283,7 @@ class DamsmOptimizer(OptimizerConfig):
     """Adam at 0.002; in the schedule ``step`` the rate falls until it has reached ``lowest_lr``."""
 
     lr: float = Field(default=2e-3, gt=0)
-    betas: tuple[float, float] = (0.5, 0.999)
+    betas: Betas = (0.5, 0.999)
     clip: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
     lowest_lr: float = Field(default=2e-4, gt=0, description="of the schedule step: falls no more from here on")

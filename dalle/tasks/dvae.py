@@ -38,8 +38,8 @@ CODES_TO_JUDGE_USAGE = 10     # times the number of codes, before a low share me
 class CosineRamp(Section):
     """From ``start`` to ``end`` along half a cosine, over a share of the run's updates; constant after that."""
 
-    start: float
-    end: float
+    start: float = Field(ge=0)
+    end: float = Field(ge=0)
     over: float = Field(1.0, gt=0, le=1, description="share of the run's updates")
     at_least: int = Field(1, ge=1, description="updates, where the share comes to fewer")
 
@@ -54,7 +54,14 @@ class DVAELossConfig(Section):
     temperature: CosineRamp = CosineRamp(start=1.0, end=1 / 16, over=0.05)
     even_usage: float = Field(0.0, ge=0, description="weight of ln K - H(mean of q), per position, beside beta's")
     edges: float = Field(0.0, ge=0, description="weight of the edge distance, per value, on [-1, 1]")
-    log_scale_floor: float | None = Field(-7.0, description="bound on ln b: a collapsed b has unbounded likelihood")
+    log_scale_floor: float | None = Field(-7.0, ge=-80, le=80, description="bound on ln b: a collapsed b has unbounded "
+                                          "likelihood")
+
+    @model_validator(mode="after")
+    def _something_is_warm(self) -> "DVAELossConfig":
+        if min(self.temperature.start, self.temperature.end) == 0:
+            raise ValueError("temperature is what logits are divided by: from start to end it has to be above 0")
+        return self
 
 
 class DVAERun(RunConfig):

@@ -21,7 +21,7 @@ from dalle.models.vs import MARGIN, InceptionResNetFeatures, VSConfig, VSModel, 
 from dalle.sampling.generator import load_model, load_tokenizer, model_folder, model_kind
 from dalle.tasks.clip import full_precision, pooled_recalls
 from dalle.training.gathering import in_global_order
-from dalle.training.optimizers import OptimizerConfig
+from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
 
@@ -38,7 +38,7 @@ class VSOptimizer(OptimizerConfig):
     """The paper's: Adam at a constant rate, without clipping."""
 
     lr: float = Field(default=2e-4, gt=0)
-    betas: tuple[float, float] = (0.5, 0.999)
+    betas: Betas = (0.5, 0.999)
     clip: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
 

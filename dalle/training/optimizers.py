@@ -1,7 +1,7 @@
 """How a player's weights move: one config section, and the optimiser built from it."""
 
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -10,13 +10,15 @@ from torch import nn
 from dalle.config import Section
 from dalle.training.schedules import learning_rate_factor
 
+Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+
 
 class OptimizerConfig(Section):
     """One player's optimiser, learning-rate schedule, clipping and weight average."""
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=3e-4, gt=0, description="peak learning rate of AdamW")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Betas = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0, description="not applied to embeddings and tensors below two axes")
     clip: float = Field(default=1.0, ge=0, description="largest norm of the player's gradient; 0 turns clipping off")

@@ -13,6 +13,7 @@ from dalle.models.quantizers import GumbelConfig
 from dalle.tasks import dvae
 from dalle.tasks.dvae import (
     CodeUsage,
+    CosineRamp,
     DVAELossConfig,
     DVAERun,
     DVAETask,
@@ -341,3 +342,8 @@ def test_psnr_by_hand():
     images, others = torch.zeros(2, 3, 2, 2), torch.full((2, 3, 2, 2), 0.1)
     assert peak_signal_to_noise(images, others).tolist() == pytest.approx([20, 20], abs=1e-4)
     assert peak_signal_to_noise(images, images).tolist() == [100, 100]
+
+
+def test_a_temperature_of_zero_is_refused():
+    with pytest.raises(ValueError, match="has to be above 0"):
+        DVAELossConfig(temperature=CosineRamp(start=1.0, end=0.0))
