@@ -44,6 +44,10 @@ NOT_PLAIN_WEIGHTS = (UnpicklingError, SafetensorError, EOFError, KeyError, TypeE
 
 # Set by the caption ids and the model config, never by hand.
 RESERVED_TEXT_FIELDS = {"context_length", "vocab_size", "pad_id", "eos_id"}
+# Tables of positions, tokens that stand for a whole picture, queries that pool it and gains of layer scale, by their
+# names in open_clip and timm: `no_weight_decay` leaves out those of pooling layers and of some towers.
+UNDECAYED = {"positional_embedding", "pos_embed", "class_embedding", "cls_token", "reg_token", "query", "latent",
+             "gamma"}
 SHARES = {"patch_dropout", "timm_drop", "timm_drop_path"}      # the others of open_clip's numbers are sizes and factors
 PixelMean = Annotated[float, Field(ge=0, le=1)]
 
@@ -146,6 +150,13 @@ class ClipModel(PretrainedModel):
         lengths = (text != 0).sum(dim=1, keepdim=True)
         return wrapped.scatter(1, lengths + 1, end)
 
+    def embedding_parameters(self) -> list[str]:
+        """Names of what an optimiser treats as embeddings: by the towers' own ``no_weight_decay``, and by ours."""
+        found = set()
+        for path, part in self.named_modules():
+            declared = UNDECAYED | set(part.no_weight_decay() if hasattr(part, "no_weight_decay") else ())
+            found |= {f"{path}.{name}" for name, _ in part.named_parameters() if name in declared}
+        return sorted(found)
 
     def training_flops(self) -> float:
         """Floating-point operations of one pair's forward and backward pass, counted on the meta device."""

@@ -108,6 +108,10 @@ class GumbelQuantizer(nn.Module):
         which a :class:`CodebookConv` gathers (a one-hot of 8,192 channels would be 32 MiB a picture)."""
         return F.embedding(codes, self._unit_codes()).movedim(-1, 1) if self.tied else codes
 
+    def embedding_parameters(self) -> list[str]:
+        """Names of what an optimiser treats as embeddings: the vectors of the codes, where they are not a layer's."""
+        return ["codebook"] if self.tied else []
+
     def entry_layer(self, channels: int, kernel: int) -> nn.Module:
         """The decoder's first layer: the codebook where it is the decoder's, else an ordinary convolution."""
         if self.tied:

@@ -257,6 +257,11 @@ class TextToImageTransformer(PretrainedModel):
             return self
         return copy.deepcopy(self).to(dtype).eval()
 
+    def embedding_parameters(self) -> list[str]:
+        """Names of the position tables, which an optimiser treats as the embeddings that they are added to."""
+        learned = self.config.positions == "learned"
+        return ["text_position", "row_position", "column_position"] if learned else []
+
     def matrix_parameters(self) -> list[str]:
         """Names of the weight matrices inside the blocks: those that an orthogonalising optimiser may take."""
         return [name for name, parameter in self.named_parameters()
