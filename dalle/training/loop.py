@@ -32,13 +32,14 @@ from dalle.training.checkpoint import (
     write_json,
 )
 from dalle.training.export import export_checkpoint
+from dalle.training.figures import Figure, Largest, joined_values
 from dalle.training.guards import BatchNumbers, SkipCounter, SpikeConfig, SpikeWatch, lost_processes_named
-from dalle.training.meter import Meter, average, memory_gigabytes, speeds
+from dalle.training.meter import Meter, memory_gigabytes, speeds
 from dalle.training.progress import ProgressLine
 from dalle.training.sample_log import SampleLog
 from dalle.training.saving import SaveFailed, Saver
 from dalle.training.signals import STOP_SIGNALS, StopSignals
-from dalle.training.task import Batch, Mean, Networks, Phase, Task
+from dalle.training.task import Batch, Networks, Phase, Task
 from dalle.training.trackers import Trackers
 from dalle.training.watchdog import Watchdog
 
@@ -366,17 +367,19 @@ class Trainer:
 
     def _log_line(self) -> None:
         steps = self.meter.steps
-        sums, seconds, waited = self.meter.read()
-        parts = self.engine.gather((sums, dict(self.skipped_samples), waited / seconds))
-        values = average([figures for figures, _, _ in parts])
+        figures, seconds, waited = self.meter.read()
+        metrics = self.task.metrics(self.done)
+        figures |= {name: value for name, value in metrics.items() if isinstance(value, Figure)}
+        figures["memory_gb"] = Largest(memory_gigabytes(self.engine.device))      # the fullest rank is the one to fail
+        parts = self.engine.gather((figures, dict(self.skipped_samples), waited / seconds))
+        values = joined_values([figures for figures, _, _ in parts])
         skipped = sum((Counter(counts) for _, counts, _ in parts), Counter())
-        values |= {name: float(value) for name, value in self.task.metrics(self.done).items()}
+        values |= {name: float(value) for name, value in metrics.items() if not isinstance(value, Figure)}
         values |= {f"lr{suffix}": rate for suffix, rate in self._learning_rates()}
         values |= speeds(steps * self.config.train.batch_size / seconds, self.task, self.engine.device,
                          self.engine.world_size)
         values |= {"seconds_per_step": seconds / steps,
                    "data_wait": sum(share for _, _, share in parts) / len(parts),
-                   "memory_gb": memory_gigabytes(self.engine.device),
                    "samples": self.samples, "skipped_steps": self.skips.total,
                    "bad_samples": sum(skipped.values())}
         values |= {f"bad_samples/{reason}": count for reason, count in sorted(skipped.items())}
@@ -395,11 +398,7 @@ class Trainer:
             seed_random(self.config.seed, 0, 0, self.engine.rank, 0)      # the same noise at every validation
             batches = map(self.engine.to_device, self._watched(in_step(self.engine, self.validation_loader())))
             shares = self.engine.gather(self.task.validate(self.engine.networks, batches))
-        values = {}
-        for name in dict.fromkeys(name for share in shares for name in share):
-            means = [share.get(name, Mean()) for share in shares]
-            values[f"validation/{name}"] = Mean(sum(mean.total for mean in means),
-                                                sum(mean.count for mean in means)).value
+        values = {f"validation/{name}": value for name, value in joined_values(shares).items()}
         if not values:
             return
         self._publish(values)
@@ -595,7 +594,7 @@ class Trainer:
         write_json(self.folder / FINISHED_FILE, {"step": self.done})
 
 
-def record(meter: Meter, task: Task, phase: Phase, figures: dict[str, Tensor | float]) -> None:
+def record(meter: Meter, task: Task, phase: Phase, figures: dict[str, Tensor | float | Largest]) -> None:
     """Into the meter, by the phase's name where there are several."""
     prefix = f"{phase.name}/" if len(task.phases) > 1 else ""
     for name, value in figures.items():
