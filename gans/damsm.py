@@ -10,8 +10,9 @@ score without 1 / gamma_2, hence sharper by that factor; a frozen trunk whose ba
 Not as in the code: Adam's moments go on over the epochs instead of starting anew with each of them.
 """
 
+import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
@@ -36,7 +37,7 @@ from dalle.sampling.generator import (
 )
 from dalle.sampling.rerank import FeatureReranker
 from dalle.tasks.clip import POOLS, RANKS, full_precision, pooled_recalls, recall
-from dalle.training.gathering import in_global_order, in_global_order_with_gradient
+from dalle.training.gathering import in_global_order, in_global_order_with_gradient, of_everyone
 from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
@@ -423,25 +424,27 @@ class DamsmTask(Task):
     def validate(self, networks: Networks, batches: Iterable[Batch]) -> dict[str, Mean]:
         """Recall in whole pools by the sentence, as for a CLIP, and by the words; R-precision by the sentence.
 
-        R-precision is that of the real pictures, each among 99 other captions of the rank's share; where there are not
-        so many different ones, the figure is absent.
+        R-precision is that of the real pictures, each among 99 other captions; where there are not so many different
+        ones, the figure is absent. Every process measures the pairs of all: a share has other pools and candidates.
         """
         image, text = networks.bare("image"), networks.bare("text")
         figures: dict[str, Mean] = {}
-        wholes, sentences, captions, waiting = [], [], [], []
+        pairs, captions, waiting = [], [], []
         with full_precision(image.local.weight.device):
             for batch in batches:
                 local, pooled = image(batch["image"].float() / 127.5 - 1)
                 said = text(batch["text"])
-                waiting = word_recalls(figures, [*waiting, *zip(local, said.words, said.mask, strict=True)],
-                                       self.config.loss.gammas)
-                wholes.append(F.normalize(pooled, dim=1))
-                sentences.append(F.normalize(said.sentence, dim=1))
-                captions += batch["caption"]
-            figures = pooled_recalls(list(zip(wholes, sentences, strict=True))) | figures
-            if len(set(captions)) >= R_PRECISION_CANDIDATES:
-                hits = r_precision_hits(torch.cat(wholes), torch.cat(sentences), R_PRECISION_CANDIDATES,
-                                        captions=captions)
+                matched = (of_everyone(part, networks.world_size) for part in (local, said.words, said.mask))
+                waiting = word_recalls(figures, [*waiting, *zip(*matched, strict=True)], self.config.loss.gammas)
+                pairs.append((F.normalize(pooled, dim=1), F.normalize(said.sentence, dim=1)))
+                captions.append(caption_numbers(batch["caption"]).to(pooled.device))
+            if not pairs:
+                return {}
+            figures = pooled_recalls(pairs, networks.world_size) | figures
+            wholes, sentences, numbers = (of_everyone(torch.cat(rows), networks.world_size) for rows in
+                                          (*zip(*pairs, strict=True), captions))
+            if len(numbers.unique()) >= R_PRECISION_CANDIDATES:
+                hits = r_precision_hits(wholes, sentences, R_PRECISION_CANDIDATES, captions=numbers.tolist())
                 figures["rprecision"] = Mean(float(hits.sum()), len(hits))
         return figures
 
@@ -450,6 +453,12 @@ class DamsmTask(Task):
         state = {f"{player}.{name}": tensor for player, tensors in states.items() for name, tensor in tensors.items()}
         self.model.save_pretrained(folder, state)
         self.tokenizer.save(Path(folder) / TOKENIZER_FOLDER)
+
+
+def caption_numbers(captions: Sequence[str]) -> Tensor:
+    """int64 [N]: a number of each caption's own text, by which processes can tell captions apart."""
+    digests = [hashlib.blake2b(caption.encode(), digest_size=8).digest() for caption in captions]
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
 
 
 def word_recalls(figures: dict[str, Mean], pairs: list[tuple[Tensor, Tensor, Tensor]],

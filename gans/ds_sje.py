@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from dalle.config import Section
 from dalle.sampling.generator import load_model, shorten
 from dalle.tasks.clip import full_precision
-from dalle.training.gathering import in_global_order
+from dalle.training.gathering import in_global_order, of_everyone
 from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase
-from gans.joint import JointConfig, JointModel, JointRun, JointTask, of_everyone
+from gans.joint import JointConfig, JointModel, JointRun, JointTask
 from gans.text import Text, TextEncoder, length_mask
 
 # 70 symbols with the indices 1 to 70; "-" is there twice, and the later one counts

@@ -125,7 +125,7 @@ class VSTask(Task):
         similarity = Mean()
         for image, text in pairs:
             similarity.add((image * text).sum(dim=1).mean(), count=len(image))
-        return {"similarity": similarity, **pooled_recalls(pairs)}
+        return {"similarity": similarity, **pooled_recalls(pairs, networks.world_size)}
 
     def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:
         """The maps and, in ``text/`` and ``image/``, the networks before them: all that the metric needs."""
