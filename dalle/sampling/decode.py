@@ -149,7 +149,7 @@ def _decode(model: TextToImageTransformer, state: DecodingState, logits: Tensor,
     last = numbers.shape[1] - 1
     for slot in range(first, last + 1):
         guided = guide(logits, options)
-        finite &= guided.isfinite().all()
+        finite &= guided.amax(dim=-1).isfinite().all()         # of NaN, infinity or nothing else there is no softmax
         codes[:, slot] = choose_codes(guided, numbers[:, slot], options)
         if slot < last:
             logits = model.decode_step(codes[:, slot].repeat(options.streams), state)
@@ -202,7 +202,7 @@ def among_largest(logits: Tensor, count: int) -> Tensor:
     smallest = logits.topk(count, dim=-1).values[:, -1:]
     larger, equal = logits > smallest, logits == smallest
     room = count - larger.sum(dim=-1, keepdim=True)
-    return larger | (equal & (equal.cumsum(dim=-1) <= room))
+    return larger | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))
 
 
 def in_nucleus(logits: Tensor, mass: float) -> Tensor:
