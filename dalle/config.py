@@ -21,9 +21,9 @@ from dalle.text_file import read_text_file
 
 
 class Section(BaseModel):
-    """Base of every config section: immutable, strict about unknown keys."""
+    """Base of every config section: immutable, strict about unknown keys and about numbers that are none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 Run = TypeVar("Run", bound=Section)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from dalle.config import Section
@@ -40,7 +40,7 @@ class ACGANConfig(ModelConfig):
     image_size: int = Field(default=128, ge=4)
     num_classes: int = Field(default=10, ge=1)
     noise_dim: int = Field(default=100, ge=1)
-    channels: tuple[int, ...] = Field(default=(768, 384, 256, 192), min_length=1,
+    channels: tuple[PositiveInt, ...] = Field(default=(768, 384, 256, 192), min_length=1,
                                       description="of the feature maps; each map doubles the size of the one before")
     sentence_dim: int = Field(default=1024, ge=1, description="length of the classes' prototypes")
 
@@ -163,7 +163,7 @@ def named_classes(prompts: Sequence[str], num_classes: int) -> Tensor:
 class ACGANDiscriminatorConfig(Section):
     """Six 3x3 convolutions of strides 2, 1, 2, 1, 2, 1 at the paper's sizes."""
 
-    channels: tuple[int, ...] = Field(default=(16, 32, 64, 128, 256, 512), min_length=1)
+    channels: tuple[PositiveInt, ...] = Field(default=(16, 32, 64, 128, 256, 512), min_length=1)
     dropout: float = Field(default=0.5, ge=0, lt=1, description="share of the activations set to 0, in every layer")
     activation_noise: float = Field(default=0.0, ge=0, description="deviation of what is added to every layer's input; "
                                                                    "the paper tried 0, 0.1 and 0.2")

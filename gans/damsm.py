@@ -10,14 +10,15 @@ score without 1 / gamma_2, hence sharper by that factor; a frozen trunk whose ba
 Not as in the code: Adam's moments go on over the epochs instead of starting anew with each of them.
 """
 
+import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -36,8 +37,8 @@ from dalle.sampling.generator import (
 )
 from dalle.sampling.rerank import FeatureReranker
 from dalle.tasks.clip import POOLS, RANKS, full_precision, pooled_recalls, pools_of, recall
-from dalle.training.gathering import in_global_order, in_global_order_with_gradient
-from dalle.training.optimizers import OptimizerConfig
+from dalle.training.gathering import in_global_order, in_global_order_with_gradient, of_everyone
+from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
 from gans.layers import synchronised
@@ -53,9 +54,9 @@ R_PRECISION_CANDIDATES = 100
 class Gammas(NamedTuple):
     """How sharp attention, the sum over words and the softmax over pairs are (the code's values)."""
 
-    attention: float = 4.0
-    words: float = 5.0
-    pairs: float = 10.0
+    attention: PositiveFloat = 4.0
+    words: PositiveFloat = 5.0
+    pairs: PositiveFloat = 10.0
 
 
 GAMMAS = Gammas()
@@ -283,7 +284,7 @@ class DamsmOptimizer(OptimizerConfig):
     """Adam at 0.002; in the schedule ``step`` the rate falls until it has reached ``lowest_lr``."""
 
     lr: float = Field(default=2e-3, gt=0)
-    betas: tuple[float, float] = (0.5, 0.999)
+    betas: Betas = (0.5, 0.999)
     clip: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
     lowest_lr: float = Field(default=2e-4, gt=0, description="of the schedule step: falls no more from here on")
@@ -423,28 +424,30 @@ class DamsmTask(Task):
     def validate(self, networks: Networks, batches: Iterable[Batch]) -> dict[str, Mean]:
         """Recall in whole pools by the sentence, as for a CLIP, and by the words; R-precision by the sentence.
 
-        R-precision is that of the real pictures, each among 99 other captions of the rank's share; where there are not
-        so many different ones, the figure is absent.
+        R-precision is that of the real pictures, each among 99 other captions; where there are not so many different
+        ones, the figure is absent. Every process measures the pairs of all: a share has other pools and candidates.
         """
         image, text = networks.bare("image"), networks.bare("text")
         figures: dict[str, Mean] = {}
-        wholes, sentences, captions, waiting = [], [], [], []
+        pairs, captions, waiting = [], [], []
         with full_precision(image.local.weight.device):
             for batch in batches:
                 local, pooled = image(batch["image"].float() / 127.5 - 1)
                 said = text(batch["text"])
-                waiting = word_recalls(figures, [*waiting, *zip(local, said.words, said.mask, strict=True)],
-                                       self.config.loss.gammas)
-                wholes.append(F.normalize(pooled, dim=1))
-                sentences.append(F.normalize(said.sentence, dim=1))
-                captions += batch["caption"]
+                matched = (of_everyone(part, networks.world_size) for part in (local, said.words, said.mask))
+                waiting = word_recalls(figures, [*waiting, *zip(*matched, strict=True)], self.config.loss.gammas)
+                pairs.append((F.normalize(pooled, dim=1), F.normalize(said.sentence, dim=1)))
+                captions.append(caption_numbers(batch["caption"]).to(pooled.device))
+            if not pairs:
+                return {}
             if not figures:      # a small set: its one pool
                 for pool in pools_of(len(waiting)):
                     word_recalls(figures, waiting, self.config.loss.gammas, pool)
-            figures = pooled_recalls(list(zip(wholes, sentences, strict=True))) | figures
-            if len(set(captions)) >= R_PRECISION_CANDIDATES:
-                hits = r_precision_hits(torch.cat(wholes), torch.cat(sentences), R_PRECISION_CANDIDATES,
-                                        captions=captions)
+            figures = pooled_recalls(pairs, networks.world_size) | figures
+            wholes, sentences, numbers = (of_everyone(torch.cat(rows), networks.world_size) for rows in
+                                          (*zip(*pairs, strict=True), captions))
+            if len(numbers.unique()) >= R_PRECISION_CANDIDATES:
+                hits = r_precision_hits(wholes, sentences, R_PRECISION_CANDIDATES, captions=numbers.tolist())
                 figures["rprecision"] = Mean(float(hits.sum()), len(hits))
         return figures
 
@@ -453,6 +456,12 @@ class DamsmTask(Task):
         state = {f"{player}.{name}": tensor for player, tensors in states.items() for name, tensor in tensors.items()}
         self.model.save_pretrained(folder, state)
         self.tokenizer.save(Path(folder) / TOKENIZER_FOLDER)
+
+
+def caption_numbers(captions: Sequence[str]) -> Tensor:
+    """int64 [N]: a number of each caption's own text, by which processes can tell captions apart."""
+    digests = [hashlib.blake2b(caption.encode(), digest_size=8).digest() for caption in captions]
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
 
 
 def word_recalls(figures: dict[str, Mean], pairs: list[tuple[Tensor, Tensor, Tensor]],

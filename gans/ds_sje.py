@@ -13,16 +13,16 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from dalle.config import Section
 from dalle.sampling.generator import cut_warning, load_model, unknown_warning
 from dalle.tasks.clip import full_precision
-from dalle.training.gathering import in_global_order
-from dalle.training.optimizers import OptimizerConfig
+from dalle.training.gathering import in_global_order, of_everyone
+from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase
-from gans.joint import JointConfig, JointModel, JointRun, JointTask, of_everyone
+from gans.joint import JointConfig, JointModel, JointRun, JointTask
 from gans.text import Text, TextEncoder, length_mask
 
 # 70 symbols with the indices 1 to 70; "-" is there twice, and the later one counts
@@ -50,7 +50,7 @@ class DSSJEConfig(JointConfig):
 
     recurrent: Literal["rnn", "gru"] = "rnn"
     char_length: int = Field(default=201, ge=1)
-    conv_channels: tuple[int, int] = (384, 512)
+    conv_channels: tuple[PositiveInt, PositiveInt] = (384, 512)
     recurrent_dim: int = Field(default=256, ge=1)
     embed_dim: int = Field(default=1024, ge=1)
     over_time: Literal["mean", "last"] = "mean"
@@ -256,7 +256,7 @@ class DSSJEOptimizer(OptimizerConfig):
     """RMSprop's update at the rate of the authors' scripts; they also multiply it by 0.98 every epoch."""
 
     lr: float = Field(default=7e-4, gt=0)
-    betas: tuple[float, float] = (0.0, 0.99)
+    betas: Betas = (0.0, 0.99)
     clip: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
 

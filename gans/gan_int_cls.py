@@ -24,6 +24,7 @@ from dalle.config import Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.sampling.generator import load_model, model_folder, model_kind, to_bytes
+from dalle.training.gathering import of_everyone
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player
 from gans.generator import TEXT_FOLDER, Noise, Painter
@@ -31,6 +32,8 @@ from gans.layers import bottleneck, conv1, dcgan_init, down, join, leaky, relu, 
 from gans.losses import bce
 from gans.task import GANRun, GANTask, PaintingRun, filled, load_encoder, step_generator
 from gans.text import Text, load_text_encoder
+
+NOWHERE = [float("nan")] * 2      # the place of an object that the metadata do not have
 
 # -- networks
 
@@ -331,21 +334,23 @@ class StyleTask(GANTask):
         Styles are clusters of the background's colour and, where the samples say where their objects are, of those
         places. ``caption_auc/...`` is what the caption's vector gives: near 1/2, for it knows nothing of style.
         """
-        model, styles, sentences, colours, places = networks.bare("generator"), [], [], [], []
+        model, rows = networks.bare("generator"), []
         for batch in batches:
             image = batch["image"].float() / 127.5 - 1
-            styles.append(model(image).float().cpu())
-            sentences.append(self.encode(networks, batch).sentence.cpu())
-            colours.append(border_colour(image).cpu())
-            places += [first_place(meta) for meta in batch.get("meta", [None] * len(image))]
-        if not styles:
+            places = [first_place(meta) or NOWHERE for meta in batch.get("meta", [None] * len(image))]
+            rows.append((model(image).float(), self.encode(networks, batch).sentence, border_colour(image),
+                         torch.tensor(places, device=image.device)))
+        if not rows:
             return {}
-        labels = {"background": clustered(torch.cat(colours).numpy(), self.config.clusters)}
-        if all(place is not None for place in places):
-            labels["pose"] = clustered(np.array(places), self.config.clusters)
+        # clusters of a share would be others: every process clusters the rows of all
+        styles, sentences, colours, places = (of_everyone(torch.cat(part), networks.world_size).cpu()
+                                              for part in zip(*rows, strict=True))
+        labels = {"background": clustered(colours.numpy(), self.config.clusters)}
+        if places.isfinite().all():
+            labels["pose"] = clustered(places.double().numpy(), self.config.clusters)
         figures = {}
         for name, clusters in labels.items():
-            for what, vectors in (("style_auc", torch.cat(styles)), ("caption_auc", torch.cat(sentences))):
+            for what, vectors in (("style_auc", styles), ("caption_auc", sentences)):
                 figures[f"{what}/{name}"] = Mean(same_cluster_auc(vectors, clusters) * len(clusters), len(clusters))
         return figures
 

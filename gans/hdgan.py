@@ -39,7 +39,7 @@ PATCHES_FROM = 2                    # the third level on judges 5 x 5 patches, t
 class HDGANConfig(ModelConfig):
     """Sizes of the generator; the defaults are the paper's."""
 
-    image_size: int = Field(default=256, description="side of the largest picture")
+    image_size: int = Field(default=256, ge=1, description="side of the largest picture")
     levels: int = Field(default=3, ge=1, description="pictures of the generator, each of twice the side before")
     sentence_dim: int = Field(default=1024, ge=1)
     z_dim: int = Field(default=100, ge=1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dalle.models.base import ModelConfig, PretrainedModel
 from dalle.tasks.clip import full_precision, pooled_recalls
-from dalle.training.gathering import in_global_order, in_global_order_with_gradient
+from dalle.training.gathering import in_global_order_with_gradient
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Mean, Networks, Player, Task
 from gans.task import filled
@@ -130,7 +130,7 @@ class JointTask(Task):
             with full_precision(batch["image"].device):
                 pairs.append(self.scored(*self.sides(model, prepared)))
             classes.append(prepared["class_id"])
-        return {**pooled_recalls(pairs), **self.figures(networks, pairs, torch.cat(classes))}
+        return {**pooled_recalls(pairs, networks.world_size), **self.figures(networks, pairs, torch.cat(classes))}
 
     def scored(self, pictures: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """The two embeddings such that their dot product is the score."""
@@ -146,14 +146,3 @@ class JointTask(Task):
         trunk = self.frozen["trunk"].state_dict() if self.frozen else {}
         model.load_state_dict({**state, **{f"trunk.{name}": tensor for name, tensor in trunk.items()}})
         return model
-
-
-def of_everyone(rows: Tensor, world_size: int) -> Tensor:
-    """[n, ...] of every process, each with its own n -> all rows, without gradient. Every process must call it."""
-    if world_size == 1:
-        return rows
-    counts = in_global_order(torch.tensor([len(rows)], device=rows.device), world_size)        # [R]
-    padded = rows.new_zeros(int(counts.max()), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    there = torch.arange(len(padded), device=rows.device)[:, None] < counts
-    return in_global_order(padded, world_size)[there.flatten()]

@@ -101,7 +101,7 @@ class StackGAN1Config(ModelConfig):
     """Sizes of the first generator; the defaults are the paper's. COCO's: variant pytorch, width 192."""
 
     variant: Variant = "tf"
-    image_size: int = 64
+    image_size: int = Field(default=64, ge=1)
     width: int = Field(default=128, ge=2, description="channels at half of the picture's side")
     z_dim: int = Field(default=100, ge=1)
     condition_dim: int = Field(default=128, ge=1)
@@ -182,7 +182,7 @@ class StackGAN2Config(ModelConfig):
     """Sizes of the second generator; the defaults are the paper's. COCO's: variant pytorch, width 192, residuals 2."""
 
     variant: Variant = "tf"
-    image_size: int = 256
+    image_size: int = Field(default=256, ge=1)
     width: int = Field(default=128, ge=2, description="channels of the first convolution over the small picture")
     residuals: int = Field(default=4, ge=0)
     condition_dim: int = Field(default=128, ge=1)

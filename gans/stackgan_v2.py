@@ -44,7 +44,7 @@ SMALLEST = 4             # the side at which the generator begins and the discri
 class StackGANv2Config(ModelConfig):
     """Sizes of the generator; the defaults are the paper's: 64, 128 and 256 pixels, with captions."""
 
-    image_size: int = Field(default=256, description="of the last level; each has half the side of the next")
+    image_size: int = Field(default=256, ge=1, description="of the last level; each has half the side of the next")
     levels: int = Field(default=3, ge=1)
     width: int = Field(default=64, ge=2, description="channels at the first level; half of them at the next")
     residuals: int = Field(default=2, ge=0, description="blocks at each level but the first")

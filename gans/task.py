@@ -26,7 +26,7 @@ from dalle.evaluation.captions import CaptionSource
 from dalle.evaluation.small_config import SmallEvaluationConfig
 from dalle.models.base import ModelConfig
 from dalle.training.gathering import in_global_order
-from dalle.training.optimizers import OptimizerConfig
+from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Networks, Phase, Player, Task
 from gans.generator import TEXT_FOLDER, GANGenerator, Noise, Painter, draw_noise
@@ -44,7 +44,7 @@ class GANOptimizer(OptimizerConfig):
     """Adam as DCGAN has it (arXiv 1511.06434): no clipping, no decay, a constant rate."""
 
     lr: float = Field(default=2e-4, gt=0)
-    betas: tuple[float, float] = (0.5, 0.999)
+    betas: Betas = (0.5, 0.999)
     clip: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
 

@@ -20,7 +20,7 @@ from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.sampling.generator import load_model, load_tokenizer
 from dalle.tasks.clip import full_precision
-from dalle.training.optimizers import OptimizerConfig
+from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.task import Batch, Loss, Networks, Phase
 from gans.joint import JointConfig, JointModel, JointRun, JointTask
 from gans.task import filled
@@ -146,7 +146,7 @@ class VSEOptimizer(OptimizerConfig):
     """SISGAN's: Adam at a constant rate. VSE++ multiplies it by 0.1 after 15 of 30 epochs and clips at 2."""
 
     lr: float = Field(default=2e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     clip: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
 

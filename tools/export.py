@@ -31,11 +31,16 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def choose_checkpoint(run: Path, wanted: str | None) -> Path:
-    from dalle.training.checkpoint import CheckpointStore
+    """The checkpoint of a run that is ``wanted``, or the newest, verified."""
+    from dalle.training.checkpoint import CheckpointStore, check_is_checkpoint, find_fault, unusable
 
     store = CheckpointStore(run / "checkpoints", keep_last=1)
     if wanted is not None:
-        return store.path(int(wanted)) if wanted.isdecimal() else Path(wanted)
+        path = store.path(int(wanted)) if wanted.isdecimal() else Path(wanted)
+        check_is_checkpoint(path)
+        if (fault := find_fault(path)) is not None:
+            raise unusable(path, fault)
+        return path
     newest, passed_over = store.newest()
     for line in passed_over:
         print(line)

@@ -60,6 +60,7 @@ class DataConfig(Section):
     shuffle_buffer: int = Field(1000, ge=1)               # samples, as stored, that wait in each worker (resampled)
     image_size: int = Field(256, ge=1)
     crop: Crop = "center"
+    crop_from: float = Field(1.0, ge=1, le=4)             # resize to so many times image_size, then cut at random
     flip: bool = False
     images: bool = True                                   # False: only text and cached codes are read
     jpeg_draft: bool = False                              # the JPEG decoder shrinks pictures over twice the needed size
@@ -96,6 +97,12 @@ class DataConfig(Section):
                              "caption to random")
         if self.caption == "none" and not self.images and not self.codes:
             raise ValueError("images is false, caption is none and codes is not set: nothing would be read")
+        if self.crop_from > 1 and self.crop not in ("none", "random"):
+            raise ValueError(f"crop_from {self.crop_from} is for a random cut, but crop is {self.crop}; set crop "
+                             "to random, or to none to resize whole pictures whatever their shape")
+        if self.crop_from > 1 and self.codes:
+            raise ValueError(f"codes are of pictures cut when they were made, crop_from {self.crop_from} would cut "
+                             "others: leave one of them out")
         if self.tier != "exact" and self.codes:
             raise ValueError(f"codes belong to an index, which tier {self.tier} does not use; set tier to exact, "
                              "or leave codes out and let the codec run")
@@ -132,6 +139,7 @@ class SampleMaker:
         self.config, self.seed, self.training = config, seed, training
         self.tokenizer, self.codes, self.needs_classes = tokenizer, codes, needs_classes
         self._crop: Crop = config.crop if training or config.crop == "none" else "center"
+        self._crop_from = config.crop_from if training else 1.0
         self._bpe_dropout = config.bpe_dropout if training else 0.0
         self._caption_dropout = config.caption_dropout if training else 0.0
         self._ids: dict[tuple[int, int, int], tuple[np.ndarray, tuple[str, ...]]] = {}
@@ -197,7 +205,7 @@ class SampleMaker:
     def _square(self, data: bytes, rng: np.random.Generator | None) -> np.ndarray:
         config = self.config
         image = decode_picture(data, config, self._crop)
-        return to_square(image, config.image_size, self._crop, config.flip and self.training, rng)
+        return to_square(image, config.image_size, self._crop, config.flip and self.training, rng, self._crop_from)
 
     def _note(self, what: str, bad: BadSample, key: bytes, place: str) -> None:
         if self._logged[bad.reason] % LOG_EVERY == 0:
@@ -405,7 +413,8 @@ class ViewDataset(Dataset):
             skipped.add(bad.reason, f"{key} in {self.index.shards[shard].name}")
             return None
         return [to_square(image, config.image_size, config.crop, config.flip,
-                          sample_rng(self.seed, position * self.views + view)) for view in range(self.views)]
+                          sample_rng(self.seed, position * self.views + view), config.crop_from)
+                for view in range(self.views)]
 
 
 def image_bytes(reader: ShardReader, shard: int, index: int) -> bytes:
@@ -415,7 +424,8 @@ def image_bytes(reader: ShardReader, shard: int, index: int) -> bytes:
 
 def decode_picture(data: bytes, config: DataConfig, crop: Crop) -> Image.Image:
     """The decoded picture (RGB), by the configured limits."""
-    return decode_image(data, config.max_pixels, needed_side(config.image_size, crop) if config.jpeg_draft else None)
+    side = needed_side(config.image_size, crop, config.crop_from) if config.jpeg_draft else None
+    return decode_image(data, config.max_pixels, side)
 
 
 def image_tensor(squares: list[np.ndarray]) -> torch.Tensor:

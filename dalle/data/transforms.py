@@ -4,6 +4,8 @@ Scaling down is area averaging: an exact box mean where the ratio is a whole num
 which stays closest to it (its BOX filter drops or doubles rows at ratios such as 9/8: mean error 4.1 against 1.8 grey
 levels from the exact area average on a test chart). A square smaller than asked for is scaled up with BICUBIC and then
 used whole. A picture that already has the size is not resampled.
+
+The released GANs resize to 76/64 of the size and cut at random, whatever size the pictures have: ``crop_from``.
 """
 
 import math
@@ -18,22 +20,28 @@ Crop = Literal["none", "center", "random", "dvae", "transformer"]
 LARGEST_EIGHTHS = {"none": 8, "center": 8, "random": 8, "dvae": 12, "transformer": 9}
 
 
-def needed_side(image_size: int, crop: Crop) -> int:
+def needed_side(image_size: int, crop: Crop, crop_from: float = 1.0) -> int:
     """The shorter side in pixels above which a picture's further resolution is thrown away."""
-    return math.ceil(image_size * LARGEST_EIGHTHS[crop] / 8)
+    return max(math.ceil(image_size * LARGEST_EIGHTHS[crop] / 8), round(image_size * crop_from))
 
 
-def to_square(image: Image.Image, size: int, crop: Crop, flip: bool, rng: np.random.Generator | None) -> np.ndarray:
+def to_square(image: Image.Image, size: int, crop: Crop, flip: bool, rng: np.random.Generator | None,
+              crop_from: float = 1.0) -> np.ndarray:
     """uint8 [size, size, 3] of an RGB picture.
 
     ``none``: the whole picture, its aspect not kept. ``center``, ``random``: the largest square in the middle, or at a
     random place. ``dvae``, ``transformer``: the recipes of DALL-E (arXiv 2102.12092, its appendices on both trainings),
     their numbers for 256 pixels scaled to ``size``; the first is meant with ``flip``, the second without (text would be
     mirrored).
-    ``flip`` mirrors half of the pictures. ``rng`` may be None for ``none`` and ``center`` without ``flip``.
+    ``crop_from`` above 1, of ``none`` and ``random``: the picture is resized to so many times ``size``, the whole of it
+    or its shorter side, and a square is cut out of that at a random place.
+    ``flip`` mirrors half of the pictures. ``rng`` may be None for ``none`` and ``center`` without ``flip`` and
+    ``crop_from``.
     """
     width, height = image.size
-    if crop == "none":
+    if crop_from > 1:
+        pixels = _cut(image, _resized(width, height, round(size * crop_from), crop), size, rng)
+    elif crop == "none":
         pixels = _whole(image, size)
     else:
         side = min(width, height)
@@ -69,6 +77,26 @@ def _target(side: int, size: int, crop: Crop, rng: np.random.Generator | None) -
         return size
     low, high = max(low, size), max(high, size)
     return int(rng.integers(low, high + 1))
+
+
+def _resized(width: int, height: int, side: int, crop: Crop) -> tuple[int, int]:
+    """What a picture of ``width`` x ``height`` is resized to before it is cut: a square, or ``side`` is its shorter."""
+    if crop == "none":
+        return side, side
+    shorter = min(width, height)
+    return side * width // shorter, side * height // shorter
+
+
+def _cut(image: Image.Image, resized: tuple[int, int], size: int, rng: np.random.Generator) -> np.ndarray:
+    """``size`` x ``size`` pixels from a random place of the picture in its ``resized`` form; only they are made."""
+    x, y = (int(rng.integers(length - size + 1)) for length in resized)
+    if resized == image.size:
+        return np.asarray(image.crop((x, y, x + size, y + size)))
+    across, down = (before / after for before, after in zip(image.size, resized, strict=True))
+    smaller = min(across, down) >= 1
+    return np.asarray(image.resize((size, size), Image.Resampling.HAMMING if smaller else Image.Resampling.BICUBIC,
+                                   box=(x * across, y * down, (x + size) * across, (y + size) * down),
+                                   reducing_gap=2.0))
 
 
 def _resize(image: Image.Image, box: tuple[int, int, int, int], target: int) -> Image.Image:

@@ -1,6 +1,6 @@
 """How well pictures fit their captions, from the features of any two encoders that share a space."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
@@ -23,14 +23,14 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
 
 
 def r_precision(image_features: Tensor, text_features: Tensor, candidates: int = 100, seed: int = 0,
-                captions: Sequence[str] | None = None) -> float:
+                captions: Sequence[Hashable] | None = None) -> float:
     """The share of pictures that are nearer to their own caption than to ``candidates - 1`` mismatched ones (R = 1)."""
     hits = r_precision_hits(image_features, text_features, candidates, seed, captions)
     return float(hits.double().mean())
 
 
 def r_precision_hits(image_features: Tensor, text_features: Tensor, candidates: int = 100, seed: int = 0,
-                     captions: Sequence[str] | None = None) -> Tensor:
+                     captions: Sequence[Hashable] | None = None) -> Tensor:
     """Whether each picture finds its own caption, bool [N] (the protocol of arXiv 1711.10485, section 4).
 
     The mismatched captions of a row are drawn from all other *different* captions, without repetition, by the seed and
@@ -62,16 +62,16 @@ def mismatched(own: np.ndarray, different: int, candidates: int, seed: int) -> n
     return choices + (choices >= own[:, None])     # one number is skipped: the row's own
 
 
-def distinct(text_features: Tensor, captions: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+def distinct(text_features: Tensor, captions: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:
     """The number of each row's caption among the different ones, in order of first appearance, and their first rows."""
-    keys: Sequence[str] | list[bytes]
+    keys: Sequence[Hashable]
     if captions is None:
         keys = [row.tobytes() for row in text_features.detach().float().cpu().numpy()]
     elif len(captions) != len(text_features):
         raise ValueError(f"{len(captions)} captions but {len(text_features)} rows of their features")
     else:
         keys = captions
-    numbers: dict[str | bytes, int] = {}
+    numbers: dict[Hashable, int] = {}
     own = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
     _, first_rows = np.unique(own, return_index=True)
     return own, first_rows

@@ -17,9 +17,9 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 class ModelConfig(BaseModel):
-    """Base of the model configs: immutable, and an unknown field is an error."""
+    """Base of the model configs: immutable, and an unknown field, infinity and NaN are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class PretrainedModel(nn.Module):

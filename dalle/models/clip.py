@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import open_clip
 import torch
@@ -22,7 +22,7 @@ from open_clip.loss import SigLipLoss
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, TypeAdapter, ValidationError, model_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,6 +44,12 @@ NOT_PLAIN_WEIGHTS = (UnpicklingError, SafetensorError, EOFError, KeyError, TypeE
 
 # Set by the caption ids and the model config, never by hand.
 RESERVED_TEXT_FIELDS = {"context_length", "vocab_size", "pad_id", "eos_id"}
+# Tables of positions, tokens that stand for a whole picture, queries that pool it and gains of layer scale, by their
+# names in open_clip and timm: `no_weight_decay` leaves out those of pooling layers and of some towers.
+UNDECAYED = {"positional_embedding", "pos_embed", "class_embedding", "cls_token", "reg_token", "query", "latent",
+             "gamma"}
+SHARES = {"patch_dropout", "timm_drop", "timm_drop_path"}      # the others of open_clip's numbers are sizes and factors
+PixelMean = Annotated[float, Field(ge=0, le=1)]
 
 
 class ClipArchitecture(ModelConfig):
@@ -58,8 +64,8 @@ class ClipArchitecture(ModelConfig):
     vision: dict[str, Any] | None = None
     text: dict[str, Any] | None = None
     image_size: int | None = Field(None, ge=1)    # None: what the tower's own config says
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    image_mean: tuple[PixelMean, PixelMean, PixelMean] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.26862954, 0.26130258, 0.27577711)
 
     @model_validator(mode="after")
     def _one_source_of_towers(self) -> "ClipArchitecture":
@@ -72,6 +78,7 @@ class ClipArchitecture(ModelConfig):
         else:
             _check_fields("vision", self.vision, CLIPVisionCfg, set())
             _check_fields("text", self.text, CLIPTextCfg, RESERVED_TEXT_FIELDS)
+            _check_sizes(CLIPVisionCfg(**self.vision), CLIPTextCfg(**self.text), self.image_size)
         return self
 
 
@@ -143,6 +150,13 @@ class ClipModel(PretrainedModel):
         lengths = (text != 0).sum(dim=1, keepdim=True)
         return wrapped.scatter(1, lengths + 1, end)
 
+    def embedding_parameters(self) -> list[str]:
+        """Names of what an optimiser treats as embeddings: by the towers' own ``no_weight_decay``, and by ours."""
+        found = set()
+        for path, part in self.named_modules():
+            declared = UNDECAYED | set(part.no_weight_decay() if hasattr(part, "no_weight_decay") else ())
+            found |= {f"{path}.{name}" for name, _ in part.named_parameters() if name in declared}
+        return sorted(found)
 
     def training_flops(self) -> float:
         """Floating-point operations of one pair's forward and backward pass, counted on the meta device."""
@@ -221,6 +235,33 @@ def _check_fields(section: str, given: dict[str, Any], known: type, reserved: se
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
             raise ValueError(f"{section}.{key} is not a field of open_clip's {known.__name__}; nearest: {near}")
+        _check_number(f"{section}.{key}", given[key], is_share=key in SHARES)
+    try:
+        TypeAdapter(known).validate_python(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{section}.{first['loc'][0]}: {first['msg']}") from None
+
+
+def _check_number(name: str, value: Any, is_share: bool) -> None:
+    """open_clip's classes bound nothing: some towers of 0 or -1 layers would be built."""
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(number, (int, float)) and not isinstance(number, bool) \
+                and not (0 <= number < 1 if is_share else 0 < number < math.inf):
+            raise ValueError(f"{name} is {number}; it is {'from 0 on and below 1' if is_share else 'above 0'}")
+
+
+def _check_sizes(vision: CLIPVisionCfg, text: CLIPTextCfg, image_size: int | None) -> None:
+    """``ValueError`` for widths and sides that do not divide as open_clip's own transformers need it."""
+    if text.width % text.heads:
+        raise ValueError(f"text.width {text.width} is not a multiple of text.heads {text.heads}")
+    if vision.timm_model_name or not isinstance(vision.layers, int):       # timm's towers, and residual networks
+        return
+    if vision.width % vision.head_width:
+        raise ValueError(f"vision.width {vision.width} is not a multiple of vision.head_width {vision.head_width}")
+    side = image_size or vision.image_size
+    if vision.patch_size > (side if isinstance(side, int) else min(side)):
+        raise ValueError(f"vision.patch_size {vision.patch_size} is more than the picture's side, {side}")
 
 
 def _build_towers(config: ClipConfig) -> nn.Module:

@@ -51,7 +51,8 @@ class CompactNetworkConfig(ModelConfig):
 
     kind: Literal["compact"] = "compact"
     patch: Literal[2, 4] = 4
-    widths: tuple[int, ...] = Field((64, 128), min_length=1, description="channels of each stage, finest first")
+    widths: tuple[Annotated[int, Field(ge=2)], ...] = Field((64, 128), min_length=1,
+                                                           description="channels of each stage, finest first")
     blocks: int = Field(2, ge=0, description="residual blocks a stage")
     tail: int = Field(32, ge=2, description="channels of the decoder's block between the patches and the pixels")
     gain: float = Field(0.5, gt=0, description="factor on each residual branch")
@@ -156,11 +157,12 @@ class DiscreteVAE(PretrainedModel):
     def decode(self, codes: Tensor) -> Tensor:
         """The pictures of ``codes`` int64 [B, h*w]: float [B, 3, H, W] on [0, 1].
 
-        Raises ``ValueError`` when the number of codes is not the grid's.
+        Raises ``ValueError`` when the number of codes is not the grid's, or a code is not the codec's.
         """
         height, width = self.grid
         if codes.shape[-1] != height * width:
             raise ValueError(f"{codes.shape[-1]} codes a picture do not fill the grid of {height}x{width}")
+        check_codes(codes, self.num_codes)
         mean, _ = self._decoded(self.quantizer.entry(codes.unflatten(-1, (height, width))))
         return self.pixels(mean)
 
@@ -191,6 +193,20 @@ class DiscreteVAE(PretrainedModel):
             return (out + 1) / 2, None
         mean, log_scale = out.chunk(2, dim=1)
         return mean, log_scale
+
+
+def check_codes(codes: Tensor, num_codes: int) -> None:
+    """``ValueError`` for a code outside 0 to ``num_codes`` - 1.
+
+    On an accelerator, where reading the answer would wait for the device, it fails there: by an assertion on the
+    device, as a look-up beyond a table does. FSQ has no table, its digits would wrap to another code's.
+    """
+    inside = ((codes >= 0) & (codes < num_codes)).all()
+    if codes.device.type != "cpu":
+        torch._assert_async(inside, f"a code is outside 0 to {num_codes - 1}")
+    elif not inside:
+        raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())} where the codec has 0 to "
+                         f"{num_codes - 1}")
 
 
 def map_pixels(images: Tensor) -> Tensor:

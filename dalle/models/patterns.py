@@ -84,9 +84,14 @@ def image_to_image(pattern: AttentionPattern) -> Tensor:
         return torch.isin(distance, torch.tensor(offsets)) & (distance >= 0)
     rows_above = slots[:, None] // width - slots[None, :] // width
     columns_left = slots[:, None] % width - slots[None, :] % width
-    if pattern.conv_mode == "torus":  # columns only: a row beyond the top edge would be a row of the future
-        columns_left = (columns_left + reach) % width - reach if width > reach else torch.zeros_like(columns_left)
-    return (rows_above >= 0) & (rows_above <= reach) & (columns_left.abs() <= reach)
+    if pattern.conv_mode == "torus":  # over both edges, as ru-dalle's: the last row reaches round to the first
+        rows_above, columns_left = shortest(rows_above, rows), shortest(columns_left, width)
+    return (rows_above.abs() <= reach) & (columns_left.abs() <= reach)
+
+
+def shortest(steps: Tensor, around: int) -> Tensor:
+    """The shortest way to go ``steps`` on a ring of ``around`` places: from -around / 2 on, below around / 2."""
+    return (steps + around // 2) % around - around // 2
 
 
 @lru_cache(maxsize=16384)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dalle.models.base import ModelConfig
 
 UNIFORM_MARGIN = 1e-6
+MOST_CODES = 2**31 - 1     # a cache keeps them as int32
 
 
 class GumbelConfig(ModelConfig):
@@ -32,7 +33,7 @@ class GumbelConfig(ModelConfig):
     """
 
     kind: Literal["gumbel"] = "gumbel"
-    num_codes: int = Field(8192, ge=2)
+    num_codes: int = Field(8192, ge=2, le=MOST_CODES)
     logits: Literal["linear", "cosine"] = "linear"
     dim: int = Field(32, ge=1, description="length of a code's vector (cosine logits only)")
     first_scale: float = Field(30.0, gt=0, description="factor on the cosines at the start; learned from there")
@@ -43,13 +44,13 @@ class FSQConfig(ModelConfig):
     """Finite scalar quantisation: ``levels[i]`` values in channel i, the product of all is the number of codes."""
 
     kind: Literal["fsq"] = "fsq"
-    levels: tuple[int, ...] = (4, 4, 4, 4, 4)
+    levels: tuple[Annotated[int, Field(ge=2)], ...] = Field((4, 4, 4, 4, 4), min_length=1)
 
     @field_validator("levels")
     @classmethod
-    def _at_least_two_levels(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
-        if not levels or min(levels) < 2:
-            raise ValueError(f"levels must be integers of at least 2, got {list(levels)}")
+    def _codes_can_be_stored(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
+        if math.prod(levels) > MOST_CODES:
+            raise ValueError(f"levels {list(levels)}: {math.prod(levels)} codes; at most {MOST_CODES} can be stored")
         return levels
 
 
@@ -106,6 +107,10 @@ class GumbelQuantizer(nn.Module):
         """What the decoder takes for known ``codes`` [B, h, w]: unit vectors [B, dim, h, w], or the codes themselves,
         which a :class:`CodebookConv` gathers (a one-hot of 8,192 channels would be 32 MiB a picture)."""
         return F.embedding(codes, self._unit_codes()).movedim(-1, 1) if self.tied else codes
+
+    def embedding_parameters(self) -> list[str]:
+        """Names of what an optimiser treats as embeddings: the vectors of the codes, where they are not a layer's."""
+        return ["codebook"] if self.tied else []
 
     def entry_layer(self, channels: int, kernel: int) -> nn.Module:
         """The decoder's first layer: the codebook where it is the decoder's, else an ordinary convolution."""

@@ -19,7 +19,7 @@ import math
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -48,7 +48,7 @@ class TransformerArchitecture(ModelConfig):
     dim: int = Field(default=512, ge=1)
     depth: int = Field(default=12, ge=1)
     heads: int = Field(default=8, ge=1)
-    head_dim: int | None = Field(default=None, description="width of a head; dim / heads where it is not given")
+    head_dim: int | None = Field(default=None, ge=1, description="width of a head; dim / heads where it is not given")
     layout: Literal["bos", "boi"] = "bos"
     attention: Literal["dalle", "full", "row", "column", "conv"] | tuple[PatternName, ...] = "dalle"
     conv_kernel: int = Field(default=11, ge=1)
@@ -97,7 +97,7 @@ class TransformerConfig(TransformerArchitecture):
 
     text_length: int = Field(ge=1)
     num_text_tokens: int = Field(ge=2, description="the tokenizer's vocabulary V, id 0 ('unfilled') included")
-    grid: tuple[int, int] = Field(description="rows and columns of image codes")
+    grid: tuple[PositiveInt, PositiveInt] = Field(description="rows and columns of image codes")
     num_codes: int = Field(ge=1)
 
     @property
@@ -256,6 +256,11 @@ class TextToImageTransformer(PretrainedModel):
         if dtype in (None, self.start.dtype):
             return self
         return copy.deepcopy(self).to(dtype).eval()
+
+    def embedding_parameters(self) -> list[str]:
+        """Names of the position tables, which an optimiser treats as the embeddings that they are added to."""
+        learned = self.config.positions == "learned"
+        return ["text_position", "row_position", "column_position"] if learned else []
 
     def matrix_parameters(self) -> list[str]:
         """Names of the weight matrices inside the blocks: those that an orthogonalising optimiser may take."""

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from dalle.config import Section
+from dalle.errors import UserError
 from dalle.models.transformer import DecodingState, TextToImageTransformer, TransformerConfig, cache_bytes
 
 BATCH_SIZE = {"cpu": 16, "cuda": 64}    # candidates side by side where memory allows
@@ -23,10 +25,13 @@ PREFILL_ROWS = 4                        # captions run through the model at once
 class SamplingConfig(Section):
     """How the next code is chosen. The defaults are the paper's: the model's own distribution."""
 
-    temperature: float = Field(default=1.0, ge=0, description="0 takes the most probable code")
-    top_k: int | None = Field(default=None, ge=1)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    guidance: float = Field(default=1.0, ge=0, description="logits = u + guidance (c - u); 1 is off (arXiv 2406.06525)")
+    temperature: float = Field(default=1.0, ge=0, description="0 takes the most probable code, and so does all that is "
+                               "near enough to 0")
+    top_k: int | None = Field(default=None, ge=1, description="so many of the most probable codes; of equal ones the "
+                              "lower come first")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="the fewest most probable codes of so much mass")
+    guidance: float = Field(default=1.0, ge=0, le=10_000,      # far beyond use, and far from an overflow
+                            description="logits = u + guidance (c - u); 1 is off (arXiv 2406.06525)")
 
     @property
     def streams(self) -> int:
@@ -45,13 +50,14 @@ def sample_codes(model: TextToImageTransformer, text: Tensor, seeds: Sequence[in
     come back unchanged. ``on_progress`` is told after each code how many candidates' worth of them are done.
     ``batch_size`` (default: by device and memory) and ``dtype`` (default: the weights') may change
     the last bits of the logits; how many candidates are asked for at once does not. Raises ``ValueError`` for sizes
-    that do not fit.
+    that do not fit and for ids and codes that the model does not have, ``UserError`` for logits that are not finite.
     """
     options = options or SamplingConfig()
     config, device = model.config, model.start.device
     if len(text) == 0 or len(seeds) % len(text):
         raise ValueError(f"{len(seeds)} seeds cannot be shared equally by {len(text)} captions")
     known = _known_codes(known_codes, len(text), config).to(device)
+    check_range("text ids", text, config.num_text_tokens)
     text, per_caption = text.to(device), len(seeds) // len(text)
     batch_size = batch_size or default_batch_size(config, dtype or model.start.dtype, device, options.streams)
     was_training = model.training
@@ -79,7 +85,14 @@ def _known_codes(known: Tensor | None, captions: int, config: TransformerConfig)
         raise ValueError(f"known_codes {tuple(known.shape)} is neither [k] nor [{captions}, k]")
     if known.shape[-1] >= config.num_image_slots:
         raise ValueError(f"{known.shape[-1]} known codes leave nothing to sample of {config.num_image_slots}")
+    check_range("known codes", known, config.num_codes)
     return known.expand(captions, -1)
+
+
+def check_range(what: str, ids: Tensor, count: int) -> None:
+    """``ValueError`` for one outside 0 to ``count`` - 1; waits for the device, once a call of :func:`sample_codes`."""
+    if ids.numel() and (ids.min() < 0 or ids.max() >= count):
+        raise ValueError(f"{what} from {int(ids.min())} to {int(ids.max())} where the model has 0 to {count - 1}")
 
 
 def default_batch_size(config: TransformerConfig, dtype: torch.dtype, device: torch.device, streams: int) -> int:
@@ -136,12 +149,17 @@ def _decode(model: TextToImageTransformer, state: DecodingState, logits: Tensor,
             first: int, options: SamplingConfig, on_share: Callable[[float], None]) -> Tensor:
     """Codes [B, N] from slot ``first`` on (zeros before it), given the logits of that slot and the state before it."""
     codes = torch.zeros(numbers.shape, dtype=torch.int64, device=numbers.device)
+    finite = torch.ones((), dtype=torch.bool, device=numbers.device)      # read once a batch, not at every code
     last = numbers.shape[1] - 1
     for slot in range(first, last + 1):
-        codes[:, slot] = choose_codes(guide(logits, options), numbers[:, slot], options)
+        guided = guide(logits, options)
+        finite &= guided.amax(dim=-1).isfinite().all()         # of NaN, infinity or nothing else there is no softmax
+        codes[:, slot] = choose_codes(guided, numbers[:, slot], options)
         if slot < last:
             logits = model.decode_step(codes[:, slot].repeat(options.streams), state)
         on_share((slot + 1 - first) / (last + 1 - first))
+    if not finite:
+        raise UserError("the transformer's logits are not finite: its weights are damaged")
     return codes
 
 
@@ -162,19 +180,43 @@ def choose_codes(logits: Tensor, numbers: Tensor, options: SamplingConfig) -> Te
     """One code [B] for each row of ``logits`` [B, K] by inverting its distribution at ``numbers`` [B] in [0, 1).
 
     Filters apply in the usual order: temperature, top-k, top-p. They are written out here because transformers' warpers
-    each sort and scatter anew, at every code.
+    each sort and scatter anew, at every code. Logits that are not finite give some code; the caller has to look.
     """
     if options.temperature == 0:
         return logits.argmax(dim=-1)
     if options.temperature != 1:
-        logits = logits / options.temperature
+        logits = cooled(logits, options.temperature)
     if options.top_k is not None and options.top_k < logits.shape[-1]:
-        smallest = logits.topk(options.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
+        logits = logits.masked_fill(~among_largest(logits, options.top_k), float("-inf"))
     if options.top_p is not None and options.top_p < 1:
-        ranked, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        beyond = ranked.cumsum(dim=-1) - ranked >= options.top_p    # the mass before a code already suffices
-        logits = logits.masked_fill(beyond.gather(1, order.argsort(dim=-1)), float("-inf"))
+        logits = logits.masked_fill(~in_nucleus(logits, options.top_p), float("-inf"))
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
     target = numbers[:, None].to(cumulative.dtype) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    found = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return found.clamp(max=logits.shape[-1] - 1)             # a number finds no place among NaNs
+
+
+def cooled(logits: Tensor, temperature: float) -> Tensor:
+    """``logits`` / temperature, less a constant of each row: the best is 0, whatever the others fall to.
+
+    Divided as they are, logits overflow below 1e-37 and the best of them have no difference left. From the best on,
+    only what is worse overflows, to a probability of 0, which is the limit. Below its smallest normal number fp32 may
+    take a divisor for 0.
+    """
+    best = logits.amax(dim=-1, keepdim=True)
+    return (logits - best) / max(temperature, torch.finfo(logits.dtype).tiny)
+
+
+def among_largest(logits: Tensor, count: int) -> Tensor:
+    """bool [B, K]: the ``count`` largest of each row, of equal ones the first (``topk`` leaves open which)."""
+    smallest = logits.topk(count, dim=-1).values[:, -1:]
+    larger, equal = logits > smallest, logits == smallest
+    room = count - larger.sum(dim=-1, keepdim=True)
+    return larger | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))
+
+
+def in_nucleus(logits: Tensor, mass: float) -> Tensor:
+    """bool [B, K]: the fewest, most probable codes that have ``mass``, one at least; of equal ones the first."""
+    ranked, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    mass_before = F.pad(ranked.cumsum(dim=-1)[:, :-1], (1, 0), value=-1.0)     # the first stays for any mass above 0
+    return (mass_before < mass).gather(1, order.argsort(dim=-1))

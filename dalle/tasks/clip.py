@@ -18,6 +18,7 @@ from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.clip import ClipArchitecture, ClipConfig, ClipModel, ClipOutput, contrastive_loss
 from dalle.sampling.generator import load_codec, model_folder
+from dalle.training.gathering import of_everyone
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
@@ -114,13 +115,13 @@ class ClipTask(Task):
     def validate(self, networks: Networks, batches: Iterable[Batch]) -> dict[str, Mean]:
         """Recall@1 and @5 in pools of 64 and of 1,000 consecutive samples, the mean of both directions.
 
-        A pool never spans two processes and an incomplete last pool is left out, so that the figure is always "in N".
-        Where not even 64 are there, N is the largest power of two that is.
+        An incomplete last pool is left out, so that the figure is always "in N". Where not even 64 are there, N is the
+        largest power of two that is.
         """
         model = networks.bare("clip")
         with full_precision(model.image_mean.device):
             pairs = [(model.encode_image(batch["image"]), model.encode_text(batch["text"])) for batch in batches]
-            return pooled_recalls(pairs)
+            return pooled_recalls(pairs, networks.world_size)
 
     def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:
         """``config.json``, ``model.safetensors`` and ``tokenizer/``: all that a reranker needs."""
@@ -128,13 +129,16 @@ class ClipTask(Task):
         self.tokenizer.save(Path(folder) / "tokenizer")
 
 
-def pooled_recalls(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Mean]:
-    """``recall@k_in_N`` over whole pools of N rows of the (image, text) features, in their order (:func:`pools_of`)."""
+def pooled_recalls(pairs: Sequence[tuple[Tensor, Tensor]], world_size: int = 1) -> dict[str, Mean]:
+    """``recall@k_in_N`` over whole pools of N rows of the (image, text) features of all processes, in their order
+    (:func:`pools_of`).
+
+    Every process must call it, and gets the same: pools of its own share would be others, and fewer.
+    """
     figures: dict[str, Mean] = {}
     if not pairs:
         return figures
-    images = torch.cat([image for image, _ in pairs]).float()
-    texts = torch.cat([text for _, text in pairs]).float()
+    images, texts = (of_everyone(torch.cat(side).float(), world_size) for side in zip(*pairs, strict=True))
     for pool in pools_of(len(images)):
         for start in range(0, len(images) - pool + 1, pool):
             similarity = images[start : start + pool] @ texts[start : start + pool].T

@@ -22,10 +22,11 @@ from dalle.data.loader import train_batches, validation_batches
 from dalle.models.dvae import PIXEL_MARGIN, DiscreteVAE, DVAEConfig, DVAEOutput, map_pixels
 from dalle.models.perceptual import edge_distance
 from dalle.models.quantizers import FSQConfig
+from dalle.training.figures import Counts, Figure, Largest, Mean, Perplexity, Used
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.schedules import cosine
-from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
+from dalle.training.task import Batch, Loss, Networks, Phase, Player, Task
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ CODES_TO_JUDGE_USAGE = 10     # times the number of codes, before a low share me
 class CosineRamp(Section):
     """From ``start`` to ``end`` along half a cosine, over a share of the run's updates; constant after that."""
 
-    start: float
-    end: float
+    start: float = Field(ge=0)
+    end: float = Field(ge=0)
     over: float = Field(1.0, gt=0, le=1, description="share of the run's updates")
     at_least: int = Field(1, ge=1, description="updates, where the share comes to fewer")
 
@@ -54,7 +55,14 @@ class DVAELossConfig(Section):
     temperature: CosineRamp = CosineRamp(start=1.0, end=1 / 16, over=0.05)
     even_usage: float = Field(0.0, ge=0, description="weight of ln K - H(mean of q), per position, beside beta's")
     edges: float = Field(0.0, ge=0, description="weight of the edge distance, per value, on [-1, 1]")
-    log_scale_floor: float | None = Field(-7.0, description="bound on ln b: a collapsed b has unbounded likelihood")
+    log_scale_floor: float | None = Field(-7.0, ge=-80, le=80, description="bound on ln b: a collapsed b has unbounded "
+                                          "likelihood")
+
+    @model_validator(mode="after")
+    def _something_is_warm(self) -> "DVAELossConfig":
+        if min(self.temperature.start, self.temperature.end) == 0:
+            raise ValueError("temperature is what logits are divided by: from start to end it has to be above 0")
+        return self
 
 
 class DVAERun(RunConfig):
@@ -100,7 +108,7 @@ class DVAETask(Task):
         images, weights, total_steps = batch["image"], self.config.loss, self.config.train.steps
         values = images[0].numel()                                             # C*H*W; 196,608 in the paper
         output = DVAEOutput(*networks["dvae"](images, weights.temperature.at(step, total_steps)))
-        self.usage.add(output.codes)
+        self.usage.add(output.codes, step, networks.world_size)
 
         if output.log_scale is None:
             nll = squared_error(output.mean, images)
@@ -114,7 +122,7 @@ class DVAETask(Task):
             kl = kl_to_uniform(log_q)
             total = total + weights.beta.at(step, total_steps) * kl.mean() / values
             parts["kl_per_position"] = kl.detach().mean() / output.codes.shape[1]
-            parts["max_logit"] = output.code_logits.detach().abs().max()
+            parts["max_logit"] = Largest(output.code_logits.detach().abs().max())
             if weights.even_usage > 0:
                 unevenness = uneven_usage(log_q)
                 total = total + weights.even_usage * output.codes.shape[1] * unevenness / values
@@ -138,11 +146,8 @@ class DVAETask(Task):
         return {"reconstruction": torch.cat([side_by_side(images), side_by_side(to_bytes(rebuilt))], dim=1)}
 
     @torch.no_grad()
-    def validate(self, networks: Networks, batches: Iterable[Batch]) -> dict[str, Mean]:
-        """PSNR in dB through hard codes, what the relaxation still gains over them, and how many codes are in use.
-
-        The usage figures are over one rank's share, then averaged: with several ranks they are slightly low.
-        """
+    def validate(self, networks: Networks, batches: Iterable[Batch]) -> dict[str, Figure]:
+        """PSNR in dB through hard codes, what the relaxation still gains over them, and how many codes are in use."""
         model = networks.bare("dvae")
         psnr, gap = Mean(), Mean()
         usage = CodeUsage(self.num_codes, window=None)
@@ -154,17 +159,13 @@ class DVAETask(Task):
             psnr.add(hard.mean(), len(images))
             if self._relaxes:
                 gap.add((self._relaxed_psnr(model, images) - hard).mean(), len(images))
-        used, perplexity = Mean(), Mean()
-        if psnr.count:
-            used.add(usage.used())
-            perplexity.add(usage.perplexity())
-            self._warn_of_collapse(usage)
-        figures = {"psnr": psnr, "codes_used": used, "perplexity": perplexity}
+        self._warn_of_collapse(usage)
+        figures: dict[str, Figure] = {"psnr": psnr, **usage.figures()}
         return {**figures, "relaxed_gain_db": gap} if self._relaxes else figures
 
-    def metrics(self, step: int) -> dict[str, Tensor | float]:
-        """The annealed quantities, and this rank's codebook usage over the last million codes."""
-        figures: dict[str, Tensor | float] = {"codes_used": self.usage.used(), "perplexity": self.usage.perplexity()}
+    def metrics(self, step: int) -> dict[str, Figure | Tensor | float]:
+        """The annealed quantities, and the codebook's usage over the last million codes of all ranks."""
+        figures: dict[str, Figure | Tensor | float] = {**self.usage.figures()}
         if self._relaxes:
             figures["beta"] = self.config.loss.beta.at(step, self.config.train.steps)
             figures["temperature"] = self.config.loss.temperature.at(step, self.config.train.steps)
@@ -191,7 +192,7 @@ class DVAETask(Task):
         return peak_signal_to_noise(model.pixels(output.mean), images)
 
     def _warn_of_collapse(self, usage: "CodeUsage") -> None:
-        used = float(usage.used())
+        used = usage.figures()["codes_used"].value
         if usage.seen >= CODES_TO_JUDGE_USAGE * self.num_codes and used < COLLAPSED_USAGE * self.num_codes:
             log.warning("only %d of %d codes are in use: the codebook has collapsed (see loss.even_usage)",
                         used, self.num_codes)
@@ -243,34 +244,30 @@ def uneven_usage(log_q: Tensor) -> Tensor:
 
 
 class CodeUsage:
-    """How often each code was chosen, over the last ``window`` to twice ``window`` codes (``None``: all)."""
+    """How often each code was chosen, over the last ``window`` to twice ``window`` codes of all ranks (``None``: all).
+
+    Whole steps are kept or forgotten, so that ranks and micro-batches of any number count the same codes.
+    """
 
     def __init__(self, num_codes: int, window: int | None):
         self.num_codes = num_codes
         self.window = window
-        self.seen = 0
-        self._counts = self._counts_before = torch.zeros(num_codes)
+        self.seen = 0                    # by this rank, in the newer window
+        self._step = 0
+        self._counts = self._counts_before = torch.zeros(num_codes, dtype=torch.int64)
 
-    def add(self, codes: Tensor) -> None:
-        """Count ``codes`` (any shape) without leaving their device."""
-        if self.window is not None and self.seen >= self.window:
+    def add(self, codes: Tensor, step: int = 0, ranks: int = 1) -> None:
+        """Count ``codes`` (any shape) of ``step``, of which all ``ranks`` have as many; nothing leaves the device."""
+        if self.window is not None and self.seen * ranks >= self.window and step != self._step:
             self._counts_before, self._counts, self.seen = self._counts, torch.zeros_like(self._counts), 0
-        ones = torch.ones(codes.numel(), device=codes.device)
-        self._counts = self._counts.to(codes.device).scatter_add(0, codes.flatten(), ones)
+        self._step = step
+        self._counts = self._counts.to(codes.device).scatter_add(0, codes.flatten(), torch.ones_like(codes.flatten()))
         self.seen += codes.numel()
 
-    def used(self) -> Tensor:
-        """The number of codes chosen at least once."""
-        return (self._window_counts() > 0).sum()
-
-    def perplexity(self) -> Tensor:
-        """exp(entropy) of the codes' frequencies; 0 before the first code."""
-        counts = self._window_counts()
-        p = counts / counts.sum().clamp_min(1)
-        return torch.where(counts.sum() > 0, torch.special.entr(p).sum().exp(), 0.0)
-
-    def _window_counts(self) -> Tensor:
-        return self._counts + self._counts_before.to(self._counts.device)
+    def figures(self) -> dict[str, Counts]:
+        """``codes_used`` and ``perplexity``, of this rank's codes until they are joined with the others'."""
+        counts = (self._counts + self._counts_before.to(self._counts.device)).cpu()
+        return {"codes_used": Used(counts), "perplexity": Perplexity(counts)}
 
 
 def peak_signal_to_noise(images: Tensor, others: Tensor) -> Tensor:

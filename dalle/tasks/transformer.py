@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -44,7 +44,7 @@ class TransformerModelConfig(TransformerArchitecture):
     preset: str | None = Field(default=None, description="start from this preset's architecture")
     text_length: int | None = Field(default=None, ge=1, description="from data.text_length")
     num_text_tokens: int | None = Field(default=None, ge=2, description="from the tokenizer")
-    grid: tuple[int, int] | None = Field(default=None, description="from the codec")
+    grid: tuple[PositiveInt, PositiveInt] | None = Field(default=None, description="from the codec")
     num_codes: int | None = Field(default=None, ge=1, description="from the codec")
 
     @model_validator(mode="before")

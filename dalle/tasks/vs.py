@@ -21,7 +21,7 @@ from dalle.models.vs import MARGIN, InceptionResNetFeatures, VSConfig, VSModel, 
 from dalle.sampling.generator import load_model, load_tokenizer, model_folder, model_kind
 from dalle.tasks.clip import full_precision, pooled_recalls
 from dalle.training.gathering import in_global_order
-from dalle.training.optimizers import OptimizerConfig
+from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
 
@@ -38,7 +38,7 @@ class VSOptimizer(OptimizerConfig):
     """The paper's: Adam at a constant rate, without clipping."""
 
     lr: float = Field(default=2e-4, gt=0)
-    betas: tuple[float, float] = (0.5, 0.999)
+    betas: Betas = (0.5, 0.999)
     clip: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
 
@@ -125,7 +125,7 @@ class VSTask(Task):
         similarity = Mean()
         for image, text in pairs:
             similarity.add((image * text).sum(dim=1).mean(), count=len(image))
-        return {"similarity": similarity, **pooled_recalls(pairs)}
+        return {"similarity": similarity, **pooled_recalls(pairs, networks.world_size)}
 
     def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:
         """The maps and, in ``text/`` and ``image/``, the networks before them: all that the metric needs."""

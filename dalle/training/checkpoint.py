@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,6 +26,7 @@ from dalle.tensor_file import write_synced
 
 MANIFEST, STATE = "manifest.json", "state.json"
 FORMAT = 2
+PIECE = 1 << 20                               # bytes hashed at once
 PREFIX = "step_"
 WEIGHTS, OPTIMIZER, AVERAGE = "weights", "optimizer", "average"
 STATE_TYPES = {"step": int, "players": list, "config": dict, "data": dict, "excluded_batches": list, "rollbacks": int,
@@ -142,27 +143,58 @@ def step_of(path: Path) -> int:
     return int(path.name[len(PREFIX):])
 
 
+class Damage(Exception):
+    """What is wrong with a checkpoint, in words that may follow its path."""
+
+
 def find_fault(path: Path) -> str | None:
-    """What is wrong with the checkpoint at ``path``, or None: every file present, of its size, with its hash."""
+    """What is wrong with the checkpoint at ``path``, or None: every file present, of its size, with its hash.
+
+    Reads all of it, in this thread; :mod:`dalle.training.verifying` does it with all ranks.
+    """
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        for name, expected in listed(path).items():
+            check_hash(path, name, expected)
+    except Damage as damage:
+        return str(damage)
+    return None
+
+
+def listed(path: Path) -> Entries:
+    """What the manifest of the checkpoint at ``path`` lists: all of its files, each there and of its size.
+
+    Raises :class:`Damage`; reads no file but the manifest.
+    """
+    try:
+        files: Entries = json.loads((path / MANIFEST).read_text())["files"]
         for name, expected in files.items():
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                return f"{MANIFEST} names a file outside the checkpoint: {name!r}"
+                raise Damage(f"{MANIFEST} names a file outside the checkpoint: {name!r}")
             if (path / name).stat().st_size != expected["size"]:
-                return f"{name} has {(path / name).stat().st_size} bytes instead of {expected['size']}"
-            if digest(path / name) != expected["sha256"]:
-                return f"{name} is damaged (its sha256 differs)"
+                raise Damage(f"{name} has {(path / name).stat().st_size} bytes instead of {expected['size']}")
+            if not isinstance(expected["sha256"], str):
+                raise TypeError("sha256")
         unlisted = {file.relative_to(path).as_posix() for file in path.glob("*/*.safetensors")} - files.keys()
-        if unlisted:
-            return f"{min(unlisted)} is not in {MANIFEST}"
-        if STATE not in files:
-            return f"{MANIFEST} does not list {STATE}"
     except FileNotFoundError as error:
-        return f"{Path(error.filename).relative_to(path)} is missing"
+        raise Damage(f"{Path(error.filename).relative_to(path)} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    return None
+        raise Damage(f"{MANIFEST} cannot be read ({type(error).__name__})") from None
+    if unlisted:
+        raise Damage(f"{min(unlisted)} is not in {MANIFEST}")
+    if STATE not in files:
+        raise Damage(f"{MANIFEST} does not list {STATE}")
+    return files
+
+
+def check_hash(path: Path, name: str, expected: Mapping[str, Any], came: Callable[[], None] = lambda: None) -> None:
+    """Raise :class:`Damage` when the file ``name`` has not the sha256 of its entry; ``came()`` after every piece."""
+    try:
+        if digest(path / name, came) != expected["sha256"]:
+            raise Damage(f"{name} is damaged (its sha256 differs)")
+    except FileNotFoundError:
+        raise Damage(f"{name} is missing") from None
+    except OSError as error:
+        raise Damage(f"{name} cannot be read ({error.strerror or type(error).__name__})") from None
 
 
 class SavedPlayer:
@@ -207,17 +239,29 @@ def entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": digest(path)}
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The ``state.json`` of a checkpoint folder; :class:`UserError` where there is none or it does not verify."""
+def check_is_checkpoint(path: Path) -> None:
     if not (path / MANIFEST).is_file():
         raise UserError(f"{path} is not a checkpoint: give a folder like checkpoints/{PREFIX}00012000")
-    fault = find_fault(path)
-    if fault is not None:
-        raise UserError(f"the checkpoint {path} cannot be used: {fault}")
+
+
+def unusable(path: Path, fault: object) -> UserError:
+    return UserError(f"the checkpoint {path} cannot be used: {fault}")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The ``state.json`` of a checkpoint folder; :class:`UserError` where there is none or it does not verify.
+
+    Only this file is verified: a whole checkpoint takes minutes, and :func:`find_fault`.
+    """
+    check_is_checkpoint(path)
+    try:
+        check_hash(path, STATE, listed(path)[STATE])
+    except Damage as damage:
+        raise unusable(path, damage) from None
     try:
         state = dict(json.loads((path / STATE).read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"the checkpoint {path} cannot be used: {STATE} cannot be read ({error})") from None
+        raise unusable(path, f"{STATE} cannot be read ({error})") from None
     if state.get("format") != FORMAT:
         raise UserError(f"the checkpoint {path} has format {state.get('format')}, this version reads {FORMAT}; "
                         "--resume none starts over")
@@ -229,7 +273,7 @@ def read_run_state(path: Path) -> dict[str, Any]:
     state = read_state(path)
     wrong = [key for key, kind in STATE_TYPES.items() if not isinstance(state.get(key), kind)]
     if wrong or state["step"] < 0:
-        raise UserError(f"the checkpoint {path} cannot be used: {STATE} has no usable {[*wrong, 'step'][0]!r}")
+        raise unusable(path, f"{STATE} has no usable {[*wrong, 'step'][0]!r}")
     return state
 
 
@@ -270,9 +314,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digest(path: Path, came: Callable[[], None] = lambda: None) -> str:
+    """The sha256 of a file; ``came()`` after every piece of it."""
+    sha256, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            sha256.update(piece[:count])        # other threads run meanwhile
+            came()
+    return sha256.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

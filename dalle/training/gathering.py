@@ -21,6 +21,20 @@ def in_global_order(tensor: Tensor, world_size: int) -> Tensor:
     return interleaved(parts)
 
 
+def of_everyone(rows: Tensor, world_size: int) -> Tensor:
+    """[n, ...] of every process, each with its own n -> all rows in their order; without gradient.
+
+    For validation, whose shares are ragged. Every process must call it.
+    """
+    if world_size == 1:
+        return rows
+    counts = in_global_order(torch.tensor([len(rows)], device=rows.device), world_size)        # [R]
+    padded = rows.new_zeros(int(counts.max()), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    there = torch.arange(len(padded), device=rows.device)[:, None] < counts
+    return in_global_order(padded, world_size)[there.flatten()]
+
+
 def in_global_order_with_gradient(tensor: Tensor, world_size: int) -> Tensor:
     """[b, ...] of every process -> [B, ...], differentiable.
 

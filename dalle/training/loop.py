@@ -25,21 +25,25 @@ from dalle.training.checkpoint import (
     FORMAT,
     CheckpointStore,
     SavedPlayer,
+    check_is_checkpoint,
     check_resumable,
     read_run_state,
     replace_folder,
     step_of,
+    unusable,
     write_json,
 )
 from dalle.training.export import export_checkpoint
+from dalle.training.figures import Figure, Largest, joined_values
 from dalle.training.guards import BatchNumbers, SkipCounter, SpikeConfig, SpikeWatch, lost_processes_named
-from dalle.training.meter import Meter, average, memory_gigabytes, speeds
+from dalle.training.meter import Meter, memory_gigabytes, speeds
 from dalle.training.progress import ProgressLine
 from dalle.training.sample_log import SampleLog
 from dalle.training.saving import SaveFailed, Saver
 from dalle.training.signals import STOP_SIGNALS, StopSignals
-from dalle.training.task import Batch, Mean, Networks, Phase, Task
+from dalle.training.task import Batch, Networks, Phase, Task
 from dalle.training.trackers import Trackers
+from dalle.training.verifying import newest_that_verifies
 from dalle.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -370,18 +374,20 @@ class Trainer:
 
     def _log_line(self) -> None:
         steps = self.meter.steps
-        sums, seconds, waited = self.meter.read()
-        parts = self.engine.gather((sums, dict(self.skipped_samples), dict(self.partly_used), waited / seconds))
-        values = average([figures for figures, *_ in parts])
+        figures, seconds, waited = self.meter.read()
+        metrics = self.task.metrics(self.done)
+        figures |= {name: value for name, value in metrics.items() if isinstance(value, Figure)}
+        figures["memory_gb"] = Largest(memory_gigabytes(self.engine.device))      # the fullest rank is the one to fail
+        parts = self.engine.gather((figures, dict(self.skipped_samples), dict(self.partly_used), waited / seconds))
+        values = joined_values([figures for figures, *_ in parts])
         skipped = sum((Counter(counts) for _, counts, _, _ in parts), Counter())
         partly_used = sum((Counter(counts) for _, _, counts, _ in parts), Counter())
-        values |= {name: float(value) for name, value in self.task.metrics(self.done).items()}
+        values |= {name: float(value) for name, value in metrics.items() if not isinstance(value, Figure)}
         values |= {f"lr{suffix}": rate for suffix, rate in self._learning_rates()}
         values |= speeds(steps * self.config.train.batch_size / seconds, self.task, self.engine.device,
                          self.engine.world_size)
         values |= {"seconds_per_step": seconds / steps,
                    "data_wait": sum(share for *_, share in parts) / len(parts),
-                   "memory_gb": memory_gigabytes(self.engine.device),
                    "samples": self.samples, "skipped_steps": self.skips.total,
                    "bad_samples": sum(skipped.values())}
         values |= {f"bad_samples/{reason}": count for reason, count in sorted(skipped.items())}
@@ -401,11 +407,7 @@ class Trainer:
             seed_random(self.config.seed, 0, 0, self.engine.rank, 0)      # the same noise at every validation
             batches = map(self.engine.to_device, self._watched(in_step(self.engine, self.validation_loader())))
             shares = self.engine.gather(self.task.validate(self.engine.networks, batches))
-        values = {}
-        for name in dict.fromkeys(name for share in shares for name in share):
-            means = [share.get(name, Mean()) for share in shares]
-            values[f"validation/{name}"] = Mean(sum(mean.total for mean in means),
-                                                sum(mean.count for mean in means)).value
+        values = {f"validation/{name}": value for name, value in joined_values(shares).items()}
         if not values:
             self.progress.say(f"validation after step {self.done}: no figure, the samples of data.validation are fewer "
                               f"than a {self.config.task} run measures")
@@ -498,38 +500,53 @@ class Trainer:
                           f"{self.engine.device.type}, {self.config.train.precision}")
 
     def _choose_checkpoint(self, newest: bool = False) -> Path | None:
-        """The checkpoint to go on from, as ``resume`` says, or the newest; its state becomes the run's."""
-        def choose() -> tuple[Path, dict[str, Any]] | None:
-            if self.resume == "none" and not newest:
-                return None
-            path: Path | None = Path(self.resume)
-            if newest and self.unexported is not None:       # later ones are of steps that were given up
-                path = self.unexported
-            elif self.resume == "auto" or newest:
-                path, passed_over = self.store.newest()
-                for line in passed_over:
-                    log.warning("%s", line)
-                if path is None and passed_over:
-                    raise UserError(f"none of the checkpoints in {self.store.folder} can be used ({passed_over[0]}); "
-                                    "--resume none starts over")
+        """The checkpoint to go on from, as ``resume`` says, or the newest; its state becomes the run's.
+
+        It is verified here, once, by all ranks.
+        """
+        if self.resume == "none" and not newest:
+            return None
+        with self._allowed("verifying the checkpoint"):
+            candidates, is_given = self.engine.together(lambda: self._candidates(newest), only_main=True)
+            path, faults = newest_that_verifies(self.engine, candidates, self.watchdog.feed)
+            self._name_faults(faults, path, is_given)
             if path is None:
                 return None
-            state = read_run_state(path)
-            left = [other.name for other in self.store.all() if step_of(other) > state["step"]]
-            if left and self.resume != "auto" and not newest:
-                log.warning("going on from %s leaves %s behind: deleted by the next save", path, ", ".join(left))
-            return path, state
-
-        chosen = self.engine.together(choose, only_main=True)
-        if chosen is None:
-            return None
-        path, self.saved = chosen
+            self.saved = self.engine.together(lambda: self._state_of(path, is_given and not newest), only_main=True)
         self.unexported = path
         self.done = self.saved["step"]
         self.numbers = BatchNumbers([*self.numbers.excluded, *self.saved["excluded_batches"]])
         self.rollbacks = max(self.rollbacks, self.saved["rollbacks"])
         self.spikes = SpikeWatch(self.config.train.spike, self.saved["usual_losses"])
         return path
+
+    def _candidates(self, newest: bool) -> tuple[list[Path], bool]:
+        """The checkpoints to choose from, in their order, and whether there is no other choice. Known to rank 0."""
+        if newest and self.unexported is not None:           # later ones are of steps that were given up
+            return [self.unexported], True
+        if newest or self.resume == "auto":
+            return self.store.all(), False
+        check_is_checkpoint(Path(self.resume))
+        return [Path(self.resume)], True
+
+    def _name_faults(self, faults: dict[Path, str], chosen: Path | None, is_given: bool) -> None:
+        """A warning for each checkpoint that was passed over; :class:`UserError` where none is left."""
+        if chosen is None and is_given:
+            raise unusable(*next(iter(faults.items())))
+        lines = [f"passed over {path}: {fault}" for path, fault in faults.items()]
+        for line in lines if self.engine.is_main else ():
+            log.warning("%s", line)
+        if chosen is None and lines:
+            raise UserError(f"none of the checkpoints in {self.store.folder} can be used ({lines[0]}); "
+                            "--resume none starts over")
+
+    def _state_of(self, path: Path, is_given: bool) -> dict[str, Any]:
+        """The state of the checkpoint to go on from; a word on those that one given by the user leaves behind."""
+        state = read_run_state(path)
+        left = [other.name for other in self.store.all() if step_of(other) > state["step"]]
+        if left and is_given:
+            log.warning("going on from %s leaves %s behind: deleted by the next save", path, ", ".join(left))
+        return state
 
     def _load(self, checkpoint: Path) -> None:
         check_resumable(checkpoint, self.saved, self.config.model_dump(mode="json"), self.identity,
@@ -603,7 +620,7 @@ class Trainer:
         write_json(self.folder / FINISHED_FILE, {"step": self.done})
 
 
-def record(meter: Meter, task: Task, phase: Phase, figures: dict[str, Tensor | float]) -> None:
+def record(meter: Meter, task: Task, phase: Phase, figures: dict[str, Tensor | float | Largest]) -> None:
     """Into the meter, by the phase's name where there are several."""
     prefix = f"{phase.name}/" if len(task.phases) > 1 else ""
     for name, value in figures.items():

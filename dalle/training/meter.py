@@ -4,12 +4,14 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dalle.training.figures import Figure, Largest, Mean
 
 # dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets
 PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -22,6 +24,7 @@ class Meter:
     def __init__(self) -> None:
         self.waited = 0.0                                     # seconds for data
         self._figures: dict[str, list[Tensor]] = defaultdict(list)
+        self._largest: set[str] = set()                       # names of figures whose largest is asked for
         self._reset()
 
     def _reset(self) -> None:
@@ -30,7 +33,10 @@ class Meter:
         self._began = time.perf_counter()
         self.steps = 0
 
-    def add(self, name: str, value: Tensor | float) -> None:
+    def add(self, name: str, value: Tensor | float | Largest) -> None:
+        if isinstance(value, Largest):
+            self._largest.add(name)
+            value = value.largest
         self._figures[name].append(value.detach() if isinstance(value, Tensor) else torch.tensor(float(value)))
 
     @contextmanager
@@ -47,18 +53,19 @@ class Meter:
         yield
         self._paused += time.perf_counter() - began
 
-    def read(self) -> tuple[dict[str, tuple[float, int]], float, float]:
-        """(name -> (sum, count) of its finite values, seconds of training, seconds of waiting); starts over."""
+    def read(self) -> tuple[dict[str, Figure], float, float]:
+        """(figures of the finite values of each name, seconds of training, seconds of waiting); starts over."""
         flat = [value.reshape(()).float() for values in self._figures.values() for value in values]
         numbers = iter(_to_list(flat))
-        sums = {}
+        figures: dict[str, Figure] = {}
         for name, values in self._figures.items():
             finite = [number for number in (next(numbers) for _ in values) if abs(number) < float("inf")]
-            sums[name] = (sum(finite), len(finite))
+            figures[name] = (Largest(max(finite, default=Largest.largest)) if name in self._largest
+                             else Mean(sum(finite), len(finite)))
         seconds = time.perf_counter() - self._began - self._paused
         waited = self.waited
         self._reset()
-        return sums, max(seconds, 1e-9), waited
+        return figures, max(seconds, 1e-9), waited
 
 
 def _to_list(values: list[Tensor]) -> list[float]:
@@ -68,13 +75,6 @@ def _to_list(values: list[Tensor]) -> list[float]:
         here = [index for index, value in enumerate(values) if value.device == device]
         numbers.update(zip(here, torch.stack([values[index] for index in here]).tolist(), strict=True))
     return [numbers[index] for index in range(len(values))]
-
-
-def average(parts: list[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
-    """The mean of every figure over all ranks' (sum, count)."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    totals = {name: [sum(part.get(name, (0.0, 0))[index] for part in parts) for index in (0, 1)] for name in names}
-    return {name: total / count if count else float("nan") for name, (total, count) in totals.items()}
 
 
 def memory_gigabytes(device: torch.device) -> float:

@@ -1,7 +1,7 @@
 """How a player's weights move: one config section, and the optimiser built from it."""
 
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -10,15 +10,18 @@ from torch import nn
 from dalle.config import Section
 from dalle.training.schedules import learning_rate_factor
 
+Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+
 
 class OptimizerConfig(Section):
     """One player's optimiser, learning-rate schedule, clipping and weight average."""
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=3e-4, gt=0, description="peak learning rate of AdamW")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Betas = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0, description="not applied to embeddings and tensors below two axes")
+    weight_decay: float = Field(default=0.0, ge=0, description="not applied to embeddings (position tables "
+                                "and codebooks are some) and tensors below two axes")
     clip: float = Field(default=1.0, ge=0, description="largest norm of the player's gradient; 0 turns clipping off")
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine", "step"] = "cosine"
@@ -91,12 +94,14 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
     """The optimiser over the trainable parameters of ``module``.
 
     AdamW is the fused one: fastest on every device, and it can skip a non-finite step on the device (``found_inf``).
+    Nothing below two axes decays, no weight of an ``nn.Embedding``, and none of the parameters that a module names by a
+    method ``embedding_parameters()``: position tables and others whose rows are taken as they are.
     With ``muon``, the module's ``matrix_parameters()`` lists the names of the 2-D weights that Muon moves.
-    Every group keeps its peak learning rate as ``peak_lr``. Raises ``ValueError`` when there is nothing to train, or
-    when Muon is asked for and the module does not say which matrices it is for.
+    Every group keeps its peak learning rate as ``peak_lr``. Raises ``ValueError`` when there is nothing to train, when
+    a name is unknown or an embedding is listed for Muon, or when the module does not say which matrices that is for.
     """
-    matrices = set(_matrix_names(module)) if config.name == "muon" else set()
     undecayed = _embedding_parameters(module)
+    matrices = set(_matrix_names(module, undecayed)) if config.name == "muon" else set()
     muon_matrices, decayed, plain = [], [], []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
@@ -137,15 +142,26 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-def _matrix_names(module: nn.Module) -> list[str]:
+def _matrix_names(module: nn.Module, embeddings: set[int]) -> list[str]:
     if not hasattr(module, "matrix_parameters"):
         raise ValueError(f"optimizer 'muon' needs {type(module).__name__}.matrix_parameters(); use 'adamw'")
     names = module.matrix_parameters()
-    unknown = set(names) - {name for name, _ in module.named_parameters()}
-    if unknown:
-        raise ValueError(f"matrix_parameters() lists {sorted(unknown)[0]!r}, which {type(module).__name__} lacks")
+    for name in names:
+        if id(_parameter(module, name, "matrix_parameters")) in embeddings:
+            raise ValueError(f"matrix_parameters() lists {name!r}, which is an embedding: Muon is for products")
     return names
 
 
 def _embedding_parameters(module: nn.Module) -> set[int]:
-    return {id(part.weight) for part in module.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag))}
+    """By identity: weights of embedding layers, and what the module and its parts declare."""
+    found = {id(part.weight) for part in module.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag))}
+    declaring = [part for part in module.modules() if hasattr(part, "embedding_parameters")]
+    return found | {id(_parameter(part, name, "embedding_parameters"))
+                    for part in declaring for name in part.embedding_parameters()}
+
+
+def _parameter(module: nn.Module, name: str, declared_by: str) -> nn.Parameter:
+    try:
+        return module.get_parameter(name)
+    except AttributeError:
+        raise ValueError(f"{declared_by}() lists {name!r}, which {type(module).__name__} lacks") from None

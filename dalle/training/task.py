@@ -10,7 +10,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from dalle.training.figures import Figure, Largest, Mean
 from dalle.training.optimizers import OptimizerConfig
+
+__all__ = ["Batch", "Figure", "Largest", "Loss", "Mean", "Networks", "Phase", "Player", "Task", "parameter_count"]
 
 Batch = dict[str, Any]
 
@@ -29,10 +32,11 @@ class Player:
 
 @dataclass
 class Loss:
-    """One micro-batch's scalar ``total`` (with gradient) and its named ``parts`` (detached scalars, for the log)."""
+    """One micro-batch's scalar ``total`` (with gradient) and its named ``parts``: detached scalars, whose mean is
+    logged, or a :class:`Largest` of one."""
 
     total: Tensor
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor | Largest] = field(default_factory=dict)
 
 
 class Networks(Protocol):
@@ -65,23 +69,6 @@ class Phase:
     repeats: int = 1
 
 
-@dataclass
-class Mean:
-    """A sum and a count, so that averages over ranks and ragged batches are exact."""
-
-    total: float = 0.0
-    count: float = 0.0
-
-    def add(self, value: float | Tensor, count: float = 1) -> None:
-        """Add the mean ``value`` of ``count`` samples."""
-        self.total += float(value) * count
-        self.count += count
-
-    @property
-    def value(self) -> float:
-        return self.total / self.count if self.count else float("nan")
-
-
 class Task:
     """The whole of what a new model must say. Subclasses set the attributes in ``__init__``."""
 
@@ -101,12 +88,13 @@ class Task:
         """Named pictures for the log, each uint8 [3, H, W]; the same captions and seeds at every call."""
         return {}
 
-    def validate(self, networks: Networks, batches: Iterable[Batch]) -> dict[str, Mean]:
-        """Figures over this rank's share of the validation set; the loop adds them up over the ranks."""
+    def validate(self, networks: Networks, batches: Iterable[Batch]) -> dict[str, Figure]:
+        """Figures over this rank's share of the validation set; the loop joins them over the ranks."""
         return {}
 
-    def metrics(self, step: int) -> dict[str, Tensor | float]:
-        """Extra figures for the log line of ``step`` (a temperature, codes in use)."""
+    def metrics(self, step: int) -> dict[str, Figure | Tensor | float]:
+        """Extra figures for the log line of ``step``: of this rank's share, or numbers that are the same on all ranks
+        (a temperature)."""
         return {}
 
     def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:

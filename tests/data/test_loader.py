@@ -121,6 +121,33 @@ def test_ranks_workers_and_restarts_only_divide_the_same_batches(data, world, wo
         loader.close()
 
 
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Six pictures of 19 pixels a side, whose red value says in which column a pixel lies."""
+    folder = tmp_path_factory.mktemp("places")
+    with ShardWriter(folder / "train", 6) as writer:
+        for _ in range(6):
+            buffer = io.BytesIO()
+            Image.fromarray(np.indices((19, 19, 3))[1].astype(np.uint8)).save(buffer, "png")
+            writer.write(buffer.getvalue(), "png", ["a picture"], None)
+    return folder
+
+
+def test_augmented_pictures_are_a_function_of_seed_and_position(places):
+    """Cut from 19 / 16 of the side and mirrored: elsewhere in every epoch, the same for any ranks, after any stop."""
+    settings = DataConfig(train=str(places / "train"), validation=str(places / "train"), image_size=16, crop="random",
+                          crop_from=19 / 16, flip=True, workers=0)
+    batches = take(train_batches(settings, seed=1, batch_size=6), 20)                        # 20 epochs
+    edges = {(int(image[0, 0, 0]), int(image[0, 0, -1])) for batch in batches for image in batch["image"]}
+    assert edges == {pair for left in range(4) for pair in ((left, left + 15), (left + 15, left))}
+    shares = [train_batches(settings, seed=1, batch_size=6, rank=rank, world_size=2, start_step=17) for rank in (0, 1)]
+    for expected, *parts in zip(batches[17:], *shares, strict=False):
+        equal(interleave(parts), expected)
+    (plain,) = validation_batches(settings, seed=1, batch_size=6)
+    assert len(plain["image"].flatten(1).unique(dim=0)) == 1                # whole pictures, neither cut nor mirrored
+    assert plain["image"][0, 0, 0, 0] <= 1 and plain["image"][0, 0, 0, -1] >= 17
+
+
 def test_a_chain_of_stops_and_changes_is_the_uninterrupted_run(data):
     settings = {"images": False, "codes": str(data / "codes")}
     step, keys = 0, []
@@ -628,7 +655,9 @@ def test_wrong_requests(data, tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"crop": "top"}, {"bpe_dropout": 2}, {"image_size": 0}, {"workers": -1},
                                    {"caption": "none", "tokenizer": "t"}, {"caption": "none", "images": False},
-                                   {"unknown": 1}])
+                                   {"unknown": 1}, {"crop": "random", "crop_from": 0.9},
+                                   {"crop": "center", "crop_from": 1.2}, {"crop": "dvae", "crop_from": 1.2},
+                                   {"crop": "random", "crop_from": 1.2, "codes": "c"}])
 def test_impossible_configs(wrong):
     with pytest.raises(ValidationError):
         DataConfig(train="x", **wrong)

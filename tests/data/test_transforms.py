@@ -113,5 +113,51 @@ def test_half_of_the_pictures_are_mirrored():
     assert set(firsts) == {0, 15} and 160 < firsts.count(15) < 240
 
 
+PLACES = 13       # of a square of 64 in one of 76, each way
+
+
+def test_a_square_is_cut_from_the_resized_picture_at_every_place():
+    """76 pixels for a size of 64: nothing is resampled, and the cut is uniform over 13 x 13 places."""
+    picture = coordinates(76, 76)
+    places = set()
+    for seed in range(2000):
+        out = to_square(picture, 64, "random", False, rng(seed), crop_from=76 / 64)
+        x, y, _ = out[0, 0].tolist()
+        places.add((x, y))
+        np.testing.assert_array_equal(out, np.asarray(picture)[y:y + 64, x:x + 64])
+    assert places == {(x, y) for x in range(PLACES) for y in range(PLACES)}
+
+
+@pytest.mark.parametrize(("crop", "side", "resized"), [
+    ("none", (200, 100), (76, 76)), ("random", (200, 100), (152, 76)), ("random", (90, 120), (76, 101)),
+    ("none", (32, 40), (76, 76)), ("random", (16, 16), (76, 76))])
+def test_what_is_cut_is_a_part_of_the_picture_resized_as_a_whole(crop, side, resized):
+    """Whole pictures lose their aspect (GAN-INT-CLS), or keep it by their shorter side (AttnGAN)."""
+    values = np.kron(rng(1).integers(0, 256, (side[1] // 4 + 1, side[0] // 4 + 1, 3)), np.ones((4, 4, 1)))
+    picture = Image.fromarray(values[:side[1], :side[0]].astype(np.uint8))
+    smaller = min(side) >= 76
+    whole = picture.resize(resized, Image.Resampling.HAMMING if smaller else Image.Resampling.BICUBIC)
+    for seed in range(5):
+        draws = rng(seed)
+        x, y = (int(draws.integers(length - 64 + 1)) for length in resized)
+        out = to_square(picture, 64, crop, False, rng(seed), crop_from=76 / 64).astype(int)
+        difference = np.abs(out - np.asarray(whole)[y:y + 64, x:x + 64].astype(int))
+        assert difference.max() <= 3 and difference.mean() < 0.5
+
+
+def test_cut_pictures_are_mirrored_too_and_repeatable():
+    outs = [to_square(coordinates(76, 76), 64, "random", True, rng(seed), crop_from=76 / 64) for seed in range(400)]
+    mirrored = sum(out[0, 0, 0] > out[0, -1, 0] for out in outs)
+    assert 160 < mirrored < 240
+    np.testing.assert_array_equal(outs[3], to_square(coordinates(76, 76), 64, "random", True, rng(3), 76 / 64))
+
+
+def test_the_released_sides():
+    """76, 152, 304 (StackGAN, AttnGAN), 355 (DAMSM), 74 (SISGAN), 136 (TAGAN), 256 for 224 (VSE)."""
+    factors = {64: (76 / 64, 76), 128: (76 / 64, 152), 256: (76 / 64, 304), 299: (76 / 64, 355)}
+    for size, (factor, side) in [*factors.items(), (64, (74 / 64, 74)), (128, (136 / 128, 136)), (224, (8 / 7, 256))]:
+        assert needed_side(size, "random", factor) == side
+
+
 def test_needed_side():
     assert [needed_side(256, crop) for crop in CROPS] == [256, 256, 256, 384, 288]

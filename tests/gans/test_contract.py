@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import nn
 
 import gans
 from dalle.config import load_config
@@ -20,7 +21,7 @@ from dalle.sampling.generator import load_generator
 from dalle.tasks import RUNS, TASKS
 from dalle.training.checkpoint import read_state
 from dalle.training.engine import create_engine
-from dalle.training.optimizers import OptimizerConfig
+from dalle.training.optimizers import OptimizerConfig, build_optimizer
 from gans import SYSTEMS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,6 +140,19 @@ def test_every_config_is_valid_and_says_what_to_expect(path):
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(f"launch/train.py configs/gans/{path.name}" in line for line in head)
     assert any("arXiv" in line for line in head) and any("Hardware" in line for line in head)
+
+
+PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_only_the_weights_of_products_decay(zoo, name, tmp_path):
+    for player in TASKS[name](load_config(zoo.config(name, tmp_path), [], RUNS)).players.values():
+        products = {id(weight) for part in player.module.modules() if isinstance(part, PRODUCTS)
+                    for weight in part.parameters() if weight.ndim > 1 and weight.requires_grad}
+        optimizer = build_optimizer(player.module, player.optimizer.model_copy(update={"weight_decay": 0.1}))
+        assert {id(weight) for group in optimizer.param_groups if group["weight_decay"]
+                for weight in group["params"]} == products
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

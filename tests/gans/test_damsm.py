@@ -1,6 +1,7 @@
 """DAMSM: attention and losses against loops written out, the encoders, what moves, two processes, its uses."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -387,13 +388,28 @@ def test_a_frozen_trunk_keeps_its_weights_and_its_statistics_drift_if_asked(toke
             if not torch.equal(tensor, before[name])} == changed
 
 
+def make_pool(tokenizer: Path) -> dict:
+    """129 pairs, more captions than candidates: two pools, and one more."""
+    return {**make_batch(tokenizer, 129), "caption": [f"caption {number}" for number in range(129)]}
+
+
 def share(batch: dict, rank: int) -> dict:
     return {name: value[rank::2] for name, value in batch.items()}
 
 
-def learn_on_rank(rank: int, tasks: list[DamsmTask], batch: dict) -> list[dict[str, Tensor]]:
-    return [{**gradients(task, share(batch, rank), BareNetworks(task, rank, 2)), **task.model.image.state_dict()}
+def learn_on_rank(rank: int, tasks: list[DamsmTask], batch: dict, pool: dict) -> list[dict[str, Tensor]]:
+    return [{**measured(task, pool, BareNetworks(task, rank, 2), lambda part: share(part, rank)),
+             **gradients(task, share(batch, rank), BareNetworks(task, rank, 2)), **task.model.image.state_dict()}
             for task in tasks]
+
+
+def measured(task: DamsmTask, pool: dict, networks: BareNetworks, seen: Callable[[dict], dict]) -> dict[str, Tensor]:
+    """The figures of a validation in two batches of ragged shares, of which this process has ``seen`` its part."""
+    task.model.eval()
+    figures = task.validate(networks, [seen({name: value[part] for name, value in pool.items()})
+                                       for part in (slice(0, 96), slice(96, 129))])
+    task.model.train()
+    return {f"figures/{name}": torch.tensor(figure.value) for name, figure in figures.items()}
 
 
 @pytest.fixture(scope="module")
@@ -408,12 +424,17 @@ def tasks(tokenizer) -> list[DamsmTask]:
 @pytest.fixture(scope="module")
 def ranks(two_ranks, tasks, tokenizer) -> list[list[dict[str, Tensor]]]:
     """What two processes leave of each task: the gradients of their shares, and the picture side's state."""
-    return two_ranks(learn_on_rank, tasks, make_batch(tokenizer))
+    return two_ranks(learn_on_rank, tasks, make_batch(tokenizer), make_pool(tokenizer))
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["trained", "frozen"])
 def test_two_processes_equal_one(ranks, tasks, tokenizer, number):
     task, shares = tasks[number], [found[number] for found in ranks]
+    figures = measured(task, make_pool(tokenizer), BareNetworks(task), lambda part: part)
+    assert {"figures/recall@1_in_64", "figures/words_recall@5_in_64", "figures/rprecision"} <= figures.keys()
+    for found in shares:
+        assert {name: found[name].item() for name in figures} == pytest.approx(
+            {name: value.item() for name, value in figures.items()})
     expected = gradients(task, make_batch(tokenizer), BareNetworks(task))
     for name, gradient in expected.items():
         torch.testing.assert_close((shares[0][name] + shares[1][name]) / 2, gradient, atol=1e-5, rtol=1e-5)

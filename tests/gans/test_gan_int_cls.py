@@ -19,6 +19,7 @@ from gans.gan_int_cls import (
     GANINTCLSRun,
     GANINTCLSTask,
     StyleConfig,
+    StyleTask,
     StyleTransfer,
     border_colour,
     clustered,
@@ -220,6 +221,39 @@ def test_the_inverted_generator_neither_learns_nor_leaves_evaluation_mode():
     model(torch.randn(2, 3, 64, 64)).sum().backward()
     assert all(parameter.grad is None for parameter in model.generator.parameters())
     assert all(parameter.grad is not None for parameter in model.style.parameters())
+
+
+def style_figures(rank: int, world_size: int) -> dict[str, float]:
+    """Of a rank's share of 61 pictures in two batches, whose objects' places are known."""
+    generator = torch.Generator().manual_seed(5)
+    whole = {"image": torch.randint(0, 256, (61, 3, 64, 64), dtype=torch.uint8, generator=generator),
+             "meta": [{"objects": [{"center": place}]} for place in torch.rand(61, 2, generator=generator).tolist()]}
+    batches = [{name: values[part][rank::world_size] for name, values in whole.items()}
+               for part in (slice(0, 40), slice(40, 61))]
+    networks = SimpleNamespace(bare=lambda name: style_model().eval(), world_size=world_size)
+    task = SimpleNamespace(config=SimpleNamespace(clusters=5), encode=lambda networks, batch: Text(
+        batch["image"].float().mean(dim=(2, 3)), torch.zeros(1), torch.zeros(1)))
+    return {name: figure.value for name, figure in StyleTask.validate(task, networks, batches).items()}
+
+
+def test_styles_are_told_apart_among_all_pictures_whatever_the_processes(monkeypatch):
+    """Rank 1's rows are what it hands to the gathering; rank 0 gets them in turn with its own."""
+    expected, others = style_figures(0, 1), []
+    assert expected.keys() == {f"{kind}_auc/{what}" for kind in ("style", "caption") for what in ("background", "pose")}
+
+    def hand_in(rows: torch.Tensor, world_size: int) -> torch.Tensor:
+        others.append(rows)
+        return rows
+
+    def in_turn(rows: torch.Tensor, world_size: int) -> torch.Tensor:
+        whole = rows.new_empty(len(rows) + len(others[0]), *rows.shape[1:])
+        whole[0::world_size], whole[1::world_size] = rows, others.pop(0)
+        return whole
+
+    monkeypatch.setattr(gan_int_cls, "of_everyone", hand_in)
+    assert style_figures(1, 2) != pytest.approx(expected)          # a share's own clusters and pairs
+    monkeypatch.setattr(gan_int_cls, "of_everyone", in_turn)
+    assert style_figures(0, 2) == pytest.approx(expected)
 
 
 def test_area_under_the_curve_is_the_share_of_pairs_in_the_right_order():

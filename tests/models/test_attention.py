@@ -29,29 +29,34 @@ COUNTS = {  # true entries of the full square, text keys + image keys, no start 
 
 
 def mask_by_loops(name: str, prefix: int, grid: tuple[int, int], kernel: int, mode: str) -> torch.Tensor:
-    rows, width = grid
-    length = prefix + rows * width
+    """Section 4.4 of the specification, from the query's side: what each slot may look at, and of that what is past."""
+    length = prefix + grid[0] * grid[1]
     mask = torch.zeros(length, length, dtype=torch.bool)
     for query in range(length):
-        for key in range(query + 1):
-            mask[query, key] = key < prefix or may_see(name, query - prefix, key - prefix, width, kernel // 2, mode)
+        mask[query, :min(query + 1, prefix)] = True
+        if query >= prefix:
+            slots = within_reach(name, query - prefix, grid, kernel // 2, mode)
+            mask[query, [prefix + slot for slot in slots if 0 <= slot <= query - prefix]] = True
     return mask
 
 
-def may_see(name: str, i: int, j: int, width: int, reach: int, mode: str) -> bool:
+def within_reach(name: str, query: int, grid: tuple[int, int], reach: int, mode: str) -> list[int]:
+    """The image slots that a pattern names for the slot ``query``, those of the future included."""
+    rows, width = grid
     if name == "full":
-        return True
+        return list(range(query + 1))
     if name == "row":
-        return i - j <= width
+        return list(range(query - width, query + 1))
     if name == "column":
-        return i % width == j % width
+        return list(range(query % width, rows * width, width))
+    window = [(down, right) for down in range(-reach, reach + 1) for right in range(-reach, reach + 1)]
     if mode == "flat":
-        return any(i - j == above * width + left for above in range(reach + 1) for left in range(-reach, reach + 1))
-    if i // width - j // width > reach:
-        return False
-    left = i % width - j % width
-    steps = [left] if mode == "clamp" else [left - width, left, left + width]
-    return any(abs(step) <= reach for step in steps)
+        return [query + down * width + right for down, right in window]
+    row, column = divmod(query, width)
+    if mode == "torus":
+        return [(row + down) % rows * width + (column + right) % width for down, right in window]
+    return [(row + down) * width + column + right for down, right in window
+            if 0 <= row + down < rows and 0 <= column + right < width]
 
 
 @pytest.mark.parametrize("sizes", COUNTS)
@@ -67,10 +72,19 @@ def test_clamped_convolution_counts(sizes, count):
     assert AttentionPattern("conv", prefix, (width, width), kernel, "clamp").pairs(10**6) == count
 
 
+def test_the_torus_differs_from_the_flat_window_where_rudalles_does():
+    """Four rows of four, a window of three: the left and right edges, and the last row, which sees the first."""
+    flat, torus = (AttentionPattern("conv", 6, (4, 4), 3, mode).mask() for mode in ("flat", "torus"))
+    assert int((flat != torus).sum()) == 17
+    last_row_to_first = torus[-4:, 6:10]
+    assert last_row_to_first.tolist() == [[True, True, False, True], [True, True, True, False],
+                                          [False, True, True, True], [True, False, True, True]]
+
+
 @pytest.mark.parametrize("mode", ["flat", "clamp", "torus"])
 @pytest.mark.parametrize("name", ["row", "column", "conv", "full"])
 @pytest.mark.parametrize(("prefix", "grid", "kernel"), [
-    (6, (4, 4), 3), (3, (5, 7), 5), (2, (4, 3), 11), (1, (3, 1), 3)])
+    (6, (4, 4), 3), (3, (5, 7), 5), (2, (4, 3), 11), (1, (3, 1), 3), (2, (2, 6), 5)])
 def test_mask_equals_the_loops(name, mode, prefix, grid, kernel):
     expected = mask_by_loops(name, prefix, grid, kernel, mode)
     assert torch.equal(AttentionPattern(name, prefix, grid, kernel, mode).mask(), expected)

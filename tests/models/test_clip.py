@@ -273,3 +273,20 @@ def test_unknown_or_missing_open_clip_weights(tiny_architecture, tmp_path):
 
 if __name__ == "__main__":
     data_parallel_worker(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+
+
+@pytest.mark.parametrize(("tower", "change", "message"), [
+    ("vision", {"layers": 0}, "vision.layers is 0; it is above 0"),
+    ("vision", {"layers": (1, 1, -1, 1)}, "vision.layers is -1"),
+    ("vision", {"width": "wide"}, "vision.width: Input should be a valid integer"),
+    ("vision", {"patch_dropout": 1.0}, "vision.patch_dropout is 1.0; it is from 0 on and below 1"),
+    ("vision", {"width": 20}, "vision.width 20 is not a multiple of vision.head_width 8"),
+    ("vision", {"patch_size": 32}, "vision.patch_size 32 is more than the picture's side, 16"),
+    ("text", {"layers": -1}, "text.layers is -1"),
+    ("text", {"heads": 3}, "text.width 16 is not a multiple of text.heads 3"),
+    ("text", {"mlp_ratio": float("nan")}, "text.mlp_ratio is nan"),
+])
+def test_towers_of_no_size_are_refused(tower, change, message):
+    towers = {"vision": VISION, "text": TEXT}
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**{tower: {**towers[tower], **change}})

@@ -253,3 +253,14 @@ def test_pictures_and_codes_that_do_not_fit_are_refused():
         model.encode(torch.rand(1, 3, 16, 12))
     with pytest.raises(ValueError, match="5 codes a picture do not fill the grid of 2x2"):
         model.decode(torch.zeros(1, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("beyond", [-1, 0])
+def test_codes_that_the_codec_does_not_have_are_refused(name, beyond):
+    model = DiscreteVAE(SMALL[name])
+    code = beyond if beyond < 0 else model.num_codes
+    codes = torch.zeros(2, model.grid[0] * model.grid[1], dtype=torch.int64)
+    codes[1, 2] = code
+    with pytest.raises(ValueError, match=f"{code}.* where the codec has 0 to {model.num_codes - 1}"):
+        model.decode(codes)

@@ -72,8 +72,13 @@ def test_fsq_training_and_known_codes_give_the_decoder_the_same():
 
 
 def test_fsq_refuses_a_channel_of_one_level():
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
         FSQConfig(levels=(4, 1))
+
+
+def test_fsq_refuses_more_codes_than_can_be_stored():
+    with pytest.raises(ValueError, match="at most 2147483647"):
+        FSQConfig(levels=(1000,) * 4)
 
 
 # --- Gumbel-softmax ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,13 @@
 """Sampling: determinism of each candidate, filters, guidance, completion."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
+from dalle.errors import UserError
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
 from dalle.sampling.decode import (
     SamplingConfig,
@@ -138,6 +143,62 @@ def test_filters_against_hand_computed_shares(options, expected):
     assert chosen(options) == pytest.approx(expected, abs=2e-3)
 
 
+HALVES = np.arange(0.0, 1.0, 1 / 16) + 1 / 32
+
+
+def reached(logits: list[float], options: SamplingConfig) -> set[int]:
+    """The codes that numbers all over [0, 1) lead to."""
+    numbers = torch.from_numpy(HALVES)
+    return set(choose_codes(torch.tensor([logits]).expand(len(numbers), -1), numbers, options).tolist())
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-37, 1e-39, 1e-46, 5e-324])
+def test_any_small_temperature_takes_the_best_code(temperature):
+    assert reached([30.0, -500.0, 31.0, 30.9], SamplingConfig(temperature=temperature)) == {2}
+    assert reached([-3e38, -2e38, -2.5e38], SamplingConfig(temperature=temperature)) == {1}
+
+
+def test_small_temperatures_share_among_equal_codes():
+    assert reached([2.0, 5.0, 1.0, 5.0], SamplingConfig(temperature=1e-39)) == {1, 3}
+
+
+def test_a_temperature_above_all_logits_is_uniform():
+    assert reached([2.0, 5.0, 1.0, 5.0], SamplingConfig(temperature=1e300)) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("top_k", "expected"), [(1, {1}), (2, {1, 0}), (3, {1, 0, 2}), (4, {1, 0, 2, 4}), (5, None)])
+def test_top_k_keeps_exactly_k_and_of_equal_codes_the_first(top_k, expected):
+    logits = [0.0, 0.1, 0.0, -0.1, 0.0]
+    assert reached(logits, SamplingConfig(top_k=top_k)) == (expected or set(range(5)))
+
+
+@pytest.mark.parametrize(("top_p", "expected"), [(1e-300, {0}), (1e-9, {0}), (0.2, {0}), (0.3, {0, 1}), (1.0, None)])
+def test_top_p_keeps_one_at_least_and_of_equal_codes_the_first(top_p, expected):
+    assert reached([0.0, 0.0, 0.0, 0.0], SamplingConfig(top_p=top_p)) == (expected or set(range(4)))
+
+
+@pytest.mark.parametrize("options", [{"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": -1},
+                                     {"guidance": float("inf")}, {"guidance": float("nan")}, {"guidance": 1e300},
+                                     {"top_p": float("nan")}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": 0}])
+def test_options_outside_their_range_are_refused(options):
+    with pytest.raises(ValidationError):
+        SamplingConfig(**options)
+
+
+@pytest.mark.parametrize("options", [SamplingConfig(), SamplingConfig(temperature=0, guidance=2),
+                                     SamplingConfig(top_p=0.5)])
+def test_logits_that_are_not_finite_are_an_error_and_no_picture(model, text, options):
+    damaged = copy.deepcopy(model)
+    damaged.image_head.weight.data[3] = float("nan")
+    with pytest.raises(UserError, match="weights are damaged"):
+        sample_codes(damaged, text, [1, 2, 3], options)
+
+
+def test_the_strongest_guidance_is_still_a_distribution(model, text):
+    codes = sample_codes(model, text, [1, 2, 3], SamplingConfig(guidance=10_000, top_k=5, top_p=0.9))
+    assert codes.min() >= 0 and codes.max() < model.config.num_codes
+
+
 def test_the_largest_number_never_leaves_the_vocabulary():
     logits = torch.tensor([[0.0, 0.0, -1e4, float("-inf")]])
     assert choose_codes(logits, torch.tensor([1 - 2**-24], dtype=torch.float64), SamplingConfig()).item() == 1
@@ -173,6 +234,8 @@ def test_no_seeds_no_codes(model, text):
     ([1, 2], None, "cannot be shared equally"),
     ([1, 2, 3], torch.zeros(12, dtype=torch.long), "leave nothing to sample"),
     ([1, 2, 3], torch.zeros(2, 4, dtype=torch.long), "neither"),
+    ([1, 2, 3], torch.tensor([0, 10_000]), "known codes from 0 to 10000"),
+    ([1, 2, 3], torch.tensor([0, -1]), "known codes from -1"),
 ])
 def test_sizes_that_do_not_fit_are_refused(model, text, seeds, known, message):
     with pytest.raises(ValueError, match=message):

@@ -13,6 +13,7 @@ from dalle.models.quantizers import GumbelConfig
 from dalle.tasks import dvae
 from dalle.tasks.dvae import (
     CodeUsage,
+    CosineRamp,
     DVAELossConfig,
     DVAERun,
     DVAETask,
@@ -22,6 +23,7 @@ from dalle.tasks.dvae import (
     squared_error,
     uneven_usage,
 )
+from dalle.training.figures import Largest, joined_values
 
 
 class Networks:
@@ -229,7 +231,8 @@ def test_a_few_steps_lower_the_loss(model):
         loss.total.backward()
         optimizer.step()
         losses.append(loss.total.item())
-        assert all(not part.requires_grad for part in loss.parts.values())
+        parts = [part.largest if isinstance(part, Largest) else part for part in loss.parts.values()]
+        assert all(not part.requires_grad for part in parts)
     assert losses[-1] < losses[0]
     assert set(task.metrics(20)) >= {"codes_used", "perplexity"}
 
@@ -323,21 +326,66 @@ def test_impossible_losses_are_refused(loss, message):
 
 def test_usage_counts_and_perplexity_by_hand():
     usage = CodeUsage(num_codes=4, window=None)
-    assert int(usage.used()) == 0 and float(usage.perplexity()) == 0
+    assert values(usage) == {"codes_used": 0, "perplexity": 0}
     usage.add(torch.tensor([[0, 0], [1, 3]]))
-    assert int(usage.used()) == 3
     entropy = -(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25))
-    assert float(usage.perplexity()) == pytest.approx(math.exp(entropy))
+    assert values(usage) == {"codes_used": 3, "perplexity": pytest.approx(math.exp(entropy))}
+
+
+def values(*shares: CodeUsage) -> dict[str, float]:
+    return joined_values([usage.figures() for usage in shares])
 
 
 def test_usage_forgets_what_is_two_windows_old():
     usage = CodeUsage(num_codes=4, window=2)
-    for code in (0, 1, 2):
-        usage.add(torch.tensor([code, code]))
-    assert int(usage.used()) == 2                                                        # 1 and 2
+    for step, code in enumerate((0, 1, 2)):
+        usage.add(torch.tensor([code, code]), step)
+    assert values(usage)["codes_used"] == 2                                              # 1 and 2
+
+
+def test_counts_are_exact_where_floats_would_stand_still():
+    usage = CodeUsage(num_codes=2, window=None)
+    usage._counts = torch.tensor([2**24, 0])
+    usage.add(torch.tensor([0]))
+    assert usage.figures()["codes_used"].counts.tolist() == [2**24 + 1, 0]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_usage_of_the_ranks_is_that_of_one_process(micro_batches):
+    """Over windows of 40 codes, 16 a step: neither the ranks nor the micro-batches change what is counted."""
+    torch.manual_seed(0)
+    steps = torch.randint(0, 64, (9, 4, 4))
+    whole, ranks = CodeUsage(64, window=40), [CodeUsage(64, window=40) for _ in range(2)]
+    for step, codes in enumerate(steps):
+        whole.add(codes, step)
+        for rank, usage in enumerate(ranks):
+            for part in codes[rank::2].chunk(micro_batches):
+                usage.add(part, step, ranks=2)
+        recent = steps[max(0, step // 3 * 3 - 3):step + 1].flatten()           # 48 codes are the first to fill a window
+        shares = recent.bincount() / len(recent)
+        expected = {"codes_used": len(recent.unique()), "perplexity": pytest.approx(2 ** float(
+            -(shares[shares > 0] * shares[shares > 0].log2()).sum()), rel=1e-5)}
+        assert values(whole) == values(*ranks) == expected
+
+
+def test_validation_counts_the_codes_of_all_ranks():
+    """Each rank sees its own pictures only; averaged, the codes in use would be too few."""
+    torch.manual_seed(0)
+    task = DVAETask(run_config())
+    networks = Networks(task.players["dvae"].module.eval())
+    batches = [{"image": torch.full((2, 3, 16, 16), value, dtype=torch.uint8)} for value in (0, 255)]
+    whole = joined_values([task.validate(networks, batches)])
+    shares = [task.validate(networks, [batch]) for batch in batches]
+    assert joined_values(shares) == pytest.approx(whole)
+    assert whole["codes_used"] > max(share["codes_used"].value for share in shares)
 
 
 def test_psnr_by_hand():
     images, others = torch.zeros(2, 3, 2, 2), torch.full((2, 3, 2, 2), 0.1)
     assert peak_signal_to_noise(images, others).tolist() == pytest.approx([20, 20], abs=1e-4)
     assert peak_signal_to_noise(images, images).tolist() == [100, 100]
+
+
+def test_a_temperature_of_zero_is_refused():
+    with pytest.raises(ValueError, match="has to be above 0"):
+        DVAELossConfig(temperature=CosineRamp(start=1.0, end=0.0))

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dalle.training.gathering import in_global_order, in_global_order_with_gradient, interleaved
+from dalle.tasks.clip import pooled_recalls
+from dalle.training.figures import joined_values
+from dalle.training.gathering import in_global_order, in_global_order_with_gradient, interleaved, of_everyone
 
 BATCH, WORLD = 6, 2
 
@@ -43,7 +45,26 @@ def gathered_on(rank: int) -> list[torch.Tensor]:
     numbers = in_global_order(torch.arange(rank, BATCH, WORLD), WORLD)
     gradients = torch.stack([gradient_on(rank, WORLD, loss) for loss in LOSSES])
     dist.all_reduce(gradients)
-    return [everyone, mask, numbers, gradients / WORLD]
+    return [everyone, mask, numbers, *ragged_on(rank), gradients / WORLD]
+
+
+def ragged_on(rank: int) -> list[torch.Tensor]:
+    """Gathered rows of which rank 0 has one more, and the recalls of pairs of which neither has a pool of its own."""
+    rows = of_everyone(torch.arange(3.0 - rank) + 10 * rank, WORLD)
+    share = [tuple(side[rank::WORLD] for side in pairs())]
+    recalls = joined_values([pooled_recalls(share, WORLD)])
+    assert list(recalls) == list(RECALLS)
+    return [rows, of_everyone(rows[:3 - rank] > 5, WORLD), torch.tensor(list(recalls.values()))]
+
+
+def pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    """65 pictures and captions that half recall one another: a whole pool, and one more."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(65, 4, generator=generator)
+    return images, images + 0.5 * torch.randn(65, 4, generator=generator)
+
+
+RECALLS = joined_values([pooled_recalls([pairs()])])
 
 
 LOSSES = [coupled, coupled_on_its_side]
@@ -56,10 +77,22 @@ def ranks(two_ranks) -> list[list[torch.Tensor]]:
 
 
 def test_samples_lie_in_the_order_of_the_global_batch(ranks):
-    for everyone, mask, numbers, _ in ranks:
+    for everyone, mask, numbers, *_ in ranks:
         assert not everyone.requires_grad
         assert numbers.tolist() == list(range(BATCH))
         assert torch.equal(everyone, samples()) and torch.equal(mask, samples() > 0)
+
+
+def test_ragged_shares_lie_in_order_too(ranks):
+    for _, _, _, rows, mask, *_ in ranks:
+        assert rows.tolist() == [0, 10, 1, 11, 2]
+        assert mask.tolist() == [False, False, True, True, False]
+
+
+def test_recall_in_pools_is_that_of_one_process(ranks):
+    assert 0 < RECALLS["recall@1_in_64"] < RECALLS["recall@5_in_64"] < 1
+    for *_, recalls, _ in ranks:
+        assert recalls.tolist() == pytest.approx(list(RECALLS.values()))
 
 
 @pytest.mark.parametrize("number", range(len(LOSSES)))
