@@ -277,6 +277,7 @@ class StackGANv2Run(GANRun):
 class StackGANv2Task(GANTask):
     """One step of all discriminators, then one of the generator on the same fakes."""
 
+    paints_once = True
     config: StackGANv2Run
 
     def __init__(self, config: StackGANv2Run):
@@ -312,12 +313,13 @@ class StackGANv2Task(GANTask):
     def pyramid(self, image: Tensor) -> list[Tensor]:
         return pyramid(image, self.network.config.sizes)
 
+    def paint(self, networks: Networks, batch: Batch, step: int) -> Painted:
+        return networks["generator"](batch["noise"], batch["sentence"])
+
     def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
         discriminator = networks["discriminator"]
-        with torch.no_grad():
-            fakes = networks["generator"](batch["noise"], batch["sentence"]).images
         real = discriminator(batch["images"], batch["condition"])
-        fake = discriminator(fakes, batch["condition"])
+        fake = discriminator(batch["painted"].images, batch["condition"])
         if self.conditional:
             wrong = discriminator(batch["wrong_images"], batch["condition"])
             losses = [conditional_loss(*scores) for scores in zip(real, wrong, fake, strict=True)]
@@ -328,7 +330,7 @@ class StackGANv2Task(GANTask):
 
     def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
         """The mean keeps its gradient here: the augmentation learns from what the discriminators make of it, too."""
-        painted = networks["generator"](batch["noise"], batch["sentence"])
+        painted = batch["painted"]
         condition = painted.mean if self.reads_mean else batch["condition"]
         total = adversarial_loss(networks["discriminator"](painted.images, condition))
         parts = {"adversarial": total.detach()}

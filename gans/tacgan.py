@@ -213,7 +213,8 @@ class TACGANRun(GANRun):
 
 
 class TACGANTask(GANTask):
-    """One step of the discriminator and two of the generator, all on the same noise."""
+    """One step of the discriminator and two of the generator, all on the same noise; each paints for itself, as the
+    authors' three runs of their graph do."""
 
     wrong_images = "other"
     generator_repeats = 2

@@ -112,12 +112,15 @@ class Exchange:
 class GANTask(Task):
     """A generator against a discriminator: the base of every system's task.
 
-    Class attributes say what a system's step needs. ``fresh_noise``: the generator's phase gets a noise of its own,
-    ``noise_g``. ``wrong_images``: ``wrong_image`` is drawn from the global batch, of another class where there are
-    classes, or just another one. ``wrong_texts``: ``wrong_text`` is the text ``wrong_text_shift`` samples further on.
+    Class attributes say what a system's step needs. ``paints_once``: both players' phases judge the same fakes,
+    ``painted``, which :meth:`paint` makes once a step; else each phase paints. ``fresh_noise``: the generator's phase
+    gets a noise of its own, ``noise_g``. ``wrong_images``: ``wrong_image`` is drawn from the global batch, of another
+    class where there are classes, or just another one. ``wrong_texts``: ``wrong_text`` is the text
+    ``wrong_text_shift`` samples further on.
     """
 
     splits_batch = False       # batch normalisation and mismatched pairs couple the samples
+    paints_once: bool = False
     fresh_noise: ClassVar[bool] = False
     wrong_images: ClassVar[Literal["other_class", "other"] | None] = None
     wrong_texts: ClassVar[Literal["rolled"] | None] = None
@@ -128,8 +131,12 @@ class GANTask(Task):
 
     # -- what a system writes
 
+    def paint(self, networks: Networks, batch: Batch, step: int) -> Any:
+        """With ``paints_once``: what the phases find as ``painted``, all but the generator's without its graph."""
+        raise NotImplementedError
+
     def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
-        """The discriminator's loss; the fakes are painted without gradient."""
+        """The discriminator's loss; what it paints itself it paints without gradient."""
         raise NotImplementedError
 
     def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
@@ -160,7 +167,8 @@ class GANTask(Task):
         if config.stabiliser.r1:
             self.phases.append(Phase("r1", player="discriminator", loss=self.r1_loss,
                                      every=config.stabiliser.r1_every))
-        self.phases.append(Phase("generator", player="generator", loss=self.g_loss, repeats=self.generator_repeats))
+        self.phases.append(Phase("generator", player="generator", loss=self.g_loss, repeats=self.generator_repeats,
+                                 ahead={"painted": self.paint} if self.paints_once else {}))
 
     @property
     def network(self) -> Painter:

@@ -151,12 +151,15 @@ def test_only_the_phases_player_moves(zoo, name, tmp_path):
     batch = next(iter(train_batches(config.data, seed=0, batch_size=BATCH)))
     with torch.no_grad():
         prepared = task.prepare(engine.to_device(batch), engine.networks, 0)
+        for phase in task.phases:
+            prepared |= phase.make(engine.networks, prepared, 0)
     for phase in task.phases:
         before = {player: parameters(engine.networks.bare(player)) for player in task.players}
         frozen = {other: states(module) for other, module in task.frozen.items()}
         engine.begin_phase(phase, 0, STEPS)
         engine.begin_micro_batch(last=True)
-        engine.backward(phase.loss(engine.networks, prepared, 0).total)
+        made = phase.make(engine.networks, prepared, 0)
+        engine.backward(phase.loss(engine.networks, prepared | made, 0).total)
         assert not float(engine.step().skipped)
         for player in task.players:
             after = parameters(engine.networks.bare(player))
