@@ -13,6 +13,9 @@ from dalle.data.dataset import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.clip import ClipConfig, ClipModel
+from dalle.training.engine import create_engine
+from dalle.training.loop import train_step
+from dalle.training.meter import Meter
 from gans.generator import load_gan
 from gans.losses import kl_log_sigma, kl_logvar
 from gans.stackgan import (
@@ -367,6 +370,19 @@ def test_the_first_losses_are_those_of_an_undecided_discriminator(shop, variant,
     heads = 2 if (variant, stage) == ("pytorch", 2) else 1
     assert float(loss.parts["adversarial"]) == pytest.approx(heads * LN2)
     assert float(loss.total) == pytest.approx(heads * LN2 + 2 * float(loss.parts["kl"]), rel=1e-5)
+
+
+@VARIANTS
+@STAGES
+def test_cocos_fakes_are_painted_once_a_step_and_the_papers_twice(shop, variant, stage, tmp_path):
+    task = make_task(shop, variant, stage)
+    engine = create_engine(task.config)
+    engine.prepare(task, tmp_path)
+    for step in range(2):
+        train_step(engine, task, loaded(16 * stage), step, task.config, Meter())
+    tracked = {int(buffer) for name, buffer in task.network.named_buffers()
+               if name.endswith("num_batches_tracked") and not name.startswith("stage1.")}
+    assert tracked == {2 if variant == "pytorch" else 4}
 
 
 def test_the_paper_pairs_wrong_pictures_and_draws_twice(shop):
