@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dalle.config import Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
+from dalle.models.precision import at_least_single
 from dalle.training.task import Batch, Loss, Networks
 from gans.generator import Noise, Painter
 from gans.layers import dcgan_init, leaky
@@ -234,7 +235,7 @@ def generator_loss(fake: Verdict, fake_class: Tensor, class_weight: float = 1.0)
 
 def class_loss(verdict: Verdict, class_id: Tensor) -> Tensor:
     """Softmax cross-entropy of the classes, mean."""
-    return F.cross_entropy(verdict.classes.float(), class_id)
+    return F.cross_entropy(at_least_single(verdict.classes), class_id)
 
 
 def class_accuracy(classes: Tensor, class_id: Tensor) -> Tensor:

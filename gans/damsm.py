@@ -26,6 +26,7 @@ from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.metrics.retrieval import r_precision_hits
 from dalle.models.base import ModelConfig, PretrainedModel
+from dalle.models.precision import at_least_single
 from dalle.sampling.generator import (
     identify,
     load_model,
@@ -174,11 +175,6 @@ def with_pictures(model: Damsm, folder: Path) -> Damsm:
     if model.image is None:
         raise UserError(f"{folder} holds the text side of a damsm model only: give the folder of the damsm run itself")
     return model
-
-
-def at_least_single(tensor: Tensor) -> Tensor:
-    """fp32 for what autocast has made narrower."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 # -- how well words fit regions
@@ -378,7 +374,7 @@ class DamsmTask(Task):
         image = networks.bare("image")
         if image.trunk.trained:
             return prepared | {"seen": {"images": images}}
-        return prepared | {"seen": {"features": tuple(part.float() for part in image.trunk(images))}}
+        return prepared | {"seen": {"features": tuple(map(at_least_single, image.trunk(images)))}}
 
     def draw_kept(self, networks: Networks, ids: Tensor, step: int) -> Tensor | None:
         """bool [b, T, embedding_dim]: this rank's rows of what the step's dropout leaves."""

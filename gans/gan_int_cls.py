@@ -23,6 +23,7 @@ from torchvision.utils import make_grid
 from dalle.config import Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
+from dalle.models.precision import at_least_single
 from dalle.sampling.generator import load_model, model_folder, model_kind, to_bytes
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player
@@ -322,7 +323,7 @@ class StyleTask(GANTask):
         return {"z": z, "image": generator({"z": z}, sentence)}
 
     def style_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
-        return Loss((batch["z"] - networks["generator"](batch["image"]).float()).square().sum(dim=1).mean())
+        return Loss((batch["z"] - at_least_single(networks["generator"](batch["image"]))).square().sum(dim=1).mean())
 
     @torch.no_grad()
     def validate(self, networks: Networks, batches: Iterable[Batch]) -> dict[str, Mean]:

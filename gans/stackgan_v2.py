@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dalle.config import Section
 from dalle.models.base import ModelConfig
+from dalle.models.precision import at_least_single
 from dalle.training.task import Batch, Loss, Networks
 from gans.generator import Noise, Painter
 from gans.layers import (
@@ -237,7 +238,7 @@ def adversarial_loss(fakes: Sequence[Scores]) -> Tensor:
 
 def colour_statistics(image: Tensor) -> tuple[Tensor, Tensor]:
     """[B, 3, H, W] -> the mean colour [B, 3] and the covariance [B, 3, 3] of each picture's pixels."""
-    pixels = image.float().flatten(2)
+    pixels = at_least_single(image).flatten(2)
     mean = pixels.mean(dim=2)
     centred = pixels - mean[:, :, None]
     return mean, centred @ centred.transpose(1, 2) / pixels.shape[2]

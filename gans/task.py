@@ -24,6 +24,7 @@ from dalle.errors import UserError
 from dalle.evaluation.captions import CaptionSource
 from dalle.evaluation.small_config import SmallEvaluationConfig
 from dalle.models.base import ModelConfig
+from dalle.models.precision import at_least_single
 from dalle.training.gathering import in_global_order
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
@@ -51,7 +52,8 @@ class GANOptimizer(OptimizerConfig):
 class StabiliserConfig(Section):
     """What the classic systems did not have; off in their configs."""
 
-    r1: float = Field(default=0.0, ge=0, description="gamma of the R1 penalty on real pictures; 0: none")
+    r1: float = Field(default=0.0, ge=0, description="gamma of the R1 penalty on real pictures, of every "
+                      "head; patches count by their mean; 0: none")
     r1_every: int = Field(default=16, ge=1, description="steps between two penalties, each that much stronger")
     spectral_norm: bool = Field(default=False, description="of every layer of the discriminator")
 
@@ -144,7 +146,8 @@ class GANTask(Task):
         raise NotImplementedError
 
     def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
-        """The logits of real, matching pairs, for R1; ``image`` takes the place of the batch's."""
+        """The logits of real, matching pairs, for R1, [B] or, of patches, [B, ...] of each head; ``image`` takes the
+        place of the batch's."""
         raise NotImplementedError
 
     # -- what it gets
@@ -225,10 +228,14 @@ class GANTask(Task):
         return Text(*(exchange.mine(exchange.everyone(part).roll(-self.wrong_text_shift, 0)) for part in text))
 
     def r1_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
-        """gamma / 2 of the gradient penalty on real pictures, times the steps between two (lazy regularisation)."""
+        """gamma / 2 of the gradient penalties of all heads, times the steps between two (lazy regularisation).
+
+        Each head is penalised as if it judged alone: it has a loss of its own in ``d_loss``, which adds them up, too.
+        The gradient of their sum would make gamma mean as many squared as there are heads that agree.
+        """
         image = batch["image"].clone().requires_grad_(True)
         scores = self.real_scores(networks.penalty("discriminator"), batch, image)
-        penalty = r1_penalty(torch.cat([score.flatten() for score in scores]), image)
+        penalty = sum(r1_penalty(score, image) for score in scores)
         settings = self.config.stabiliser
         return Loss(0.5 * settings.r1 * settings.r1_every * penalty, {"gradient": penalty.detach()})
 
@@ -302,7 +309,7 @@ def pyramid(image: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 
 def floated(text: Text) -> Text:
-    return Text(text.sentence.float(), text.words.float(), text.mask)
+    return Text(at_least_single(text.sentence), at_least_single(text.words), text.mask)
 
 
 def step_generator(*key: int) -> torch.Generator:
