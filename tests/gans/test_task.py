@@ -221,6 +221,21 @@ def test_the_lazy_penalty_is_as_strong_as_one_in_every_step():
     assert float(loss.total) == pytest.approx(4 * 5 * float(discriminator.weight.square().sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize(("heads", "share"), [((1, 2), 1 + 4), ((1, -1), 1 + 1), ((3,), 9)])
+def test_every_head_is_penalised_as_if_it_judged_alone(heads, share):
+    """Two heads that agree count twice, not four times, and two that disagree do not cancel."""
+    class Heads(TinyTask):
+        def real_scores(self, discriminator, batch, image):
+            score = discriminator(image.flatten(1))[:, :, None, None]
+            return [(weight * score).expand(-1, -1, 5, 5) for weight in heads]       # patches that agree
+
+    task = Heads(stabiliser=StabiliserConfig(r1=2, r1_every=1))
+    discriminator = task.players["discriminator"].module
+    networks = SimpleNamespace(penalty=lambda name: discriminator)
+    loss = task.r1_loss(networks, {"image": torch.randn(5, 3, 4, 4)}, 0)
+    assert loss.total.item() == pytest.approx(share * discriminator.weight.square().sum().item(), rel=1e-5)
+
+
 def test_spectral_norm_and_synchronisation_are_by_config():
     task = TinyTask(stabiliser=StabiliserConfig(spectral_norm=True))
     assert "parametrizations.weight.original" in task.players["discriminator"].module.state_dict()
