@@ -269,7 +269,20 @@ class ACGANRun(GANRun):
         if self.text_encoder is None and self.train.preview_every and captions:
             raise ValueError("without a text_encoder the model takes no captions: set preview.captions to class:0, "
                              "class:1 and the like")
+        if self.train.preview_every:
+            try:
+                named_classes(self.preview.captions, self.generator.num_classes)
+            except UserError as error:
+                raise ValueError(f"preview.captions: {error}") from error
         return self
+
+    @property
+    def reads_captions(self) -> bool:
+        return self.text_encoder is not None
+
+    @property
+    def makes_pairs(self) -> bool:
+        return False
 
 
 class ClassCheck:

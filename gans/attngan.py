@@ -323,11 +323,9 @@ class AttnGANRun(GANRun):
     generator_optimizer: GANOptimizer = GANOptimizer(ema=0.999)
     loss: AttnGANLossConfig = AttnGANLossConfig()
 
-    @model_validator(mode="after")
-    def _pairs_can_be_shifted(self) -> "AttnGANRun":
-        if self.train.batch_size < 2:
-            raise ValueError("wrong pairs are made within a batch: set train.batch_size to 2 or more")
-        return self
+    @property
+    def reads_several_captions(self) -> bool:
+        return False
 
 
 class AttnGANTask(GANTask):

@@ -308,8 +308,6 @@ class HDGANRun(GANRun):
         if self.generator.extended != (self.base is not None):
             raise ValueError("a further stage needs both: generator.extended: true, and base, the run whose generator "
                              "it continues")
-        if self.train.batch_size < 2:
-            raise ValueError("wrong pairs are made within a batch: set train.batch_size to 2 or more")
         return self
 
 

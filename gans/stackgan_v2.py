@@ -274,6 +274,14 @@ class StackGANv2Run(GANRun):
             raise ValueError("without captions (generator.conditional: false) no text is read: leave text_encoder out")
         return self
 
+    @property
+    def reads_captions(self) -> bool:
+        return self.generator.conditional
+
+    @property
+    def makes_pairs(self) -> bool:
+        return self.generator.conditional
+
 
 class StackGANv2Task(GANTask):
     """One step of all discriminators, then one of the generator on the same fakes."""

@@ -206,12 +206,6 @@ class TACGANRun(GANRun):
     generator: TACGANConfig = TACGANConfig()
     discriminator: TACGANDiscriminatorConfig = TACGANDiscriminatorConfig()
 
-    @model_validator(mode="after")
-    def _pieces_fit(self) -> "TACGANRun":
-        if self.train.batch_size < 2:
-            raise ValueError("a wrong picture is another one of the batch: set train.batch_size to 2 or more")
-        return self
-
 
 class TACGANTask(GANTask):
     """One step of the discriminator and two of the generator, all on the same noise; each paints for itself, as the

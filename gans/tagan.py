@@ -294,6 +294,10 @@ class TAGANRun(GANRun):
     discriminator: TAGANDiscriminatorConfig = TAGANDiscriminatorConfig()
     loss: TAGANLossConfig = TAGANLossConfig()
 
+    @property
+    def reads_several_captions(self) -> bool:
+        return False
+
 
 class TAGANTask(EditingTask):
     """Pictures with their own sentence and with the one before it in the batch, which is what they are edited after.

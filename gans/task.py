@@ -30,7 +30,7 @@ from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Networks, Phase, Player, Task
 from gans.generator import TEXT_FOLDER, GANGenerator, Noise, Painter, draw_noise
-from gans.layers import spectrally_normalised, synchronised
+from gans.layers import SynchronisedBatchNorm, spectrally_normalised, synchronised
 from gans.losses import r1_penalty
 from gans.text import StandardisedTextEncoder, Text, load_text_encoder
 
@@ -72,6 +72,23 @@ class PaintingRun(RunConfig):
     preview: GANPreviewConfig = GANPreviewConfig()
     evaluation: SmallEvaluationConfig = SmallEvaluationConfig()
 
+    @model_validator(mode="after")
+    def _pairs_are_read(self) -> "PaintingRun":
+        if not self.data.images:
+            raise ValueError("a GAN is trained on pictures: leave data.images as it is")
+        if self.reads_captions and self.data.caption == "none":
+            raise ValueError(f"a {self.task} run reads captions, but data.caption is none: set it to random or first")
+        return self
+
+    @property
+    def reads_captions(self) -> bool:
+        return True
+
+    @property
+    def reads_several_captions(self) -> bool:
+        """The mean of their sentences; a system that reads words has one caption of each sample, as published."""
+        return self.reads_captions
+
 
 class GANRun(PaintingRun):
     """What every GAN's run has; a system adds ``task``, ``generator``, ``discriminator`` and ``loss``."""
@@ -84,12 +101,15 @@ class GANRun(PaintingRun):
     stabiliser: StabiliserConfig = StabiliserConfig()
 
     @model_validator(mode="after")
-    def _pairs_are_read(self) -> "GANRun":
-        if not self.data.images:
-            raise ValueError("a GAN is trained on pictures: leave data.images as it is")
-        if self.text_encoder is not None and self.data.caption == "none":
-            raise ValueError("text_encoder reads captions, but data.caption is none: leave one of them out")
+    def _pairs_can_be_made(self) -> "GANRun":
+        if self.makes_pairs and self.train.batch_size < 2:
+            raise ValueError("wrong pairs are made within a batch: set train.batch_size to 2 or more")
         return self
+
+    @property
+    def makes_pairs(self) -> bool:
+        """Whether a step puts pictures and captions of different samples together."""
+        return True
 
 
 class Exchange:
@@ -181,6 +201,15 @@ class GANTask(Task):
     def exchange(self, networks: Networks) -> Exchange:
         return Exchange(networks)
 
+    def check_share(self, samples: int, world_size: int) -> None:
+        """A normalisation over the values of one sample alone has no deviation to divide by."""
+        normalised = samples * world_size if self.config.sync_batch_norm else samples
+        if normalised < 2 and any(isinstance(part, (nn.BatchNorm1d, SynchronisedBatchNorm))
+                                  for player in self.players.values() for part in player.module.modules()):
+            remedy = "" if self.config.sync_batch_norm or world_size == 1 else ", or sync_batch_norm to true"
+            raise UserError(f"train.batch_size leaves each process one sample at once, and this system's batch "
+                            f"normalisation needs two: set it to {2 * world_size} or more{remedy}")
+
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
         """The step's tensors, those of :class:`GANTask`'s attributes included.
 
@@ -201,13 +230,15 @@ class GANTask(Task):
         return prepared
 
     def encode(self, networks: Networks, batch: Batch) -> Text:
-        """The frozen encoder's text; the sentence is the mean over a sample's captions where it has several."""
+        """The frozen encoder's text. Where a sample has several captions, the sentence is the mean of theirs, and the
+        words are those of all, one caption after the other."""
         encoder = networks.bare("text")
         if "captions" not in batch:
             return floated(encoder(batch["caption"]))
         count = len(batch["captions"][0])
         text = floated(encoder([caption for captions in batch["captions"] for caption in captions]))
-        return Text(text.sentence.unflatten(0, (-1, count)).mean(dim=1), text.words[::count], text.mask[::count])
+        sentence, words, mask = (part.unflatten(0, (-1, count)) for part in text)
+        return Text(sentence.mean(dim=1), words.movedim(1, 2).flatten(2), mask.flatten(1))
 
     def draw(self, exchange: Exchange, own: int, step: int, stream: int, device: torch.device) -> Noise:
         """This rank's rows of the step's noise."""

@@ -121,6 +121,9 @@ class Task:
     tokens_per_sample: int = 0            # for tokens/s in the log; 0 leaves it out
     flops_per_sample: float = 0.0         # training FLOPs of one sample, for the MFU; 0 leaves it out
 
+    def check_share(self, samples: int, world_size: int) -> None:
+        """Raise :class:`UserError` where no step can be made of so many samples at once in each of the processes."""
+
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
         """Turn a loaded micro-batch (already on the device) into what the losses take; runs once, without gradient."""
         return batch
