@@ -9,6 +9,7 @@ from dalle.config import load_config
 from dalle.errors import UserError
 from dalle.tasks import RUNS
 from gans import SYSTEMS
+from gans.task import GANRun, StabiliserConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ONE_CAPTION = {"attngan", "tagan", "ds_sje", "vse", "damsm"}      # read word by word, or compared one by one
@@ -74,3 +75,12 @@ def test_an_odd_batch_cannot_be_paired():
 def test_a_preview_of_a_class_that_the_model_does_not_have():
     assert "preview.captions: class:48 is out of range" in refusal("acgan", "preview.captions=['class:48']")
     assert refusal("acgan", "preview.captions=['class:47']") == ""
+
+
+@pytest.mark.parametrize("path", sorted(path for path in (CONFIGS / "gans").glob("*.yaml")
+                                        if not path.stem.endswith(("_shapes", "_emoji"))), ids=lambda path: path.stem)
+def test_the_papers_configs_have_nothing_that_the_papers_have_not(path):
+    config = load_config(path, [], RUNS)
+    if isinstance(config, GANRun):
+        assert config.stabiliser == StabiliserConfig() and not config.standardise_text
+        assert not getattr(config.generator, "halves", False)       # of Skip-Thought vectors, which no encoder here gives
