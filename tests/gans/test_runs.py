@@ -83,4 +83,4 @@ def test_the_papers_configs_have_nothing_that_the_papers_have_not(path):
     config = load_config(path, [], RUNS)
     if isinstance(config, GANRun):
         assert config.stabiliser == StabiliserConfig() and not config.standardise_text
-        assert not getattr(config.generator, "halves", False)       # of Skip-Thought vectors, which no encoder here gives
+        assert not getattr(config.generator, "halves", False)       # Skip-Thought's: no encoder here gives them
