@@ -69,7 +69,7 @@ class Phase:
     loss: Callable[[Networks, Batch, int], Loss]   # (networks, prepared micro-batch, global step)
     every: int = 1
     repeats: int = 1
-    ahead: Mapping[str, Callable[[Networks, Batch, int], Any]] = field(default_factory=dict)
+    ahead: Mapping[str, Callable[[Networks, Batch, int], Any]] = field(default_factory=dict, hash=False)
 
     def is_due(self, step: int) -> bool:
         return step % self.every == 0
