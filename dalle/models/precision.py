@@ -5,5 +5,5 @@ from torch import Tensor
 
 
 def at_least_single(tensor: Tensor) -> Tensor:
-    """``tensor``, in fp32 where it is narrower."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    """``tensor``, in fp32 where its type is narrower or whole numbers."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
