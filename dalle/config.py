@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dalle.errors import UserError
+from dalle.lookup import LazyTable
 from dalle.text_file import read_text_file
 
 
@@ -110,7 +111,8 @@ def validate(tree: dict[str, Any], runs: Mapping[str, type[Run]], source: str) -
     if not isinstance(task, str):
         raise UserError(f"{source}: task {SHORT.repr(task)} is not a name; known: {known}")
     if task not in runs:
-        raise UserError(f"{source}: task {task!r} is unknown{did_you_mean(str(task), runs)}; known: {known}")
+        raise UserError(f"{source}: task {task!r} is unknown{did_you_mean(str(task), runs)}; known: {known}"
+                        f"{runs.remedy if isinstance(runs, LazyTable) else ''}")
     try:
         return runs[task].model_validate(tree)
     except ValidationError as error:

@@ -24,6 +24,13 @@ class LazyTable(Mapping[str, Any]):
                 raise ValueError(f"{name!r} is taken by {'.'.join(self._places[name])}, it cannot become "
                                  f"{'.'.join(place)}")
 
+    @property
+    def remedy(self) -> str:
+        """What the error about an unknown name ends with, as long as no family has joined."""
+        own = __name__.partition(".")[0]
+        joined = any(module.partition(".")[0] != own for module, _ in self._places.values())
+        return "" if joined else "; from Python, `import gans; gans.register()` adds the GAN family"
+
     def __getitem__(self, name: str) -> Any:
         module, attribute = self._places[name]
         return attrgetter(attribute)(import_module(module))

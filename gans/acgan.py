@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dalle.config import Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
+from dalle.models.precision import at_least_single
 from dalle.training.task import Batch, Loss, Networks
 from gans.generator import Noise, Painter
 from gans.layers import dcgan_init, leaky
@@ -234,7 +235,7 @@ def generator_loss(fake: Verdict, fake_class: Tensor, class_weight: float = 1.0)
 
 def class_loss(verdict: Verdict, class_id: Tensor) -> Tensor:
     """Softmax cross-entropy of the classes, mean."""
-    return F.cross_entropy(verdict.classes.float(), class_id)
+    return F.cross_entropy(at_least_single(verdict.classes), class_id)
 
 
 def class_accuracy(classes: Tensor, class_id: Tensor) -> Tensor:
@@ -268,7 +269,20 @@ class ACGANRun(GANRun):
         if self.text_encoder is None and self.train.preview_every and captions:
             raise ValueError("without a text_encoder the model takes no captions: set preview.captions to class:0, "
                              "class:1 and the like")
+        if self.train.preview_every:
+            try:
+                named_classes(self.preview.captions, self.generator.num_classes)
+            except UserError as error:
+                raise ValueError(f"preview.captions: {error}") from error
         return self
+
+    @property
+    def reads_captions(self) -> bool:
+        return self.text_encoder is not None
+
+    @property
+    def makes_pairs(self) -> bool:
+        return False
 
 
 class ClassCheck:

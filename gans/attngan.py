@@ -323,16 +323,15 @@ class AttnGANRun(GANRun):
     generator_optimizer: GANOptimizer = GANOptimizer(ema=0.999)
     loss: AttnGANLossConfig = AttnGANLossConfig()
 
-    @model_validator(mode="after")
-    def _pairs_can_be_shifted(self) -> "AttnGANRun":
-        if self.train.batch_size < 2:
-            raise ValueError("wrong pairs are made within a batch: set train.batch_size to 2 or more")
-        return self
+    @property
+    def reads_several_captions(self) -> bool:
+        return False
 
 
 class AttnGANTask(GANTask):
     """The same fakes for both players, as released; wrong pairs are the batch's own, shifted by one."""
 
+    paints_once = True
     wrong_texts = "rolled"
     config: AttnGANRun
 
@@ -353,10 +352,11 @@ class AttnGANTask(GANTask):
         own = networks.bare("damsm_text")(batch["caption"]) if "damsm_text" in self.frozen else prepared["text"]
         return {**prepared, "matching_text": own}
 
+    def paint(self, networks: Networks, batch: Batch, step: int) -> Painted:
+        return networks["generator"](batch["noise"], batch["text"])
+
     def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
-        discriminator, sentence = networks["discriminator"], batch["text"].sentence
-        with torch.no_grad():
-            fakes = networks["generator"](batch["noise"], batch["text"]).images
+        discriminator, sentence, fakes = networks["discriminator"], batch["text"].sentence, batch["painted"].images
         other, share = self.shifted(networks, batch)
         reals = pyramid(batch["image"], self.network.config.picture_sides)
         real, fake = discriminator(reals, sentence, other), discriminator(fakes, sentence)
@@ -373,7 +373,7 @@ class AttnGANTask(GANTask):
         return batch["wrong_text"].sentence[:max(mine, 1)], mine * exchange.size(1) / pairs
 
     def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
-        painted = networks["generator"](batch["noise"], batch["text"])
+        painted = batch["painted"]
         fakes = networks["discriminator"](painted.images, batch["text"].sentence)
         kl = self.network.augmentation.kl(painted.augmented)
         damsm = self.matching(networks, painted.images[-1], batch)

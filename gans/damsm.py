@@ -27,6 +27,7 @@ from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.metrics.retrieval import r_precision_hits
 from dalle.models.base import ModelConfig, PretrainedModel
+from dalle.models.precision import at_least_single
 from dalle.sampling.generator import (
     identify,
     load_model,
@@ -175,11 +176,6 @@ def with_pictures(model: Damsm, folder: Path) -> Damsm:
     if model.image is None:
         raise UserError(f"{folder} holds the text side of a damsm model only: give the folder of the damsm run itself")
     return model
-
-
-def at_least_single(tensor: Tensor) -> Tensor:
-    """fp32 for what autocast has made narrower."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 # -- how well words fit regions
@@ -364,22 +360,22 @@ class DamsmTask(Task):
         self.players = {"image": Player(image, config.image_optimizer),
                         "text": Player(self.model.text, config.text_optimizer)}
         self.frozen = {}
-        self.phases = [Phase("image", player="image", loss=self.image_loss),
-                       Phase("text", player="text", loss=self.text_loss)]
+        self.phases = [Phase("image", player="image", loss=self.matching, ahead={"codes": self.look}),
+                       Phase("text", player="text", loss=self.matching, ahead={"text": self.read})]
         self.tokens_per_sample = config.data.text_length
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Pictures in [-1, 1] (or the features of a frozen trunk), ids, the dropout's choice, and the codes of text."""
+        """Pictures in [-1, 1] (or the features of a frozen trunk), ids and the dropout's choice."""
         images = batch["image"].float() / 127.5 - 1
         ids = self.shortened(batch) if self.config.long_captions == "random_words" else batch["text"]
         kept = self.draw_kept(networks, ids, step)
-        prepared: Batch = {"ids": ids, "kept": kept, "text": networks.bare("text")(ids, kept), "class_ids": None}
+        prepared: Batch = {"ids": ids, "kept": kept, "class_ids": None}
         if self.config.loss.same_class == "left_out":
             prepared["class_ids"] = batch["class_id"]
         image = networks.bare("image")
         if image.trunk.trained:
             return prepared | {"seen": {"images": images}}
-        return prepared | {"seen": {"features": tuple(part.float() for part in image.trunk(images))}}
+        return prepared | {"seen": {"features": tuple(map(at_least_single, image.trunk(images)))}}
 
     def draw_kept(self, networks: Networks, ids: Tensor, step: int) -> Tensor | None:
         """bool [b, T, embedding_dim]: this rank's rows of what the step's dropout leaves."""
@@ -406,18 +402,17 @@ class DamsmTask(Task):
                 ids[row] = words[chosen].to(ids.device)
         return ids
 
-    def image_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
-        """L_DAMSM (equation 13) for the picture side, whose codes it leaves behind for the other phase."""
-        codes = networks["image"](**batch["seen"])
-        batch["codes"] = tuple(code.detach() for code in codes)
-        return self.matching(networks, batch, codes, batch["text"])
+    def look(self, networks: Networks, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """Regions and wholes of the pictures."""
+        return networks["image"](**batch["seen"])
 
-    def text_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
-        """The same loss for the text side."""
-        return self.matching(networks, batch, batch["codes"], networks["text"](batch["ids"], batch["kept"]))
+    def read(self, networks: Networks, batch: Batch, step: int) -> Text:
+        return Text(*networks["text"](batch["ids"], batch["kept"]))
 
-    def matching(self, networks: Networks, batch: Batch, codes: tuple[Tensor, Tensor], text: Text) -> Loss:
-        losses = damsm_losses(*codes, Text(*text), batch["class_ids"], self.config.loss.gammas, networks.world_size)
+    def matching(self, networks: Networks, batch: Batch, step: int) -> Loss:
+        """L_DAMSM (equation 13): the phase's own side with its graph, the other as a constant."""
+        losses = damsm_losses(*batch["codes"], batch["text"], batch["class_ids"], self.config.loss.gammas,
+                              networks.world_size)
         return Loss(sum(losses), {name: loss.detach() for name, loss in losses._asdict().items()})
 
     @torch.no_grad()

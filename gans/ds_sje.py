@@ -294,6 +294,10 @@ class DSSJERun(JointRun):
             raise ValueError("DS-SJE looks at pictures: set data.images to true")
         return self
 
+    @property
+    def reads_several_captions(self) -> bool:
+        return self.loss.pairs == "captions"
+
 
 class DSSJETask(JointTask):
     """The structured hinge over the global batch."""

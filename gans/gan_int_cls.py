@@ -23,6 +23,7 @@ from torchvision.utils import make_grid
 from dalle.config import Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
+from dalle.models.precision import at_least_single
 from dalle.sampling.generator import load_model, model_folder, model_kind, to_bytes
 from dalle.training.gathering import of_everyone
 from dalle.training.optimizers import OptimizerConfig
@@ -176,6 +177,17 @@ class GANINTCLSRun(GANRun):
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     loss: GANINTCLSLoss = GANINTCLSLoss()
 
+    @model_validator(mode="after")
+    def _captions_are_paired(self) -> "GANINTCLSRun":
+        if self.loss.interpolated and self.train.batch_size % 2:
+            raise ValueError(f"GAN-INT pairs the captions of a batch: train.batch_size {self.train.batch_size} must be "
+                             "even (loss.interpolated: 0 pairs none)")
+        return self
+
+    @property
+    def makes_pairs(self) -> bool:
+        return bool(self.loss.mismatched or self.loss.interpolated)
+
 
 class GANINTCLSTask(GANTask):
     """One step of the discriminator, then one of the generator with noise of its own."""
@@ -191,6 +203,12 @@ class GANINTCLSTask(GANTask):
         self.wrong_images = config.loss.wrong if config.loss.mismatched else None
         self.assemble(config, generator, discriminator, encoder)
 
+    def check_share(self, samples: int, world_size: int) -> None:
+        super().check_share(samples, world_size)
+        if self.config.loss.interpolated and samples % 2:
+            raise UserError(f"GAN-INT pairs the captions of a batch: over {world_size} processes train.batch_size "
+                            f"{samples * world_size} must be a multiple of {2 * world_size}")
+
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
         """Also ``between`` [b/2, D], points between captions of the global batch's halves, and their noise."""
         prepared = super().prepare(batch, networks, step)
@@ -198,9 +216,6 @@ class GANINTCLSTask(GANTask):
             return prepared
         exchange = self.exchange(networks)
         whole = exchange.everyone(prepared["text"].sentence)
-        if len(prepared["image"]) % 2:
-            raise UserError(f"GAN-INT pairs the captions of a batch: train.batch_size {len(whole)} must be twice a "
-                            "multiple of the number of processes")
         first, second = whole.chunk(2)
         beta = self.config.loss.beta
         prepared["between"] = exchange.mine(beta * first + (1 - beta) * second)
@@ -325,7 +340,7 @@ class StyleTask(GANTask):
         return {"z": z, "image": generator({"z": z}, sentence)}
 
     def style_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
-        return Loss((batch["z"] - networks["generator"](batch["image"]).float()).square().sum(dim=1).mean())
+        return Loss((batch["z"] - at_least_single(networks["generator"](batch["image"]))).square().sum(dim=1).mean())
 
     @torch.no_grad()
     def validate(self, networks: Networks, batches: Iterable[Batch]) -> dict[str, Mean]:

@@ -308,14 +308,13 @@ class HDGANRun(GANRun):
         if self.generator.extended != (self.base is not None):
             raise ValueError("a further stage needs both: generator.extended: true, and base, the run whose generator "
                              "it continues")
-        if self.train.batch_size < 2:
-            raise ValueError("wrong pairs are made within a batch: set train.batch_size to 2 or more")
         return self
 
 
 class HDGANTask(GANTask):
     """The same fakes for both players, as released; wrong pictures are of another class."""
 
+    paints_once = True
     wrong_images = "other_class"
     config: HDGANRun
 
@@ -339,19 +338,20 @@ class HDGANTask(GANTask):
         """Those of the generator's pictures that learn."""
         return images[-len(self.sides):]
 
+    def paint(self, networks: Networks, batch: Batch, step: int) -> Painted:
+        return networks["generator"](batch["noise"], batch["text"])
+
     def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
         discriminator, sentence = networks["discriminator"], batch["text"].sentence
-        with torch.no_grad():
-            fakes = self.judged(networks["generator"](batch["noise"], batch["text"]).images)
         real = discriminator(pyramid(batch["image"], self.sides), sentence)
         wrong = discriminator(pyramid(batch["wrong_image"], self.sides), sentence)
-        fake = discriminator(fakes, sentence)
+        fake = discriminator(self.judged(batch["painted"].images), sentence)
         return Loss(discriminator_loss(real, wrong, fake), {
             "real": real[-1].pair.mean().detach(), "wrong": wrong[-1].pair.mean().detach(),
             "fake": fake[-1].pair.mean().detach()})
 
     def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
-        painted = networks["generator"](batch["noise"], batch["text"])
+        painted = batch["painted"]
         fake = networks["discriminator"](self.judged(painted.images), batch["text"].sentence)
         parts = {"adversarial": adversarial_loss(fake).detach()}
         if self.config.base is not None:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dalle.models.base import ModelConfig, PretrainedModel
+from dalle.models.precision import at_least_single
 from dalle.tasks.clip import full_precision, pooled_recalls
 from dalle.training.gathering import in_global_order_with_gradient
 from dalle.training.run import RunConfig
@@ -118,8 +119,8 @@ class JointTask(Task):
     def embed(self, networks: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
         """Those [B, D] of the global batch, with gradient: every process computes its one loss."""
         pictures, text = self.sides(networks[self.name], batch)
-        return (in_global_order_with_gradient(pictures.float(), networks.world_size),
-                in_global_order_with_gradient(text.float(), networks.world_size))
+        return (in_global_order_with_gradient(at_least_single(pictures), networks.world_size),
+                in_global_order_with_gradient(at_least_single(text), networks.world_size))
 
     @torch.no_grad()
     def validate(self, networks: Networks, batches: Iterable[Batch]) -> dict[str, Mean]:

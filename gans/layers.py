@@ -14,6 +14,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations
 
+from dalle.models.precision import at_least_single
 from gans.losses import kl_log_sigma, kl_logvar
 
 SLOPE = 0.2
@@ -150,7 +151,7 @@ class ConditioningAugmentation(nn.Module):
     def kl(self, augmented: Augmented) -> Tensor:
         """KL(N(mu, sigma^2) || N(0, 1)), the mean over batch and dimensions."""
         divergence = kl_log_sigma if self.law == "lrelu" else kl_logvar
-        return divergence(augmented.mean.float(), augmented.spread.float())     # bf16 would keep three digits
+        return divergence(at_least_single(augmented.mean), at_least_single(augmented.spread))
 
 
 # -- first weights

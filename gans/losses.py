@@ -7,16 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle.models.precision import at_least_single
+
 
 def bce(logits: Tensor, target: float) -> Tensor:
     """Binary cross-entropy of sigmoid(logits) against one ``target`` for all, mean."""
-    logits = logits.float()
+    logits = at_least_single(logits)
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
 
 def mse(logits: Tensor, target: float) -> Tensor:
     """The squared distance to one ``target`` for all, mean: the least-squares GAN (arXiv 1611.04076)."""
-    return (logits.float() - target).square().mean()
+    return (at_least_single(logits) - target).square().mean()
 
 
 def kl_log_sigma(mean: Tensor, log_sigma: Tensor) -> Tensor:
@@ -30,9 +32,11 @@ def kl_logvar(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def r1_penalty(scores: Tensor, images: Tensor) -> Tensor:
-    """E ||d scores / d images||^2 on real pictures (arXiv 1801.04406, eq. 9, without gamma / 2).
+    """E ||d score / d image||^2 of one head on real pictures (arXiv 1801.04406, eq. 9, without gamma / 2).
 
-    ``images`` [B, 3, H, W] must have entered ``scores`` with ``requires_grad``.
+    ``scores`` [B] or, of patches, [B, ...], whose mean is then the picture's score: the sum over N patches would be N
+    squared times as strong. ``images`` [B, 3, H, W] must have entered them with ``requires_grad``.
     """
-    (gradient,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
-    return gradient.float().square().flatten(1).sum(dim=1).mean()
+    own = scores.flatten(1).mean(dim=1) if scores.ndim > 1 else scores
+    (gradient,) = torch.autograd.grad(own.sum(), images, create_graph=True)
+    return at_least_single(gradient).square().flatten(1).sum(dim=1).mean()

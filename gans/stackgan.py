@@ -375,6 +375,7 @@ class StackGANTask(GANTask):
         """Assemble with the discriminator, pairs and noise of the variant."""
         self.form = FORMS[generator.config.variant]
         self.fresh_noise, self.wrong_images = self.form.fresh_noise, self.form.wrong_images
+        self.paints_once = not self.form.fresh_noise
         discriminator = self.form.discriminator(generator.config, config.discriminator, stage)
         self.assemble(config, generator, discriminator, encoder)
 
@@ -388,14 +389,19 @@ class StackGANTask(GANTask):
             prepared["wrong_mean"] = exchange.mine(exchange.everyone(prepared["mean"]).roll(-1, 0))
         return prepared
 
+    def paint(self, networks: Networks, batch: Batch, step: int) -> Painted:
+        return networks["generator"](batch["noise"], batch["text"].sentence)
+
     def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
-        with torch.no_grad():
-            fake = networks["generator"](batch["noise"], batch["text"].sentence).image
-        return self.form.d_loss(networks["discriminator"], batch, fake)
+        if self.paints_once:
+            painted = batch["painted"]
+        else:
+            with torch.no_grad():
+                painted = self.paint(networks, batch, step)
+        return self.form.d_loss(networks["discriminator"], batch, painted.image)
 
     def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
-        noise = batch["noise_g" if self.fresh_noise else "noise"]
-        fake = networks["generator"](noise, batch["text"].sentence)
+        fake = batch["painted"] if self.paints_once else networks["generator"](batch["noise_g"], batch["text"].sentence)
         adversarial = self.form.g_loss(networks["discriminator"], batch, fake.image)
         return Loss(adversarial + self.config.loss.kl * fake.kl,
                     {"adversarial": adversarial.detach(), "kl": fake.kl.detach()})
@@ -429,7 +435,8 @@ class SentenceForm:
 
 
 class MeanForm:
-    """``pytorch``: one noise for both; the wrong pair is the right picture with the next caption, from the same pass.
+    """``pytorch``: the same fakes for both players; the wrong pair is the right picture with the next caption, from the
+    same pass.
 
     The means are constants here, so that the augmentation learns through the pictures (and its KL term) alone.
     """

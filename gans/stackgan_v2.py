@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dalle.config import Section
 from dalle.models.base import ModelConfig
+from dalle.models.precision import at_least_single
 from dalle.training.task import Batch, Loss, Networks
 from gans.generator import Noise, Painter
 from gans.layers import (
@@ -237,7 +238,7 @@ def adversarial_loss(fakes: Sequence[Scores]) -> Tensor:
 
 def colour_statistics(image: Tensor) -> tuple[Tensor, Tensor]:
     """[B, 3, H, W] -> the mean colour [B, 3] and the covariance [B, 3, 3] of each picture's pixels."""
-    pixels = image.float().flatten(2)
+    pixels = at_least_single(image).flatten(2)
     mean = pixels.mean(dim=2)
     centred = pixels - mean[:, :, None]
     return mean, centred @ centred.transpose(1, 2) / pixels.shape[2]
@@ -273,10 +274,19 @@ class StackGANv2Run(GANRun):
             raise ValueError("without captions (generator.conditional: false) no text is read: leave text_encoder out")
         return self
 
+    @property
+    def reads_captions(self) -> bool:
+        return self.generator.conditional
+
+    @property
+    def makes_pairs(self) -> bool:
+        return self.generator.conditional
+
 
 class StackGANv2Task(GANTask):
     """One step of all discriminators, then one of the generator on the same fakes."""
 
+    paints_once = True
     config: StackGANv2Run
 
     def __init__(self, config: StackGANv2Run):
@@ -312,12 +322,13 @@ class StackGANv2Task(GANTask):
     def pyramid(self, image: Tensor) -> list[Tensor]:
         return pyramid(image, self.network.config.sizes)
 
+    def paint(self, networks: Networks, batch: Batch, step: int) -> Painted:
+        return networks["generator"](batch["noise"], batch["sentence"])
+
     def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
         discriminator = networks["discriminator"]
-        with torch.no_grad():
-            fakes = networks["generator"](batch["noise"], batch["sentence"]).images
         real = discriminator(batch["images"], batch["condition"])
-        fake = discriminator(fakes, batch["condition"])
+        fake = discriminator(batch["painted"].images, batch["condition"])
         if self.conditional:
             wrong = discriminator(batch["wrong_images"], batch["condition"])
             losses = [conditional_loss(*scores) for scores in zip(real, wrong, fake, strict=True)]
@@ -328,7 +339,7 @@ class StackGANv2Task(GANTask):
 
     def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
         """The mean keeps its gradient here: the augmentation learns from what the discriminators make of it, too."""
-        painted = networks["generator"](batch["noise"], batch["sentence"])
+        painted = batch["painted"]
         condition = painted.mean if self.reads_mean else batch["condition"]
         total = adversarial_loss(networks["discriminator"](painted.images, condition))
         parts = {"adversarial": total.detach()}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dalle.config import Section
 from dalle.models.base import ModelConfig
+from dalle.models.precision import at_least_single
 from dalle.training.task import Batch, Loss, Networks
 from gans.acgan import ClassCheck, Verdict, class_accuracy, doubling
 from gans.generator import Noise, Painter
@@ -63,7 +64,7 @@ def xavier_init(module: nn.Module) -> None:
 
 def unit_halves(sentence: Tensor) -> Tensor:
     """[B, D] with each half of length 1, as uni-skip and bi-skip are put together: the whole has length sqrt(2)."""
-    return torch.cat([F.normalize(half.float(), dim=1) for half in sentence.chunk(2, dim=1)], dim=1)
+    return torch.cat([F.normalize(at_least_single(half), dim=1) for half in sentence.chunk(2, dim=1)], dim=1)
 
 
 class TextReader(nn.Module):
@@ -192,7 +193,7 @@ def generator_loss(fake: Verdict, real_class: Tensor) -> Tensor:
 
 def class_loss(verdict: Verdict, class_id: Tensor) -> Tensor:
     """Sigmoid cross-entropy of each class by itself, mean over samples and classes: labels, not a distribution."""
-    logits = verdict.classes.float()
+    logits = at_least_single(verdict.classes)
     return F.binary_cross_entropy_with_logits(logits, F.one_hot(class_id, logits.shape[1]).to(logits.dtype))
 
 
@@ -205,15 +206,10 @@ class TACGANRun(GANRun):
     generator: TACGANConfig = TACGANConfig()
     discriminator: TACGANDiscriminatorConfig = TACGANDiscriminatorConfig()
 
-    @model_validator(mode="after")
-    def _pieces_fit(self) -> "TACGANRun":
-        if self.train.batch_size < 2:
-            raise ValueError("a wrong picture is another one of the batch: set train.batch_size to 2 or more")
-        return self
-
 
 class TACGANTask(GANTask):
-    """One step of the discriminator and two of the generator, all on the same noise."""
+    """One step of the discriminator and two of the generator, all on the same noise; each paints for itself, as the
+    authors' three runs of their graph do."""
 
     wrong_images = "other"
     needs_classes = True

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dalle.config import Section
 from dalle.models.base import ModelConfig
+from dalle.models.precision import at_least_single
 from dalle.training.task import Batch, Loss, Networks
 from gans.editing import Edited, EditingTask, halvings
 from gans.generator import Noise, Painter
@@ -156,7 +157,7 @@ def residual_linear(channels: int) -> Residual:
 
 def word_attention(sentence: Sentence, mask: Tensor) -> Tensor:
     """alpha [B, T]: softmax over the words of u_t . m; 0 where there is none."""
-    scores = (sentence.words.float() @ sentence.whole.float().unsqueeze(2)).squeeze(2)
+    scores = (at_least_single(sentence.words) @ at_least_single(sentence.whole).unsqueeze(2)).squeeze(2)
     return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=1) * mask
 
 
@@ -165,7 +166,7 @@ def conditional_log_score(layer_logits: Tensor, layer_weights: Tensor, attention
 
     ``layer_logits``, ``layer_weights`` [B, T, J]: what word t finds in layer j, and beta before its softmax over j.
     """
-    found = F.logsigmoid(layer_logits.float()) + layer_weights.float().log_softmax(dim=2)
+    found = F.logsigmoid(at_least_single(layer_logits)) + at_least_single(layer_weights).log_softmax(dim=2)
     words = torch.logaddexp(found.logsumexp(dim=2), found.new_tensor(math.log(SCORE_EPS))).clamp(max=0)
     return (attention * words).sum(dim=1)
 
@@ -279,7 +280,7 @@ def generator_loss(fake: Tensor, fake_pair: Tensor, divergence: Tensor, own_dive
 
 def reconstruction_error(edited: Tensor, source: Tensor, norm: Literal["l1", "l2"] = "l1") -> Tensor:
     """The mean absolute or squared difference."""
-    difference = edited.float() - source.float()
+    difference = at_least_single(edited) - at_least_single(source)
     return difference.abs().mean() if norm == "l1" else difference.square().mean()
 
 
@@ -292,6 +293,10 @@ class TAGANRun(GANRun):
     generator: TAGANConfig = TAGANConfig()
     discriminator: TAGANDiscriminatorConfig = TAGANDiscriminatorConfig()
     loss: TAGANLossConfig = TAGANLossConfig()
+
+    @property
+    def reads_several_captions(self) -> bool:
+        return False
 
 
 class TAGANTask(EditingTask):

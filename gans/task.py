@@ -25,12 +25,13 @@ from dalle.errors import UserError
 from dalle.evaluation.captions import CaptionSource
 from dalle.evaluation.small_config import SmallEvaluationConfig
 from dalle.models.base import ModelConfig
+from dalle.models.precision import at_least_single
 from dalle.training.gathering import in_global_order
 from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Networks, Phase, Player, Task
 from gans.generator import TEXT_FOLDER, GANGenerator, Noise, Painter, draw_noise
-from gans.layers import spectrally_normalised, synchronised
+from gans.layers import SynchronisedBatchNorm, spectrally_normalised, synchronised
 from gans.losses import r1_penalty
 from gans.text import StandardisedTextEncoder, Text, load_text_encoder
 
@@ -52,7 +53,8 @@ class GANOptimizer(OptimizerConfig):
 class StabiliserConfig(Section):
     """What the classic systems did not have; off in their configs."""
 
-    r1: float = Field(default=0.0, ge=0, description="gamma of the R1 penalty on real pictures; 0: none")
+    r1: float = Field(default=0.0, ge=0, description="gamma of the R1 penalty on real pictures, of every "
+                      "head; patches count by their mean; 0: none")
     r1_every: int = Field(default=16, ge=1, description="steps between two penalties, each that much stronger")
     spectral_norm: bool = Field(default=False, description="of every layer of the discriminator")
 
@@ -71,6 +73,23 @@ class PaintingRun(RunConfig):
     preview: GANPreviewConfig = GANPreviewConfig()
     evaluation: SmallEvaluationConfig = SmallEvaluationConfig()
 
+    @model_validator(mode="after")
+    def _pairs_are_read(self) -> "PaintingRun":
+        if not self.data.images:
+            raise ValueError("a GAN is trained on pictures: leave data.images as it is")
+        if self.reads_captions and self.data.caption == "none":
+            raise ValueError(f"a {self.task} run reads captions, but data.caption is none: set it to random or first")
+        return self
+
+    @property
+    def reads_captions(self) -> bool:
+        return True
+
+    @property
+    def reads_several_captions(self) -> bool:
+        """The mean of their sentences; a system that reads words has one caption of each sample, as published."""
+        return self.reads_captions
+
 
 class GANRun(PaintingRun):
     """What every GAN's run has; a system adds ``task``, ``generator``, ``discriminator`` and ``loss``."""
@@ -83,12 +102,15 @@ class GANRun(PaintingRun):
     stabiliser: StabiliserConfig = StabiliserConfig()
 
     @model_validator(mode="after")
-    def _pairs_are_read(self) -> "GANRun":
-        if not self.data.images:
-            raise ValueError("a GAN is trained on pictures: leave data.images as it is")
-        if self.text_encoder is not None and self.data.caption == "none":
-            raise ValueError("text_encoder reads captions, but data.caption is none: leave one of them out")
+    def _pairs_can_be_made(self) -> "GANRun":
+        if self.makes_pairs and self.train.batch_size < 2:
+            raise ValueError("wrong pairs are made within a batch: set train.batch_size to 2 or more")
         return self
+
+    @property
+    def makes_pairs(self) -> bool:
+        """Whether a step puts pictures and captions of different samples together."""
+        return True
 
 
 class Exchange:
@@ -113,12 +135,15 @@ class Exchange:
 class GANTask(Task):
     """A generator against a discriminator: the base of every system's task.
 
-    Class attributes say what a system's step needs. ``fresh_noise``: the generator's phase gets a noise of its own,
-    ``noise_g``. ``wrong_images``: ``wrong_image`` is drawn from the global batch, of another class where there are
-    classes, or just another one. ``wrong_texts``: ``wrong_text`` is the text ``wrong_text_shift`` samples further on.
+    Class attributes say what a system's step needs. ``paints_once``: both players' phases judge the same fakes,
+    ``painted``, which :meth:`paint` makes once a step; else each phase paints. ``fresh_noise``: the generator's phase
+    gets a noise of its own, ``noise_g``. ``wrong_images``: ``wrong_image`` is drawn from the global batch, of another
+    class where there are classes, or just another one. ``wrong_texts``: ``wrong_text`` is the text
+    ``wrong_text_shift`` samples further on.
     """
 
     splits_batch = False       # batch normalisation and mismatched pairs couple the samples
+    paints_once: bool = False
     fresh_noise: ClassVar[bool] = False
     wrong_images: ClassVar[Literal["other_class", "other"] | None] = None
     wrong_texts: ClassVar[Literal["rolled"] | None] = None
@@ -129,8 +154,12 @@ class GANTask(Task):
 
     # -- what a system writes
 
+    def paint(self, networks: Networks, batch: Batch, step: int) -> Any:
+        """With ``paints_once``: what the phases find as ``painted``, all but the generator's without its graph."""
+        raise NotImplementedError
+
     def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
-        """The discriminator's loss; the fakes are painted without gradient."""
+        """The discriminator's loss; what it paints itself it paints without gradient."""
         raise NotImplementedError
 
     def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
@@ -138,7 +167,8 @@ class GANTask(Task):
         raise NotImplementedError
 
     def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
-        """The logits of real, matching pairs, for R1; ``image`` takes the place of the batch's."""
+        """The logits of real, matching pairs, for R1, [B] or, of patches, [B, ...] of each head; ``image`` takes the
+        place of the batch's."""
         raise NotImplementedError
 
     # -- what it gets
@@ -161,7 +191,8 @@ class GANTask(Task):
         if config.stabiliser.r1:
             self.phases.append(Phase("r1", player="discriminator", loss=self.r1_loss,
                                      every=config.stabiliser.r1_every))
-        self.phases.append(Phase("generator", player="generator", loss=self.g_loss, repeats=self.generator_repeats))
+        self.phases.append(Phase("generator", player="generator", loss=self.g_loss, repeats=self.generator_repeats,
+                                 ahead={"painted": self.paint} if self.paints_once else {}))
 
     @property
     def network(self) -> Painter:
@@ -170,6 +201,15 @@ class GANTask(Task):
 
     def exchange(self, networks: Networks) -> Exchange:
         return Exchange(networks)
+
+    def check_share(self, samples: int, world_size: int) -> None:
+        """A normalisation over the values of one sample alone has no deviation to divide by."""
+        normalised = samples * world_size if self.config.sync_batch_norm else samples
+        if normalised < 2 and any(isinstance(part, (nn.BatchNorm1d, SynchronisedBatchNorm))
+                                  for player in self.players.values() for part in player.module.modules()):
+            remedy = "" if self.config.sync_batch_norm or world_size == 1 else ", or sync_batch_norm to true"
+            raise UserError(f"train.batch_size leaves each process one sample at once, and this system's batch "
+                            f"normalisation needs two: set it to {2 * world_size} or more{remedy}")
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
         """The step's tensors, those of :class:`GANTask`'s attributes included.
@@ -191,13 +231,15 @@ class GANTask(Task):
         return prepared
 
     def encode(self, networks: Networks, batch: Batch) -> Text:
-        """The frozen encoder's text; the sentence is the mean over a sample's captions where it has several."""
+        """The frozen encoder's text. Where a sample has several captions, the sentence is the mean of theirs, and the
+        words are those of all, one caption after the other."""
         encoder = networks.bare("text")
         if "captions" not in batch:
             return floated(encoder(batch["caption"]))
         count = len(batch["captions"][0])
         text = floated(encoder([caption for captions in batch["captions"] for caption in captions]))
-        return Text(text.sentence.unflatten(0, (-1, count)).mean(dim=1), text.words[::count], text.mask[::count])
+        sentence, words, mask = (part.unflatten(0, (-1, count)) for part in text)
+        return Text(sentence.mean(dim=1), words.movedim(1, 2).flatten(2), mask.flatten(1))
 
     def draw(self, exchange: Exchange, own: int, step: int, stream: int, device: torch.device) -> Noise:
         """This rank's rows of the step's noise."""
@@ -218,10 +260,14 @@ class GANTask(Task):
         return Text(*(exchange.mine(exchange.everyone(part).roll(-self.wrong_text_shift, 0)) for part in text))
 
     def r1_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
-        """gamma / 2 of the gradient penalty on real pictures, times the steps between two (lazy regularisation)."""
+        """gamma / 2 of the gradient penalties of all heads, times the steps between two (lazy regularisation).
+
+        Each head is penalised as if it judged alone: it has a loss of its own in ``d_loss``, which adds them up, too.
+        The gradient of their sum would make gamma mean as many squared as there are heads that agree.
+        """
         image = batch["image"].clone().requires_grad_(True)
         scores = self.real_scores(networks.penalty("discriminator"), batch, image)
-        penalty = r1_penalty(torch.cat([score.flatten() for score in scores]), image)
+        penalty = sum(r1_penalty(score, image) for score in scores)
         settings = self.config.stabiliser
         return Loss(0.5 * settings.r1 * settings.r1_every * penalty, {"gradient": penalty.detach()})
 
@@ -295,7 +341,7 @@ def pyramid(image: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 
 def floated(text: Text) -> Text:
-    return Text(text.sentence.float(), text.words.float(), text.mask)
+    return Text(at_least_single(text.sentence), at_least_single(text.words), text.mask)
 
 
 def step_generator(*key: int) -> torch.Generator:

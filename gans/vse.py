@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dalle.config import Section
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
+from dalle.models.precision import at_least_single
 from dalle.sampling.generator import load_model, load_tokenizer
 from dalle.tasks.clip import full_precision
 from dalle.training.optimizers import Betas, OptimizerConfig
@@ -80,10 +81,10 @@ class VSE(JointModel):
             self.image = nn.Linear(config.image_dim, config.hidden_dim, bias=False)
 
     def embed_text(self, text: Tensor) -> Tensor:
-        return F.normalize(self.text(text)[0].float(), dim=1)
+        return F.normalize(at_least_single(self.text(text)[0]), dim=1)
 
     def map_features(self, features: Tensor) -> Tensor:
-        return F.normalize(self.image(features).float(), dim=1)
+        return F.normalize(at_least_single(self.image(features)), dim=1)
 
 
 class VSETextEncoder(TextEncoder):

@@ -70,6 +70,22 @@ def test_a_folder_of_a_kind_that_joined_is_loaded_by_its_loader(family, tmp_path
     assert rerank.load_reranker(str(tmp_path), "cpu") == (tmp_path, ("cpu",))
 
 
+def test_a_gan_before_its_family_has_joined_names_the_remedy(family, tmp_path, monkeypatch):
+    for table in (RUNS, GENERATORS, RERANKERS):
+        own = {name: place for name, place in table._places.items() if place[0].startswith("dalle.")}
+        monkeypatch.setattr(table, "_places", own)
+    (tmp_path / CONFIG_FILE).write_text('{"model_type": "attngan"}')
+    (tmp_path / "run.yaml").write_text("task: attngan\n")
+    asks = [lambda: sampling.load_generator(tmp_path), lambda: rerank.load_reranker(str(tmp_path)),
+            lambda: load_config(tmp_path / "run.yaml", [], RUNS)]
+    for ask in asks:
+        with pytest.raises(UserError, match=r"`import gans; gans.register\(\)` adds the GAN family$"):
+            ask()
+    gans.register()
+    with pytest.raises(UserError, match="or open_clip:NAME/TAG$"):
+        rerank.load_reranker(str(tmp_path))
+
+
 def test_the_gans_join_as_often_as_they_like(family, tmp_path):
     gans.register()
     gans.register()

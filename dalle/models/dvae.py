@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.models.base import ModelConfig, PretrainedModel
+from dalle.models.precision import at_least_single
 from dalle.models.quantizers import (
     FSQConfig,
     FullPrecisionConv,
@@ -188,7 +189,7 @@ class DiscreteVAE(PretrainedModel):
         return self.encoder(shown.to(dtype_of(self.encoder), memory_format=torch.channels_last))
 
     def _decoded(self, entry: Tensor) -> tuple[Tensor, Tensor | None]:
-        out = self.decoder(entry).float()                                      # [B, 3 or 6, H, W]
+        out = at_least_single(self.decoder(entry))                             # [B, 3 or 6, H, W]
         if self.config.likelihood == "gaussian":
             return (out + 1) / 2, None
         mean, log_scale = out.chunk(2, dim=1)
@@ -245,7 +246,7 @@ class ReleasedLogits(ReleasedConv):
 
     def forward(self, x: Tensor) -> Tensor:
         with full_precision(x):
-            return F.conv2d(x.float(), self.w.float(), self.b.float(), padding=self.padding)
+            return F.conv2d(*map(at_least_single, (x, self.w, self.b)), padding=self.padding)
 
 
 class ReleasedBlock(nn.Module):

@@ -18,6 +18,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from dalle.models.base import ModelConfig
+from dalle.models.precision import at_least_single
 
 UNIFORM_MARGIN = 1e-6
 MOST_CODES = 2**31 - 1     # a cache keeps them as int32
@@ -97,7 +98,7 @@ class GumbelQuantizer(nn.Module):
         if not self.tied:
             return features
         cosines = F.normalize(features.movedim(1, -1), dim=-1) @ self._unit_codes().T
-        return (self.log_scale.float().exp() * cosines).movedim(-1, 1)
+        return (at_least_single(self.log_scale).exp() * cosines).movedim(-1, 1)
 
     def codes(self, features: Tensor) -> Tensor:
         """The likeliest code of each position, int64 [B, h, w]: no noise, no temperature."""
@@ -119,7 +120,7 @@ class GumbelQuantizer(nn.Module):
         return CodebookConv(self.num_codes, channels)
 
     def _unit_codes(self) -> Tensor:
-        return F.normalize(self.codebook.float(), dim=-1)
+        return F.normalize(at_least_single(self.codebook), dim=-1)
 
 
 class FiniteScalarQuantizer(nn.Module):
@@ -196,9 +197,9 @@ class CodebookConv(nn.Module):
     def forward(self, entry: Tensor) -> Tensor:
         """Relaxed codes (float [B, K, h, w]) are mixed, hard ones (int64 [B, h, w]) looked up -> [B, out, h, w]."""
         with full_precision(entry):
-            w, b = self.w.float(), self.b.float()
+            w, b = at_least_single(self.w), at_least_single(self.b)
             if entry.is_floating_point():
-                return F.conv2d(entry.float(), w, b)
+                return F.conv2d(at_least_single(entry), w, b)
             return (F.embedding(entry, w[:, :, 0, 0].T) + b).movedim(-1, 1)
 
 
@@ -207,7 +208,7 @@ class FullPrecisionConv(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         with full_precision(input):
-            return self._conv_forward(input.float(), self.weight.float(), self.bias.float())
+            return self._conv_forward(*map(at_least_single, (input, self.weight, self.bias)))
 
 
 def full_precision(like: Tensor) -> contextlib.AbstractContextManager:

@@ -37,6 +37,7 @@ from dalle.models.blocks import (
     make_norm,
 )
 from dalle.models.patterns import AttentionPattern, ConvMode, PatternName, layer_patterns
+from dalle.models.precision import at_least_single
 
 IGNORED_TARGET = -100   # what `cross_entropy` leaves out
 INITIAL_STD = 0.02
@@ -186,7 +187,8 @@ class TextToImageTransformer(PretrainedModel):
                              f"{expected[0]} text and {expected[1]} image slots")
         hidden = self.norm(self._run_blocks(self._embed(text, codes[:, :-1])))
         text_length = self.config.text_length
-        return self.text_head(hidden[:, :text_length]).float(), self.image_head(hidden[:, text_length:]).float()
+        return (at_least_single(self.text_head(hidden[:, :text_length])),
+                at_least_single(self.image_head(hidden[:, text_length:])))
 
     def text_targets(self, text: Tensor) -> Tensor:
         """Targets of the text head [B, T]: ids, with V + p for an empty slot p, and -100 where nothing is due."""
@@ -239,7 +241,7 @@ class TextToImageTransformer(PretrainedModel):
         for block, layer, cache in zip(self.blocks, constants, state.caches, strict=True):
             hidden = block(hidden, layer, cache)
         state.slot = hidden.shape[1]
-        return self.image_head(self.norm(hidden[:, -1])).float(), state
+        return at_least_single(self.image_head(self.norm(hidden[:, -1]))), state
 
     def decode_step(self, codes: Tensor, state: "DecodingState") -> Tensor:
         """Append one code to each sequence, [B]: logits of the next, fp32 [B, K]. Moves ``state`` on by one slot."""
@@ -249,7 +251,7 @@ class TextToImageTransformer(PretrainedModel):
         for block, cache in zip(self.blocks, state.caches, strict=True):
             hidden = block.step(hidden, state.slot, cache)
         state.slot += 1
-        return self.image_head(self.norm(hidden)).float()
+        return at_least_single(self.image_head(self.norm(hidden)))
 
     def for_decoding(self, dtype: torch.dtype | None = None) -> "TextToImageTransformer":
         """This model if it has ``dtype`` already, else a copy of it in that type; dropout is off in the copy."""

@@ -175,7 +175,8 @@ def load_generator(
     folder = model_folder(path)
     kind = model_kind(folder)
     if kind not in GENERATORS:
-        raise UserError(f"{path} holds a {kind!r} model; sampling needs a generator: {', '.join(sorted(GENERATORS))}")
+        raise UserError(f"{path} holds a {kind!r} model; sampling needs a generator: "
+                        f"{', '.join(sorted(GENERATORS))}{GENERATORS.remedy}")
     return GENERATORS[kind](folder, device, dtype)
 
 

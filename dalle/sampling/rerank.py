@@ -119,7 +119,7 @@ def load_reranker(spec: str, device: torch.device | str = "cpu") -> Reranker:
     kind = model_kind(folder)
     if kind not in RERANKERS:
         raise UserError(f"{spec} holds a {kind!r} model; --rerank needs a {' or '.join(map(repr, RERANKERS))} run, "
-                        "or open_clip:NAME/TAG")
+                        f"or open_clip:NAME/TAG{RERANKERS.remedy}")
     return RERANKERS[kind](folder, device)
 
 

@@ -56,6 +56,8 @@ class ClipRun(RunConfig):
             raise ValueError("CLIP reads captions: set data.tokenizer to a tokenizer folder")
         if not self.data.images:
             raise ValueError("CLIP looks at pictures: set data.images to true")
+        if self.train.batch_size < 2:
+            raise ValueError("the loss compares the pairs of a batch: set train.batch_size to 2 or more")
         return self
 
 

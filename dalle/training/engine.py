@@ -146,6 +146,7 @@ class Engine:
         if self.accumulation > 1 and not task.splits_batch:
             raise UserError(f"{type(task).__name__} compares the samples of a batch with one another, so it cannot be "
                             f"split into {self.accumulation} micro-batches: remove train.micro_batch_size")
+        task.check_share(self.local_batch // self.accumulation, self.world_size)
         unknown = {phase.player for phase in task.phases} - set(task.players)
         if unknown:
             raise ValueError(f"a phase moves {sorted(unknown)[0]!r}; players: {', '.join(task.players)}")

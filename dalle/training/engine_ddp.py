@@ -99,35 +99,41 @@ class DistributedEngine(GroupEngine):
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             member.wrapper = self.accelerator.prepare_model(member.module)
         self.hooks_suffice: dict[str, bool] = {}    # by phase, known after its first run
+        self.through: set[str] = set()              # phases with a forward through the wrapper, before their exchange
 
     def begin_phase(self, phase: Phase, step: int, steps: int) -> None:
         super().begin_phase(phase, step, steps)
-        self.phase = phase.name
-        self.hooked = self.hooks_suffice.get(phase.name, False)
+        self.phase = phase
+        # made ahead, the forwards of all micro-batches wait together: the first backward would set off the exchange
+        waits = bool(phase.ahead) and self.accumulation > 1
+        self.hooked = self.hooks_suffice.get(phase.name, False) and not waits
 
     def begin_micro_batch(self, last: bool) -> None:
-        self.went_through_wrapper = self.went_around = False
+        self.went_around = False
+        if not self.phase.ahead:                    # else its forward may have been one of before
+            self.through.discard(self.phase.name)
         self.active.wrapper.require_backward_grad_sync = last and self.hooked
 
     def forward_of(self, name: str) -> Callable[..., Any]:
         member = self.members[name]
-        if member is not self.active:
+        if member is not self.active or not torch.is_grad_enabled():
             return member.module
-        self.went_through_wrapper = True
-        return member.wrapper if self.hooked and torch.is_grad_enabled() else member.module
+        self.through.add(self.phase.name)
+        return member.wrapper if self.hooked else member.module
 
     def penalty_forward_of(self, name: str) -> Callable[..., Any]:
         self.went_around = True
         return super().penalty_forward_of(name)
 
     def exchange_gradients(self, member: Member) -> None:
-        missing = fill_gradients(member.trainable)
-        if self.hooked and self.went_through_wrapper:
+        missing, went_through = fill_gradients(member.trainable), self.phase.name in self.through
+        self.through.discard(self.phase.name)
+        if self.hooked and went_through:
             return
         average_gradients(member.trainable, self.world_size, self.options.gradient_dtype)
-        if self.phase not in self.hooks_suffice:
-            hinders = missing or self.went_around or not self.went_through_wrapper
-            self.hooks_suffice[self.phase] = not self.largest(int(hinders))[0]
+        if self.phase.name not in self.hooks_suffice:
+            hinders = missing or self.went_around or not went_through
+            self.hooks_suffice[self.phase.name] = not self.largest(int(hinders))[0]
 
 
 def average_gradients(parameters: list[nn.Parameter], world_size: int, dtype: str) -> None:

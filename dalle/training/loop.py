@@ -41,7 +41,7 @@ from dalle.training.progress import ProgressLine
 from dalle.training.sample_log import SampleLog
 from dalle.training.saving import SaveFailed, Saver
 from dalle.training.signals import STOP_SIGNALS, StopSignals
-from dalle.training.task import Batch, Networks, Phase, Task
+from dalle.training.task import Batch, Networks, Phase, Task, detached
 from dalle.training.trackers import Trackers
 from dalle.training.verifying import newest_that_verifies
 from dalle.training.watchdog import Watchdog
@@ -126,9 +126,16 @@ def train_step(engine: "Engine", task: Task, batch: Batch, step: int, config: "R
         with torch.no_grad(), engine.autocast():
             micro_batches.append(task.prepare(engine.to_device(part), engine.networks, step))
 
+    waiting: dict[tuple[str, int], Batch] = {}       # (phase, micro-batch) -> what it made ahead, with its graph
+    for phase in task.phases:
+        if phase.ahead:
+            made = make_ahead(engine, phase, micro_batches, step, config)
+            micro_batches = [batch | detached(own) for batch, own in zip(micro_batches, made, strict=True)]
+            waiting |= {(phase.name, index): own for index, own in enumerate(made)}
+
     played = []
     for number, phase in enumerate(task.phases, start=1):
-        if step % phase.every:
+        if not phase.is_due(step):
             continue
         for repeat in range(phase.repeats):
             engine.begin_phase(phase, step, config.train.steps)
@@ -137,7 +144,8 @@ def train_step(engine: "Engine", task: Task, batch: Batch, step: int, config: "R
                 seed_random(config.seed, step, index, engine.rank, number, repeat)
                 engine.begin_micro_batch(last=index + 1 == count)
                 with engine.autocast():
-                    loss = phase.loss(engine.networks, micro_batch, step)
+                    own = waiting.pop((phase.name, index), None) or phase.make(engine.networks, micro_batch, step)
+                    loss = phase.loss(engine.networks, micro_batch | own, step)
                 engine.backward(loss.total / count)
                 losses.append(loss.total.detach())
                 record(meter, task, phase, {"loss": loss.total, **loss.parts})
@@ -146,6 +154,19 @@ def train_step(engine: "Engine", task: Task, batch: Batch, step: int, config: "R
             played.append(Played(phase, losses, outcome))
     engine.update_averages(step + 1)
     return played
+
+
+def make_ahead(engine: "Engine", phase: Phase, micro_batches: list[Batch], step: int, config: "RunConfig") \
+        -> list[Batch]:
+    """What ``phase`` makes before the step's phases, of each micro-batch; with its graph where the phase is due."""
+    engine.begin_phase(phase, step, config.train.steps)
+    made = []
+    for index, micro_batch in enumerate(micro_batches):
+        seed_random(config.seed, step, index, engine.rank, phase.name)
+        engine.begin_micro_batch(last=index + 1 == len(micro_batches))
+        with torch.set_grad_enabled(phase.is_due(step)), engine.autocast():
+            made.append(phase.make(engine.networks, micro_batch, step))
+    return made
 
 
 class Trainer:
@@ -637,7 +658,7 @@ def split(batch: Batch, count: int) -> Iterator[Batch]:
         yield {key: value[start:start + size] for key, value in batch.items()}
 
 
-def seed_random(*key: int) -> None:
+def seed_random(*key: int | str) -> None:
     """Seed torch from what identifies the draw, so that a resumed run draws the same without any saved state."""
     text = ",".join(map(str, key)).encode()
     seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

@@ -1,8 +1,9 @@
 """What every run has in common; each task's config adds its model, losses and optimisers."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dalle.config import Section
 from dalle.data.loader import DataConfig
@@ -32,6 +33,18 @@ class RunConfig(Section):
         if path.is_absolute() or ".." in path.parts:
             raise ValueError("a run's name is a relative path inside `output`, without '..'")
         return name
+
+    @model_validator(mode="after")
+    def _captions_are_all_read(self) -> Self:
+        if self.data.num_captions > 1 and not self.reads_several_captions:
+            raise ValueError(f"data.num_captions is {self.data.num_captions}, but a {self.task} run reads one caption "
+                             "of each sample: leave it out")
+        return self
+
+    @property
+    def reads_several_captions(self) -> bool:
+        """Whether ``data.num_captions`` above 1 means something to the task."""
+        return False
 
     @property
     def folder(self) -> Path:

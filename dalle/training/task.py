@@ -60,13 +60,42 @@ class Networks(Protocol):
 
 @dataclass(frozen=True)
 class Phase:
-    """One scalar loss and the one player that it moves, every ``every`` steps, ``repeats`` times."""
+    """One scalar loss and the one player that it moves, every ``every`` steps, ``repeats`` times.
+
+    ``ahead``: what the player makes before any of the step's phases moves anyone, for all of them to read in their
+    batches under these names (a generator's pictures, painted once a step). Only this phase gets it with its graph, the
+    others detached; a repeat makes it anew, for the player has moved. Where the phase is not due, it is made for the
+    others alone.
+    """
 
     name: str
     player: str
     loss: Callable[[Networks, Batch, int], Loss]   # (networks, prepared micro-batch, global step)
     every: int = 1
     repeats: int = 1
+    ahead: Mapping[str, Callable[[Networks, Batch, int], Any]] = field(default_factory=dict, hash=False)
+
+    def is_due(self, step: int) -> bool:
+        return step % self.every == 0
+
+    def make(self, networks: Networks, batch: Batch, step: int) -> Batch:
+        """What is made ``ahead``, from a prepared micro-batch."""
+        return {name: make(networks, batch, step) for name, make in self.ahead.items()}
+
+
+def detached(made: Any) -> Any:
+    """``made`` without its graph: a tensor, or tuples, lists and dicts of tensors, None among them."""
+    if made is None:
+        return None
+    if isinstance(made, Tensor):
+        return made.detach()
+    if isinstance(made, dict):
+        return {name: detached(part) for name, part in made.items()}
+    if isinstance(made, tuple) and hasattr(made, "_fields"):
+        return type(made)(*map(detached, made))
+    if isinstance(made, (tuple, list)):
+        return type(made)(map(detached, made))
+    raise TypeError(f"a phase made a {type(made).__name__} ahead; it is a tensor, or tuples, lists and dicts of them")
 
 
 class Task:
@@ -79,6 +108,9 @@ class Task:
     needs_classes: bool = False           # True where `class_id` is read: a sample whose JSON is damaged has none
     tokens_per_sample: int = 0            # for tokens/s in the log; 0 leaves it out
     flops_per_sample: float = 0.0         # training FLOPs of one sample, for the MFU; 0 leaves it out
+
+    def check_share(self, samples: int, world_size: int) -> None:
+        """Raise :class:`UserError` where no step can be made of so many samples at once in each of the processes."""
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
         """Turn a loaded micro-batch (already on the device) into what the losses take; runs once, without gradient."""

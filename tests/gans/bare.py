@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from dalle.training.task import detached
 from gans.text import Text
 
 
@@ -17,6 +18,15 @@ class BareNetworks:
         return self.modules[name]
 
     bare = penalty = __getitem__
+
+
+def loss_of(task, name: str, networks, prepared: dict, step: int = 0):
+    """The loss of the phase ``name`` of a prepared batch, with what the phases make ahead, as the loop asks for it."""
+    batch = dict(prepared)
+    for phase in task.phases:
+        made = phase.make(networks, batch, step)
+        batch |= made if phase.name == name else detached(made)
+    return next(phase for phase in task.phases if phase.name == name).loss(networks, batch, step)
 
 
 class LetterEncoder(nn.Module):

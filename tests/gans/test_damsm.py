@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bare import BareNetworks
+from bare import BareNetworks, loss_of
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -324,7 +324,7 @@ def gradients(task: DamsmTask, batch: dict, networks: BareNetworks) -> dict[str,
             for parameter in trainable(task)[name].values():
                 parameter.requires_grad_(name == phase.player)
                 parameter.grad = None
-        phase.loss(networks, prepared, 3).total.backward()
+        loss_of(task, phase.name, networks, prepared, 3).total.backward()
         found |= {f"{phase.player}.{name}": one.grad for name, one in trainable(task)[phase.player].items()}
     return found
 
@@ -360,7 +360,7 @@ def test_it_learns(tokenizer):
         with torch.no_grad():
             prepared = task.prepare(batch, networks, step)
         for phase in task.phases:
-            loss = phase.loss(networks, prepared, step)
+            loss = loss_of(task, phase.name, networks, prepared, step)
             optimizers[phase.player].zero_grad()
             loss.total.backward()
             optimizers[phase.player].step()

@@ -10,6 +10,8 @@ from torch import nn
 
 from dalle.data.dataset import DataConfig
 from dalle.errors import UserError
+from dalle.training.engine import Engine
+from dalle.training.loop import TrainConfig
 from gans import gan_int_cls
 from gans.gan_int_cls import (
     Discriminator,
@@ -168,10 +170,13 @@ def test_equal_captions_have_nothing_between_them(monkeypatch):
     torch.testing.assert_close(prepared["between"], prepared["text"].sentence[:2])
 
 
-def test_an_odd_batch_cannot_be_paired(monkeypatch):
+def test_an_odd_share_of_the_batch_is_refused_at_the_start(monkeypatch):
     task = make_task(monkeypatch)
-    with pytest.raises(UserError, match="batch_size 3 must be twice"):
-        task.prepare(batch(3), networks_of(task), 0)
+    engine = Engine(task.config.model_copy(update={"train": TrainConfig(batch_size=6)}), torch.device("cpu"),
+                    world_size=2)
+    with pytest.raises(UserError, match="over 2 processes train.batch_size 6 must be a multiple of 4"):
+        engine.check(task)
+    make_task(monkeypatch, interpolated=0.0).check_share(3, 2)
 
 
 def test_the_three_systems_by_config(monkeypatch):

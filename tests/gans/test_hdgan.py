@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from bare import loss_of
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -295,9 +296,9 @@ def test_the_run_of_a_further_stage_continues_the_finished_one(finished, tmp_pat
     assert task.sides == [64] and len(task.players["discriminator"].module.scales) == 1
     given, image = text(3), torch.randn(3, 3, 64, 64)
     batch = {"image": image, "wrong_image": image.flip(0), "text": given, "noise": noise(task.network, 3)}
-    task.d_loss(Bare(task), batch, 0).total.backward()
+    loss_of(task, "discriminator", Bare(task), batch).total.backward()
     assert all(one.grad is None for one in task.network.parameters())
-    task.g_loss(Bare(task), batch, 0).total.backward()
+    loss_of(task, "generator", Bare(task), batch).total.backward()
     assert all(one.grad is None for one in task.network.base.parameters())
     assert all(one.grad is not None for one in task.network.extension.parameters())
     scores = task.real_scores(Bare(task)["discriminator"], batch, image)

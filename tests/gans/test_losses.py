@@ -48,6 +48,15 @@ def test_r1_of_a_linear_score_is_the_square_of_its_weights():
     assert float(penalty) == pytest.approx(float(weights.square().sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("patches", [(), (1, 1, 1), (1, 5, 5)])
+def test_r1_of_patches_is_that_of_their_mean(patches):
+    weights = torch.randn(3, 4, 4)
+    images = torch.randn(5, 3, 4, 4, requires_grad=True)
+    score = (images * weights).sum(dim=(1, 2, 3))
+    same = score.view(-1, *(1 for _ in patches)).expand(-1, *patches)
+    assert float(r1_penalty(same, images)) == pytest.approx(float(weights.square().sum()), rel=1e-5)
+
+
 def test_r1_of_a_quadratic_score_reaches_its_weight():
     scale = torch.tensor(0.5, requires_grad=True)
     images = torch.randn(2, 3, 2, 2, requires_grad=True)

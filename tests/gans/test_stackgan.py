@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bare import BareNetworks
+from bare import BareNetworks, loss_of
 from scipy import stats
 from torch import nn
 
@@ -13,6 +13,9 @@ from dalle.data.dataset import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.clip import ClipConfig, ClipModel
+from dalle.training.engine import create_engine
+from dalle.training.loop import train_step
+from dalle.training.meter import Meter
 from gans.generator import load_gan
 from gans.losses import kl_log_sigma, kl_logvar
 from gans.stackgan import (
@@ -344,11 +347,11 @@ def test_each_phase_gives_gradient_to_its_player(shop, variant, stage):
     networks = BareNetworks(task)
     generator, discriminator = networks["generator"], networks["discriminator"]
     batch = task.prepare(loaded(16 * stage), networks, 0)
-    task.d_loss(networks, batch, 0).total.backward()
+    loss_of(task, "discriminator", networks, batch).total.backward()
     assert all(each.grad is None for each in generator.parameters())
     assert all(each.grad is not None for each in discriminator.parameters())
     discriminator.requires_grad_(False)
-    task.g_loss(networks, batch, 0).total.backward()
+    loss_of(task, "generator", networks, batch).total.backward()
     for name, parameter in generator.named_parameters():
         assert (parameter.grad is None) == name.startswith("stage1."), name
 
@@ -362,11 +365,24 @@ def test_the_first_losses_are_those_of_an_undecided_discriminator(shop, variant,
     for parameter in networks["discriminator"].parameters():
         nn.init.zeros_(parameter)
     with torch.no_grad():
-        assert float(task.d_loss(networks, batch, 0).total) == pytest.approx(2 * LN2)
-        loss = task.g_loss(networks, batch, 0)
+        assert float(loss_of(task, "discriminator", networks, batch).total) == pytest.approx(2 * LN2)
+        loss = loss_of(task, "generator", networks, batch)
     heads = 2 if (variant, stage) == ("pytorch", 2) else 1
     assert float(loss.parts["adversarial"]) == pytest.approx(heads * LN2)
     assert float(loss.total) == pytest.approx(heads * LN2 + 2 * float(loss.parts["kl"]), rel=1e-5)
+
+
+@VARIANTS
+@STAGES
+def test_cocos_fakes_are_painted_once_a_step_and_the_papers_twice(shop, variant, stage, tmp_path):
+    task = make_task(shop, variant, stage)
+    engine = create_engine(task.config)
+    engine.prepare(task, tmp_path)
+    for step in range(2):
+        train_step(engine, task, loaded(16 * stage), step, task.config, Meter())
+    tracked = {int(buffer) for name, buffer in task.network.named_buffers()
+               if name.endswith("num_batches_tracked") and not name.startswith("stage1.")}
+    assert tracked == {2 if variant == "pytorch" else 4}
 
 
 def test_the_paper_pairs_wrong_pictures_and_draws_twice(shop):
@@ -393,7 +409,7 @@ def test_cocos_augmentation_learns_through_the_picture_alone(shop):
     networks, seen = BareNetworks(task), []
     batch = task.prepare(loaded(16), networks, 0)
     networks["discriminator"].register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
-    task.g_loss(networks, batch, 0)
+    loss_of(task, "generator", networks, batch)
     image, mean = seen[0]
     assert image.requires_grad and not mean.requires_grad
 

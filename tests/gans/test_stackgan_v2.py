@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from bare import BareNetworks
+from bare import BareNetworks, loss_of
 from pydantic import ValidationError
 from torch import nn
 
@@ -274,11 +274,11 @@ def test_each_phase_gives_gradient_to_its_player(encoder, conditional, joint):
     task = make_task(encoder, conditional, loss={"joint": joint, "colour": 1.0})
     networks = BareNetworks(task)
     batch = task.prepare(loaded(), networks, 0)
-    task.d_loss(networks, batch, 0).total.backward()
+    loss_of(task, "discriminator", networks, batch).total.backward()
     generator, discriminator = networks["generator"], networks["discriminator"]
     assert all(parameter.grad is None for parameter in generator.parameters())
     assert all(parameter.grad is not None for parameter in discriminator.parameters())
-    task.g_loss(networks, batch, 0).total.backward()
+    loss_of(task, "generator", networks, batch).total.backward()
     assert all(parameter.grad is not None for parameter in generator.parameters())
 
 
@@ -290,7 +290,7 @@ def test_the_first_losses_are_those_of_undecided_discriminators(encoder, conditi
     for parameter in networks["discriminator"].parameters():
         nn.init.zeros_(parameter)
     with torch.no_grad():
-        judged, painted = task.d_loss(networks, batch, 0), task.g_loss(networks, batch, 0)
+        judged, painted = loss_of(task, "discriminator", networks, batch), loss_of(task, "generator", networks, batch)
     terms = 6 if conditional else 2
     assert {name: float(part) for name, part in judged.parts.items()} == pytest.approx(
         {"at_16": terms * LN2, "at_32": terms * LN2})
@@ -316,11 +316,11 @@ def test_the_augmentation_learns_from_the_generators_conditions_only(encoder):
     networks = BareNetworks(task)
     batch = task.prepare(loaded(), networks, 0)
     told = seen_by(networks["discriminator"])
-    task.d_loss(networks, batch, 0)
+    loss_of(task, "discriminator", networks, batch)
     assert not any(mean.requires_grad for _, mean in told)
     networks.modules["discriminator"] = lambda images, mean: [Scores(mean.sum(dim=1), None)]      # blind to pictures
     task.config = task.config.model_copy(update={"loss": task.config.loss.model_copy(update={"kl": 0.0})})
-    task.g_loss(networks, batch, 0).total.backward()
+    loss_of(task, "generator", networks, batch).total.backward()
     weight = networks["generator"].augmentation.project.weight
     assert weight.grad.abs().sum() > 0
 
@@ -331,12 +331,12 @@ def test_a_sentence_that_is_read_itself_does_not_pass_through_the_augmentation(e
     batch = task.prepare(loaded(), networks, 0)
     assert torch.equal(batch["condition"], batch["text"].sentence)
     told = seen_by(networks["discriminator"])
-    task.d_loss(networks, batch, 0)
-    task.g_loss(networks, batch, 0)
+    loss_of(task, "discriminator", networks, batch)
+    loss_of(task, "generator", networks, batch)
     assert len(told) == 4 and all(condition is batch["condition"] for _, condition in told)
     task.network.zero_grad()
     networks.modules["discriminator"] = lambda images, condition: [Scores(images[-1].mean(dim=(1, 2, 3)), None)]
-    task.g_loss(networks, batch, 0).total.backward()
+    loss_of(task, "generator", networks, batch).total.backward()
     assert task.network.augmentation.project.weight.grad.abs().sum() > 0        # by way of the pictures
 
 

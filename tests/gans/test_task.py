@@ -1,5 +1,6 @@
 """What goes into a step: noise and pairs of the global batch, for any number of processes; and what comes out."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from dalle.data.dataset import DataConfig
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.training.task import Loss
+from gans import layers
 from gans.generator import GANGenerator, Painter, draw_noise, fitted, noise_of_seeds
 from gans.task import GANRun, GANTask, StabiliserConfig, filled, other_samples, pyramid, step_generator
 from gans.text import StandardisedTextEncoder, Text, TextEncoder
@@ -163,7 +165,32 @@ def test_several_captions_give_the_mean_of_their_sentences(monkeypatch):
     given = {**batch(2), "captions": [["a", "aaa"], ["e", "e"]]}
     one = Ranks(TinyTask(), given, 1).prepare(monkeypatch)
     assert one["text"].sentence.tolist() == [[2, 2, 0], [1, 0, 1]]
-    assert one["text"].words.shape == (2, 2, 4)
+    assert one["text"].words.shape == (2, 2, 8) and one["text"].mask.shape == (2, 8)
+
+
+def test_the_words_of_several_captions_are_those_of_all():
+    class Words(Letters):
+        def forward(self, captions):
+            text = super().forward(captions)
+            lengths = text.sentence[:, :1]
+            return Text(text.sentence, lengths[:, :, None].expand(-1, 2, 4), torch.arange(4) < lengths)
+
+    networks = SimpleNamespace(bare=lambda name: Words())
+    text = TinyTask().encode(networks, {"captions": [["a", "aaa"], ["ee", "e"]]})
+    assert text.words[:, 0].tolist() == [[1] * 4 + [3] * 4, [2] * 4 + [1] * 4]
+    assert text.mask.int().tolist() == [[1, 0, 0, 0, 1, 1, 1, 0], [1, 1, 0, 0, 1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("samples", "world_size", "synchronised", "said"), [
+    (1, 1, False, "set it to 2 or more$"), (1, 2, False, "set it to 4 or more, or sync_batch_norm to true"),
+    (1, 1, True, "set it to 2 or more$"), (1, 2, True, None), (2, 2, False, None)])
+def test_a_share_of_one_sample_is_refused_where_its_values_are_normalised(samples, world_size, synchronised, said):
+    task = TinyTask(sync_batch_norm=synchronised)
+    task.check_share(samples, world_size)                        # nothing in it normalises
+    network = nn.BatchNorm1d(48)
+    task.players["discriminator"].module = layers.synchronised(network) if synchronised else network
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        task.check_share(samples, world_size)
 
 
 def test_other_samples_are_of_another_class_where_there_is_one():
@@ -219,6 +246,21 @@ def test_the_lazy_penalty_is_as_strong_as_one_in_every_step():
     networks = SimpleNamespace(penalty=lambda name: discriminator)
     loss = task.r1_loss(networks, {"image": torch.randn(5, 3, 4, 4)}, 0)
     assert float(loss.total) == pytest.approx(4 * 5 * float(discriminator.weight.square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "share"), [((1, 2), 1 + 4), ((1, -1), 1 + 1), ((3,), 9)])
+def test_every_head_is_penalised_as_if_it_judged_alone(heads, share):
+    """Two heads that agree count twice, not four times, and two that disagree do not cancel."""
+    class Heads(TinyTask):
+        def real_scores(self, discriminator, batch, image):
+            score = discriminator(image.flatten(1))[:, :, None, None]
+            return [(weight * score).expand(-1, -1, 5, 5) for weight in heads]       # patches that agree
+
+    task = Heads(stabiliser=StabiliserConfig(r1=2, r1_every=1))
+    discriminator = task.players["discriminator"].module
+    networks = SimpleNamespace(penalty=lambda name: discriminator)
+    loss = task.r1_loss(networks, {"image": torch.randn(5, 3, 4, 4)}, 0)
+    assert loss.total.item() == pytest.approx(share * discriminator.weight.square().sum().item(), rel=1e-5)
 
 
 def test_spectral_norm_and_synchronisation_are_by_config():

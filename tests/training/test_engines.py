@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import reference
 from launching import ROOT, Job, largest_difference, launch, mean_difference, result, weights
-from toys import GanTask, SingleTask, ToyLoader, toy_run
+from toys import GanTask, OftenTask, PaintsOnceTask, SingleTask, ToyLoader, toy_run
 
 from dalle.training.engine import create_engine
 from dalle.training.loop import Trainer
@@ -42,7 +42,11 @@ def jobs_of(kind: str) -> list[Job]:
     if kind != "zero3":
         jobs += [Job("gan", kind, task="GanTask"),
                  Job("gan_two", kind, task="GanTask", settings={"micro_batch_size": 2}),
-                 Job("gan_bf16", kind, task="GanTask", settings={"precision": "bf16"})]
+                 Job("gan_bf16", kind, task="GanTask", settings={"precision": "bf16"}),
+                 Job("once", kind, task="PaintsOnceTask"),
+                 Job("often", kind, task="OftenPaintsOnceTask"),
+                 Job("once_two", kind, task="PaintsOnceTask", settings={"micro_batch_size": 2}),
+                 Job("once_bf16", kind, task="PaintsOnceTask", settings={"precision": "bf16"})]
     else:
         jobs += [Job("refused", kind, task="GanTask"),
                  Job("refused_penalty", kind, task="GanTask", settings={"engine": {"allow_zero3_players": True}})]
@@ -114,14 +118,22 @@ def test_one_player_in_bf16_equals_plain_autocast(out, kind):
 
 
 @TWO_PLAYERS
-@pytest.mark.parametrize("job", ["gan", "gan_two"])
+@pytest.mark.parametrize("job", ["gan", "gan_two", "once", "once_two"])
 def test_two_players_and_a_penalty_equal_plain_torch(out, kind, job):
     assert largest_difference(weights(out, f"{kind}/{job}"), named(reference.gan(4))) < EXACT
 
 
 @TWO_PLAYERS
-def test_two_players_in_bf16_equal_plain_autocast(out, kind):
-    assert mean_difference(weights(out, f"{kind}/gan_bf16"), named(reference.gan(4, bf16=True))) < BF16_MEAN
+def test_what_is_made_ahead_is_made_anew_when_its_player_has_moved(out, kind, tmp_path):
+    config = toy_run(tmp_path)
+    Trainer(OftenTask(), config, create_engine(config), ToyLoader).run()
+    assert largest_difference(weights(out, f"{kind}/often"), weights(tmp_path, "")) < EXACT
+
+
+@TWO_PLAYERS
+@pytest.mark.parametrize("job", ["gan_bf16", "once_bf16"])
+def test_two_players_in_bf16_equal_plain_autocast(out, kind, job):
+    assert mean_difference(weights(out, f"{kind}/{job}"), named(reference.gan(4, bf16=True))) < BF16_MEAN
 
 
 @ALL
@@ -167,7 +179,8 @@ def test_the_deepspeed_settings_leave_nothing_to_guess(zero):
 
 
 def test_a_single_process_equals_plain_torch(tmp_path):
-    for task, expected in ((SingleTask(), reference.single(4)), (GanTask(), reference.gan(4))):
+    for task, expected in ((SingleTask(), reference.single(4)), (GanTask(), reference.gan(4)),
+                           (PaintsOnceTask(), reference.gan(4))):
         config = toy_run(tmp_path / type(task).__name__, micro_batch_size=2)
         Trainer(task, config, create_engine(config), ToyLoader).run()
         assert largest_difference(weights(tmp_path, type(task).__name__), named(expected)) < EXACT

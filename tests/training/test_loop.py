@@ -3,6 +3,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,13 +13,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from launching import largest_difference, weights
 from PIL import Image
 from safetensors.torch import load_file
-from toys import GanTask, NanOnOneRank, SingleTask, ToyLoader, toy_run
+from toys import GanTask, NanOnOneRank, OftenPaintsOnceTask, OftenTask, PaintsOnceTask, SingleTask, ToyLoader, toy_run
 
 from dalle.errors import UserError
 from dalle.training.engine import create_engine, split_batch
 from dalle.training.loop import Trainer, seed_random, split
 from dalle.training.optimizers import OptimizerConfig
-from dalle.training.task import Loss
+from dalle.training.task import Loss, detached
 
 FULL = OptimizerConfig(name="muon", lr=1e-2, ema=0.8, ema_every=2, warmup=1, weight_decay=0.1)
 
@@ -56,7 +57,8 @@ def test_a_run_leaves_all_that_the_run_folder_promises(tmp_path):
     assert sum("validation/error" in line for line in lines(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("make", [lambda: SingleTask(FULL, dropout=0.3), lambda: GanTask()])
+@pytest.mark.parametrize("make", [lambda: SingleTask(FULL, dropout=0.3), lambda: GanTask(),
+                                  lambda: PaintsOnceTask(dropout=0.3)])
 def test_four_steps_equal_two_saved_and_two_resumed_bit_for_bit(tmp_path, make):
     settings = {"micro_batch_size": 4, "save_every": 1}
     train(tmp_path / "straight", make(), **settings)
@@ -174,6 +176,57 @@ def test_draws_depend_on_every_part_of_the_key():
 
     assert draw(0, 1, 0) == draw(0, 1, 0)
     assert len({draw(0, 1, 0), draw(1, 0, 0), draw(0, 0, 1), draw(0, 10), draw(1, 0)}) == 5
+
+
+@pytest.mark.parametrize(("kind", "forwards"), [(GanTask, [2, 2, 2, 2]), (PaintsOnceTask, [1, 1, 1, 1]),
+                                                (OftenTask, [3, 1, 3, 1]), (OftenPaintsOnceTask, [2, 1, 2, 1])])
+def test_what_is_made_ahead_costs_one_forward_a_step(tmp_path, kind, forwards):
+    task, counts = kind(), []
+    task.frozen["half"].register_forward_hook(lambda *_: counts.append(0))         # called once, by `prepare`
+
+    def count(*_):
+        counts[-1] += 1
+
+    task.players["g"].module.register_forward_hook(count)
+    train(tmp_path, task)
+    assert counts == forwards
+
+
+@pytest.mark.parametrize(("made_ahead", "painted_twice"), [(PaintsOnceTask, GanTask), (OftenPaintsOnceTask, OftenTask)])
+def test_what_is_made_ahead_trains_as_what_each_phase_makes(tmp_path, made_ahead, painted_twice):
+    for task in (made_ahead, painted_twice):
+        train(tmp_path / task.__name__, task(), micro_batch_size=4)
+    assert largest_difference(*(weights(tmp_path, task.__name__) for task in (made_ahead, painted_twice))) == 0
+
+
+def test_only_the_phase_that_made_it_gets_the_graph(tmp_path):
+    seen = []
+
+    class Watching(PaintsOnceTask):
+        def d_loss(self, networks, batch, step):
+            seen.append(("d", batch["painted"]["fakes"][0].requires_grad))
+            return super().d_loss(networks, batch, step)
+
+        def g_loss(self, networks, batch, step):
+            seen.append(("g", batch["painted"]["fakes"][0].requires_grad))
+            return super().g_loss(networks, batch, step)
+
+    train(tmp_path, Watching(), stop_after=1)
+    assert seen == [("d", False), ("g", True)]
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: list
+
+
+def test_what_is_detached_keeps_its_shape():
+    weight = torch.ones(2, requires_grad=True)
+    bare = detached({"pair": Pair(weight * 2, [weight * 3, None]), "tuple": (weight,)})
+    assert type(bare["pair"]) is Pair and bare["pair"].right[1] is None and bare["pair"].left.tolist() == [2, 2]
+    assert not any(one.requires_grad for one in (bare["pair"].left, bare["pair"].right[0], *bare["tuple"]))
+    with pytest.raises(TypeError, match="made a object ahead"):
+        detached({"unknown": object()})
 
 
 def test_frozen_players_and_companions_get_no_gradient(tmp_path):

@@ -1,5 +1,6 @@
 """Tasks of a few hundred weights, with data that is a pure function of the step."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -152,6 +153,40 @@ class GanTask(SingleTask):
 
     def validate(self, networks, batches):
         return {}
+
+
+class PaintsOnceTask(GanTask):
+    """The same GAN, whose fakes are painted once a step; both of its players' phases judge those."""
+
+    def __init__(self, optimizer: OptimizerConfig | None = None, dropout: float = 0.0):
+        super().__init__(optimizer)
+        *others, g = self.phases
+        self.phases = [*others, replace(g, ahead={"painted": self.paint})]
+        self.players["g"].module.dropout.p = dropout
+
+    def paint(self, networks, batch, step):
+        return {"fakes": [networks["g"](batch["noise"])]}
+
+    def d_loss(self, networks, batch, step):
+        (fake,) = batch["painted"]["fakes"]
+        return Loss((1 - networks["d"](batch["x"])).relu().mean() + (1 + networks["d"](fake)).relu().mean())
+
+    def g_loss(self, networks, batch, step):
+        return Loss(-networks["d"](batch["painted"]["fakes"][0]).mean())
+
+
+class OftenTask(GanTask):
+    """The generator moves twice in every second step."""
+
+    def __init__(self, optimizer: OptimizerConfig | None = None):
+        super().__init__(optimizer)
+        self.phases = [*self.phases[:2], replace(self.phases[2], every=2, repeats=2)]
+
+
+class OftenPaintsOnceTask(PaintsOnceTask):
+    def __init__(self, optimizer: OptimizerConfig | None = None):
+        super().__init__(optimizer)
+        self.phases = [*self.phases[:2], replace(self.phases[2], every=2, repeats=2)]
 
 
 class NanOnOneRank(SingleTask):
