@@ -129,7 +129,7 @@ class Engine:
         for module in task.frozen.values():
             module.to(self.device).eval().requires_grad_(False)
         for name, player in task.players.items():
-            module = player.module.to(self.device).train()
+            module = self.place(player.module).train()
             if self.compile:
                 module.compile()
             trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -140,6 +140,10 @@ class Engine:
             self.members[name] = member
         modules = {**task.frozen, **{name: member.module for name, member in self.members.items()}}
         self.networks = EngineNetworks(self, modules)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """A player's network where it is trained."""
+        return module.to(self.device)
 
     def check(self, task: Task) -> None:
         """Raise :class:`UserError` for what this backend cannot do with the task."""
@@ -154,7 +158,7 @@ class Engine:
         """Put the backend's wrapper around the member's module."""
 
     def build_average(self, member: Member) -> Average:
-        return Average(member.module, member.settings.ema, member.settings.ema_every)
+        return Average(member.module, member.settings.ema, member.settings.ema_every, warmup=member.settings.ema_warmup)
 
     # -- one phase
 
