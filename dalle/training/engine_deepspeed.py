@@ -70,6 +70,16 @@ class DeepSpeedEngine(GroupEngine):
             raise UserError(f"player {muon[0]!r} uses Muon, which needs the matrices that ZeRO splits: launch with "
                             "DDP, or set the optimizer's name to adamw")
 
+    def place(self, module: nn.Module) -> nn.Module:
+        """Under ZeRO-3 the parameters stay in host memory until :meth:`wrap` splits them: a device may be too small for
+        all of them at once."""
+        if self.stage < 3:
+            return super().place(module)
+        for part in module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, buffer.to(self.device))
+        return module
+
     def wrap(self, member: Member, folder: Path) -> None:
         import deepspeed
 
@@ -79,6 +89,8 @@ class DeepSpeedEngine(GroupEngine):
         for parameter in member.module.parameters():
             # flattened anyway; DeepSpeed refuses channels_last, even in 1x1 convolutions, which `contiguous()` leaves
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        if self.stage == 3:      # one parameter after the other goes to the device, and this rank's part of it stays
+            deepspeed.zero.Init(module=member.module, config_dict_or_path=settings)
         member.wrapper, *_ = deepspeed.initialize(model=member.module, optimizer=member.optimizer, config=settings,
                                                   dist_init_required=False)
 
@@ -109,8 +121,10 @@ class DeepSpeedEngine(GroupEngine):
 
     def build_average(self, member: Member) -> Average:
         owners = self.world_size if self.stage == 3 else 1
-        return Average(member.module, member.settings.ema, member.settings.ema_every,
-                       access=self.access, rank=self.rank, owners=owners)
+        offloads = "offload_param" in self.settings(member)["zero_optimization"]
+        return Average(member.module, member.settings.ema, member.settings.ema_every, warmup=member.settings.ema_warmup,
+                       access=self.access, rank=self.rank, owners=owners,
+                       device=torch.device("cpu") if offloads else None)
 
     @property
     def access(self) -> Callable[..., AbstractContextManager]:
