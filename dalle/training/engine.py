@@ -260,6 +260,9 @@ class Engine:
     def mean(self, value: Tensor) -> Tensor:
         return value.detach()
 
+    def share_buffers(self) -> None:
+        """Rank 0's buffers (the statistics of BatchNorm) on every rank: those that are saved and evaluated with."""
+
     def barrier(self) -> None:
         """Wait for all ranks."""
 
@@ -295,6 +298,7 @@ class Engine:
 
         All that evolves is in it once: the ranks of :attr:`writers` share the tensors by size.
         """
+        self.share_buffers()
         member = self.members[name]
         copies: Snapshot = {WEIGHTS: {}, OPTIMIZER: {}, AVERAGE: {}}
         shares = dict.fromkeys(self.writers, 0)
