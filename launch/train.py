@@ -116,7 +116,7 @@ def small_evaluation(task, config, device):
     from dalle.evaluation.small import SmallEvaluation
 
     evaluation = SmallEvaluation(config.evaluation, config.data.validation, config.seed, device)
-    return lambda networks: evaluation(task.generator(networks))
+    return lambda networks, came_forward: evaluation(task.generator(networks), came_forward)
 
 
 def print_plan(task, config, needed) -> None:
