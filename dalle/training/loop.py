@@ -186,7 +186,7 @@ class Trainer:
             closing.callback(self._leave)
             closing.callback(self.saver.close)
             closing.enter_context(lost_processes_named(self.engine.rank, self.watchdog))
-            signals = closing.enter_context(StopSignals(self.config.train.stop_signals))
+            signals = closing.enter_context(StopSignals(self.config.train.stop_signals, self.engine.is_main))
             # not watched: reading the headers of new shards takes as long as it takes
             self.engine.together(self._open_folder, only_main=True)
             checkpoint = self._choose_checkpoint()
@@ -199,6 +199,7 @@ class Trainer:
             self._announce(checkpoint)
             if checkpoint is None:
                 self._save(required=True)              # a path that cannot be written fails here, not hours later
+            signals.begin()
             status = self._loop(signals, began)
         return Summary(status, self.done, self.samples, time.monotonic() - began, self.folder, self.last)
 
