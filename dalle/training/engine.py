@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 import torch
+import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from dalle.config import Section
 from dalle.errors import UserError
 from dalle.training.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.ema import Average
+from dalle.training.meeting import meet
 from dalle.training.optimizers import OptimizerConfig, build_optimizer, optimizer_parts, set_learning_rate
 from dalle.training.slurm import adopt_slurm
 from dalle.training.task import Batch, Phase, Task
@@ -467,6 +469,20 @@ def create_engine(config: "RunConfig") -> Engine:
     adopt_slurm()
     if launched_size() > 1:      # refused here, before the processes wait for one another
         split_batch(config.train.batch_size, config.train.micro_batch_size, launched_size())
+    meeting_point = meet_others(config)
+    engine = start_engine(config)
+    del meeting_point      # kept open until the process group was there
+    return engine
+
+
+def meet_others(config: "RunConfig") -> Any:
+    """Wait for all processes of the job; what is returned keeps the place open where they meet."""
+    if launched_size() == 1 or dist.is_initialized():
+        return None
+    return meet(int(os.environ["RANK"]), launched_size(), 60 * config.engine.timeout_minutes)
+
+
+def start_engine(config: "RunConfig") -> Engine:
     if is_set("ACCELERATE_USE_DEEPSPEED"):
         from dalle.training.engine_deepspeed import DeepSpeedEngine
 

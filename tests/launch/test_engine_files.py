@@ -72,6 +72,7 @@ def made(monkeypatch, environment: dict[str, str]) -> tuple[str, str]:
               "fsdp": engine_fsdp.FSDPEngine}
     for kind, owner in starts.items():
         monkeypatch.setattr(owner, "start", lambda config, kind=kind: kind)
+    monkeypatch.setattr("dalle.training.engine.meet_others", lambda config: None)
     train = SimpleNamespace(batch_size=8, micro_batch_size=None)
     kind = create_engine(SimpleNamespace(train=train))
     numbers = {"ddp": "", "zero": os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"),
