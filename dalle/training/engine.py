@@ -26,6 +26,7 @@ from dalle.config import Section
 from dalle.errors import UserError
 from dalle.training.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.ema import Average
+from dalle.training.launcher_settings import check_launcher
 from dalle.training.meeting import meet
 from dalle.training.optimizers import OptimizerConfig, build_optimizer, optimizer_parts, set_learning_rate
 from dalle.training.slurm import adopt_slurm
@@ -469,6 +470,7 @@ def create_engine(config: "RunConfig") -> Engine:
     adopt_slurm()
     if launched_size() > 1:      # refused here, before the processes wait for one another
         split_batch(config.train.batch_size, config.train.micro_batch_size, launched_size())
+    check_launcher(config, launched_size())
     meeting_point = meet_others(config)
     engine = start_engine(config)
     del meeting_point      # kept open until the process group was there

@@ -22,6 +22,7 @@ from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.ema import Average, full_access
 from dalle.training.engine import Member, Outcome, launched_size, poisoned, state_keys, wants_cpu
 from dalle.training.engine_ddp import GroupEngine
+from dalle.training.launcher_settings import check_deepspeed_file
 from dalle.training.task import Task
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class DeepSpeedEngine(GroupEngine):
 
     @classmethod
     def start(cls, config: "RunConfig") -> "DeepSpeedEngine":
-        zero = launched_zero()
+        zero = launched_zero(config)
         stage = zero["stage"]
         on_cpu = wants_cpu()
         if on_cpu:
@@ -241,11 +242,11 @@ class DeepSpeedEngine(GroupEngine):
         return flat[size * self.rank:size * (self.rank + 1)].to(self.device)
 
 
-def launched_zero() -> dict[str, Any]:
+def launched_zero(config: "RunConfig") -> dict[str, Any]:
     """DeepSpeed's ``zero_optimization`` as the launcher's files have it: its own JSON, or accelerate's YAML."""
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if path:
-        zero = read_deepspeed_file(Path(path))
+        zero = read_deepspeed_file(Path(path), config)
     else:
         devices = {part: os.environ.get(f"ACCELERATE_DEEPSPEED_{part.upper()}_DEVICE", "none")
                    for part in ("offload_optimizer", "offload_param")}
@@ -256,18 +257,17 @@ def launched_zero() -> dict[str, Any]:
     return zero
 
 
-def read_deepspeed_file(path: Path) -> dict[str, Any]:
-    """The ``zero_optimization`` section of a DeepSpeed JSON; all else in it would contradict the run's own config."""
+def read_deepspeed_file(path: Path, config: "RunConfig") -> dict[str, Any]:
+    """The ``zero_optimization`` section of a DeepSpeed JSON, without what it leaves to be guessed; the rest of the file
+    must say what ``config`` says."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"the DeepSpeed file {path} cannot be read: {error}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("zero_optimization"), dict):
         raise UserError(f"the DeepSpeed file {path} has no zero_optimization section")
-    others = sorted(set(tree) - {"zero_optimization"})
-    if others:
-        raise UserError(f"the DeepSpeed file {path} sets {others[0]}: the run's config decides that, remove it")
-    return tree["zero_optimization"]
+    check_deepspeed_file(str(path), tree, config, launched_size())
+    return {key: value for key, value in tree["zero_optimization"].items() if value != "auto"}
 
 
 @contextmanager
