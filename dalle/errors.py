@@ -4,18 +4,20 @@
     2    something in what was given is wrong: starting again will not help
     75   stopped by a signal, the file ``stop`` or ``train.minutes``, with a checkpoint: start again to go on
     76   a process of the job was lost or hung: starting again may help
-    130  Ctrl-C; anything else: an unexpected failure
+    130  Ctrl-C where there was nothing to save, or a second one; anything else: an unexpected failure
 """
 
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 
 USER_ERROR_STATUS = 2
 EXIT_STOPPED_BY_SIGNAL = 75      # EX_TEMPFAIL
 EXIT_LOST_PROCESS = 76
+EXIT_INTERRUPTED = 130           # 128 + SIGINT, as a shell has it
 
 
 # what is wrong with the place that a file should be written to or read from, and what to do about it
@@ -99,10 +101,17 @@ def run_command(main: Callable[[], int | None], save_memory: str = "") -> None:
             raise
         say_error(error)
         status = exit_status(error)
-        if has_ranks():      # an ordinary exit waits for, or is aborted by, threads of the lost process group
-            sys.stdout.flush()
-            os._exit(status)
+        end_at_once_among_ranks(status)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)      # another one would only spoil the ending
         print("interrupted", file=sys.stderr, flush=True)
-        status = 130
+        status = EXIT_INTERRUPTED
+        end_at_once_among_ranks(status)
     sys.exit(status or 0)
+
+
+def end_at_once_among_ranks(status: int) -> None:
+    """An ordinary exit waits for, or is aborted by, threads of a process group that has lost a member."""
+    if has_ranks():
+        sys.stdout.flush()
+        os._exit(status)

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dalle.errors import UserError, run_command
+from dalle.training.signals import run_in_turn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,7 +107,7 @@ def run_stage(stage: Stage, console: Console) -> float:
     console.print(f"\n[bold]== {stage.name}[/bold]: {stage.title}")
     console.print(f"   python {shlex.join(stage.command)}", style="dim", soft_wrap=True)
     started = time.time()
-    status = subprocess.run([sys.executable, *stage.command], cwd=ROOT).returncode
+    status = run_in_turn([sys.executable, *stage.command], cwd=ROOT)
     if status:
         raise UserError(f"the stage {stage.name!r} ended with status {status}; mend what it says and start again, "
                         "what is done is kept")

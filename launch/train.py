@@ -126,7 +126,7 @@ def small_evaluation(task, config, device):
 
     evaluation = SmallEvaluation(config.evaluation, config.data.validation, config.seed, device,
                                  config.data.bad_shards)
-    return lambda networks: evaluation(task.generator(networks))
+    return lambda networks, came_forward: evaluation(task.generator(networks), came_forward)
 
 
 def print_plan(task, config, needed) -> None:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import gans
 from dalle.errors import EXIT_STOPPED_BY_SIGNAL, UserError, run_command
+from dalle.training.signals import run_in_turn
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOUR = "judge/object_colour"
@@ -214,7 +215,7 @@ def command(script: str, *arguments: object, accepted: Sequence[int] = (0,)) -> 
     """Run one of the commands that a person types."""
     line = [sys.executable, str(ROOT / script), *map(str, arguments)]
     print(f"$ {' '.join(['python', script, *line[2:]])}", flush=True)
-    status = subprocess.run(line, check=False).returncode
+    status = run_in_turn(line)
     if status not in accepted:
         raise UserError(f"{script} ended with status {status}")
     return status

@@ -19,7 +19,7 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 
 IMPORTED = "dalle.data.loader"       # by the server; and with it all that a worker needs
-JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+JOB_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SECONDS_AFTER_SIGTERM = 30           # what Slurm grants, too
 LOST_SERVER = 255                    # multiprocessing's exit code of a process of which the server can no longer tell
 
@@ -94,7 +94,7 @@ def _end_with(trainer: BaseProcess) -> None:
 
 def _answer_signals() -> None:
     """Signals sent to the whole job are the main process's to answer: it still needs batches until its checkpoint."""
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for name in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
     # not ignored for good: multiprocessing ends a worker that hangs with this signal
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

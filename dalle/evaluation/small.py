@@ -1,5 +1,6 @@
 """A small evaluation while a model trains: the figures of ``launch/evaluate.py`` over fewer pictures, in memory."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -50,16 +51,19 @@ class SmallEvaluation:
         self._real: Tensor | None = None      # features, once they are asked for
         self._sources: Tensor | None = None   # pictures, once a generator edits
 
-    def __call__(self, generator: Generator) -> dict[str, float]:
-        """Metric -> value, and ``samples``."""
+    def __call__(self, generator: Generator, came_forward: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Metric -> value, and ``samples``; ``came_forward()`` is called after each batch of pictures."""
         seeds = [candidate_seed(self.seed, prompt, 0) for prompt in range(len(self.captions))]
         parts = [slice(start, start + BATCH) for start in range(0, len(seeds), BATCH)]
         given = [{} for _ in parts]
         if edits(generator):
             pictures = self.sources(generator.image_size)
             given = [{"sources": pictures[part]} for part in parts]
-        images = torch.cat([generator.generate(self.captions[part], seeds[part], **own, **self.config.options)
-                            for part, own in zip(parts, given, strict=True)])
+        made = []
+        for part, own in zip(parts, given, strict=True):
+            made.append(generator.generate(self.captions[part], seeds[part], **own, **self.config.options))
+            came_forward()
+        images = torch.cat(made)
         with torch.autocast(self.device.type, enabled=False), torch.no_grad():     # the trainer may have set bf16
             rows = self.rows(images)
         return {row.metric: row.value for row in rows} | {"samples": float(len(images))}

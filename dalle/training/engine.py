@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 import torch
+import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ from dalle.config import Section
 from dalle.errors import UserError
 from dalle.training.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.ema import Average
+from dalle.training.launcher_settings import check_launcher
+from dalle.training.meeting import meet
 from dalle.training.optimizers import OptimizerConfig, build_optimizer, optimizer_parts, set_learning_rate
 from dalle.training.slurm import adopt_slurm
 from dalle.training.task import Batch, Phase, Task
@@ -129,7 +132,7 @@ class Engine:
         for module in task.frozen.values():
             module.to(self.device).eval().requires_grad_(False)
         for name, player in task.players.items():
-            module = player.module.to(self.device).train()
+            module = self.place(player.module).train()
             if self.compile:
                 module.compile()
             trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -140,6 +143,10 @@ class Engine:
             self.members[name] = member
         modules = {**task.frozen, **{name: member.module for name, member in self.members.items()}}
         self.networks = EngineNetworks(self, modules)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """A player's network where it is trained."""
+        return module.to(self.device)
 
     def check(self, task: Task) -> None:
         """Raise :class:`UserError` for what this backend cannot do with the task."""
@@ -155,7 +162,7 @@ class Engine:
         """Put the backend's wrapper around the member's module."""
 
     def build_average(self, member: Member) -> Average:
-        return Average(member.module, member.settings.ema, member.settings.ema_every)
+        return Average(member.module, member.settings.ema, member.settings.ema_every, warmup=member.settings.ema_warmup)
 
     # -- one phase
 
@@ -257,6 +264,9 @@ class Engine:
     def mean(self, value: Tensor) -> Tensor:
         return value.detach()
 
+    def share_buffers(self) -> None:
+        """Rank 0's buffers (the statistics of BatchNorm) on every rank: those that are saved and evaluated with."""
+
     def barrier(self) -> None:
         """Wait for all ranks."""
 
@@ -292,6 +302,7 @@ class Engine:
 
         All that evolves is in it once: the ranks of :attr:`writers` share the tensors by size.
         """
+        self.share_buffers()
         member = self.members[name]
         copies: Snapshot = {WEIGHTS: {}, OPTIMIZER: {}, AVERAGE: {}}
         shares = dict.fromkeys(self.writers, 0)
@@ -460,6 +471,21 @@ def create_engine(config: "RunConfig") -> Engine:
     adopt_slurm()
     if launched_size() > 1:      # refused here, before the processes wait for one another
         split_batch(config.train.batch_size, config.train.micro_batch_size, launched_size())
+    check_launcher(config, launched_size())
+    meeting_point = meet_others(config)
+    engine = start_engine(config)
+    del meeting_point      # kept open until the process group was there
+    return engine
+
+
+def meet_others(config: "RunConfig") -> Any:
+    """Wait for all processes of the job; what is returned keeps the place open where they meet."""
+    if launched_size() == 1 or dist.is_initialized():
+        return None
+    return meet(int(os.environ["RANK"]), launched_size(), 60 * config.engine.timeout_minutes)
+
+
+def start_engine(config: "RunConfig") -> Engine:
     if is_set("ACCELERATE_USE_DEEPSPEED"):
         from dalle.training.engine_deepspeed import DeepSpeedEngine
 

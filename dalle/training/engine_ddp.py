@@ -48,6 +48,13 @@ class GroupEngine(Engine):
         dist.all_reduce(value)
         return value / self.world_size
 
+    def share_buffers(self) -> None:
+        """Each rank's BatchNorm sees its own samples, so without ``sync_batch_norm`` the statistics drift apart. Those
+        of rank 0 count, as under DDP, which broadcasts them in each forward: in training nothing reads them."""
+        for member in self.members.values():
+            for buffer in saved_buffers(member.module):
+                dist.broadcast(buffer, 0)
+
     def barrier(self) -> None:
         self.largest(0)
 
@@ -134,6 +141,11 @@ class DistributedEngine(GroupEngine):
         if self.phase.name not in self.hooks_suffice:
             hinders = missing or self.went_around or not went_through
             self.hooks_suffice[self.phase.name] = not self.largest(int(hinders))[0]
+
+
+def saved_buffers(module: nn.Module) -> list[Tensor]:
+    """The buffers of ``module`` that its checkpoint has, in the same order on all ranks."""
+    return [value for value in module.state_dict(keep_vars=True).values() if not isinstance(value, nn.Parameter)]
 
 
 def average_gradients(parameters: list[nn.Parameter], world_size: int, dtype: str) -> None:

@@ -23,6 +23,7 @@ from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.ema import Average, full_access
 from dalle.training.engine import Member, Outcome, launched_size, poisoned, state_keys, wants_cpu
 from dalle.training.engine_ddp import GroupEngine
+from dalle.training.launcher_settings import check_deepspeed_file
 from dalle.training.task import Task
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class DeepSpeedEngine(GroupEngine):
 
     @classmethod
     def start(cls, config: "RunConfig") -> "DeepSpeedEngine":
-        zero = launched_zero()
+        zero = launched_zero(config)
         stage = zero["stage"]
         on_cpu = wants_cpu()
         if on_cpu:
@@ -71,6 +72,16 @@ class DeepSpeedEngine(GroupEngine):
             raise UserError(f"player {muon[0]!r} uses Muon, which needs the matrices that ZeRO splits: launch with "
                             "DDP, or set the optimizer's name to adamw")
 
+    def place(self, module: nn.Module) -> nn.Module:
+        """Under ZeRO-3 the parameters stay in host memory until :meth:`wrap` splits them: a device may be too small for
+        all of them at once."""
+        if self.stage < 3:
+            return super().place(module)
+        for part in module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, buffer.to(self.device))
+        return module
+
     def wrap(self, member: Member, folder: Path) -> None:
         import deepspeed
 
@@ -80,6 +91,8 @@ class DeepSpeedEngine(GroupEngine):
         for parameter in member.module.parameters():
             # flattened anyway; DeepSpeed refuses channels_last, even in 1x1 convolutions, which `contiguous()` leaves
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        if self.stage == 3:      # one parameter after the other goes to the device, and this rank's part of it stays
+            deepspeed.zero.Init(module=member.module, config_dict_or_path=settings)
         member.wrapper, *_ = deepspeed.initialize(model=member.module, optimizer=member.optimizer, config=settings,
                                                   dist_init_required=False)
 
@@ -110,8 +123,10 @@ class DeepSpeedEngine(GroupEngine):
 
     def build_average(self, member: Member) -> Average:
         owners = self.world_size if self.stage == 3 else 1
-        return Average(member.module, member.settings.ema, member.settings.ema_every,
-                       access=self.access, rank=self.rank, owners=owners)
+        offloads = "offload_param" in self.settings(member)["zero_optimization"]
+        return Average(member.module, member.settings.ema, member.settings.ema_every, warmup=member.settings.ema_warmup,
+                       access=self.access, rank=self.rank, owners=owners,
+                       device=torch.device("cpu") if offloads else None)
 
     @property
     def access(self) -> Callable[..., AbstractContextManager]:
@@ -228,11 +243,11 @@ class DeepSpeedEngine(GroupEngine):
         return flat[size * self.rank:size * (self.rank + 1)].to(self.device)
 
 
-def launched_zero() -> dict[str, Any]:
+def launched_zero(config: "RunConfig") -> dict[str, Any]:
     """DeepSpeed's ``zero_optimization`` as the launcher's files have it: its own JSON, or accelerate's YAML."""
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if path:
-        zero = read_deepspeed_file(Path(path))
+        zero = read_deepspeed_file(Path(path), config)
     else:
         devices = {part: os.environ.get(f"ACCELERATE_DEEPSPEED_{part.upper()}_DEVICE", "none")
                    for part in ("offload_optimizer", "offload_param")}
@@ -243,8 +258,9 @@ def launched_zero() -> dict[str, Any]:
     return zero
 
 
-def read_deepspeed_file(path: Path) -> dict[str, Any]:
-    """The ``zero_optimization`` section of a DeepSpeed JSON; all else in it would contradict the run's own config."""
+def read_deepspeed_file(path: Path, config: "RunConfig") -> dict[str, Any]:
+    """The ``zero_optimization`` section of a DeepSpeed JSON, without what it leaves to be guessed; the rest of the file
+    must say what ``config`` says."""
     try:
         tree = json.loads(read_text_file(path))
     except UserError as error:
@@ -253,10 +269,8 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
         raise UserError(f"the DeepSpeed file {path} cannot be read: {error}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("zero_optimization"), dict):
         raise UserError(f"the DeepSpeed file {path} has no zero_optimization section")
-    others = sorted(set(tree) - {"zero_optimization"})
-    if others:
-        raise UserError(f"the DeepSpeed file {path} sets {others[0]}: the run's config decides that, remove it")
-    return tree["zero_optimization"]
+    check_deepspeed_file(str(path), tree, config, launched_size())
+    return {key: value for key, value in tree["zero_optimization"].items() if value != "auto"}
 
 
 @contextmanager

@@ -88,7 +88,7 @@ class FSDPEngine(GroupEngine):
             group["params"] = [member.wrapper.rows[name] for name in members]
 
     def build_average(self, member: Member) -> Average:
-        return AverageOfRows(member.wrapper, member.settings.ema, member.settings.ema_every)
+        return AverageOfRows(member.wrapper, member.settings.ema, member.settings.ema_every, member.settings.ema_warmup)
 
     # -- one phase
 
@@ -209,8 +209,8 @@ class Rows:
 class AverageOfRows(Average):
     """An average of which each rank keeps its own rows."""
 
-    def __init__(self, rows: Rows, decay: float, every: int):
-        super().__init__(rows, decay, every)
+    def __init__(self, rows: Rows, decay: float, every: int, warmup: bool):
+        super().__init__(rows, decay, every, warmup=warmup)
         self._whole = rows.parameters
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -175,15 +175,16 @@ class Trainer:
     ``train_loader(start_step)`` gives an endless iterable of this rank's batches from that step on;
     ``validation_loader()`` a finite one. ``resume`` is "auto" (the newest checkpoint that verifies, or none), "none"
     (start over: the run's checkpoints are deleted) or a checkpoint's folder. ``stop_after`` ends the run, with a
-    checkpoint, once so many steps are done, without changing its schedules. ``evaluate(networks)`` gives figures of
-    what the averaged networks make, every ``train.evaluate_every`` steps.
+    checkpoint, once so many steps are done, without changing its schedules. ``evaluate(networks, came_forward)``
+    gives figures of what the averaged networks make, every ``train.evaluate_every`` steps, and calls ``came_forward()``
+    after each part of it, none of which may take longer than ``engine.timeout_minutes``.
     """
 
     def __init__(self, task: Task, config: "RunConfig", engine: "Engine",
                  train_loader: Callable[[int], Iterable[Batch]],
                  validation_loader: Callable[[], Iterable[Batch]] | None = None, *,
                  resume: str = "auto", stop_after: int | None = None,
-                 evaluate: Callable[[Networks], dict[str, float]] | None = None):
+                 evaluate: Callable[[Networks, Callable[[], None]], dict[str, float]] | None = None):
         self.task, self.config, self.engine = task, config, engine
         self.train_loader, self.validation_loader, self.evaluate = train_loader, validation_loader, evaluate
         self.resume, self.last_step = resume, min(stop_after or config.train.steps, config.train.steps)
@@ -210,7 +211,7 @@ class Trainer:
             closing.callback(self._leave)
             closing.callback(self.saver.close)
             closing.enter_context(lost_processes_named(self.engine.rank, self.watchdog))
-            signals = closing.enter_context(StopSignals(self.config.train.stop_signals))
+            signals = closing.enter_context(StopSignals(self.config.train.stop_signals, self.engine.is_main))
             # not watched: reading the headers of new shards takes as long as it takes
             self.engine.together(self._open_folder, only_main=True)
             checkpoint = self._choose_checkpoint()
@@ -223,6 +224,7 @@ class Trainer:
             self._announce(checkpoint)
             if checkpoint is None:
                 self._save(required=True)              # a path that cannot be written fails here, not hours later
+            signals.begin()
             status = self._loop(signals, began)
         return Summary(status, self.done, self.samples, time.monotonic() - began, self.folder, self.last)
 
@@ -252,16 +254,26 @@ class Trainer:
                     self._log_line()
             ends = decision != GO_ON or self.done == self.last_step
             with self.meter.paused():
-                if self._due(settings.validate_every) and self.validation_loader is not None:
-                    self._validate()
-                if self._due(settings.preview_every):
-                    self._preview()
-                if self._due(settings.evaluate_every) and self.evaluate is not None:
-                    self._evaluate()
                 if ends or save_due or self._due(settings.save_every):
                     self._save(required=ends)
+                self._look()
             first = False
         return self._end(decision)
+
+    def _look(self) -> None:
+        """What is due of validation, preview and evaluation. A save that was begun is published first: one of them may
+        fail, or be killed, and must not cost the steps since the checkpoint before."""
+        settings = self.config.train
+        looks = [look for look, every, possible in (
+            (self._validate, settings.validate_every, self.validation_loader is not None),
+            (self._preview, settings.preview_every, True),
+            (self._evaluate, settings.evaluate_every, self.evaluate is not None)) if possible and self._due(every)]
+        if not looks:
+            return
+        self._finish_saving()
+        self.engine.share_buffers()
+        for look in looks:
+            look()
 
     def _end(self, decision: int) -> str:
         share = " of this process" if self.engine.world_size > 1 else ""
@@ -438,27 +450,46 @@ class Trainer:
         self.progress.say(f"validation after step {self.done}: {figures}")
 
     def _preview(self) -> None:
+        def draw(came_forward: Callable[[], None]) -> dict[str, Tensor]:
+            seed_random(self.config.seed, 0, 0, 0, 0)
+            return self.task.preview(self.engine.networks, self.done)
+
         with self._allowed("drawing a preview"):
-            if self.engine.is_main or self.engine.splits_parameters:
-                with self.engine.evaluation(), self.engine.autocast():
-                    seed_random(self.config.seed, 0, 0, 0, 0)
-                    pictures = self.task.preview(self.engine.networks, self.done)
-            self.engine.barrier()                      # others wait here, where it may take long
+            pictures = self._with_networks(draw)
         if self.engine.is_main:
             self.trackers.images(self.done, {name: picture.permute(1, 2, 0).contiguous().cpu().numpy()
                                              for name, picture in pictures.items()})
 
     def _evaluate(self) -> None:
-        figures: dict[str, float] = {}
         with self._allowed("evaluating"):
-            if self.engine.is_main or self.engine.splits_parameters:
-                with self.engine.evaluation(), self.engine.autocast():
-                    figures = self.evaluate(self.engine.networks)
-            self.engine.barrier()                      # others wait here, where it may take long
+            figures = self._with_networks(lambda came_forward: self.evaluate(self.engine.networks, came_forward))
         if self.engine.is_main:
             self._publish({f"evaluation/{name}": value for name, value in figures.items()})
             shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
             self.progress.say(f"evaluation after step {self.done}: {shown}")
+
+    def _with_networks(self, action: Callable[[Callable[[], None]], Any]) -> Any:
+        """What ``action(came_forward)`` makes of the averaged networks on rank 0; the other ranks wait, or do the same
+        where every forward needs them. Each ``came_forward()`` begins the watchdog's time anew, on those that wait too.
+        """
+        if self.engine.splits_parameters:
+            with self.engine.evaluation(), self.engine.autocast():
+                result = action(self.watchdog.feed)
+            self.engine.barrier()
+            return result
+        if not self.engine.is_main:
+            while self.engine.largest(0)[0]:
+                self.watchdog.feed()
+            return None
+
+        def came_forward() -> None:
+            self.engine.largest(1)
+            self.watchdog.feed()
+
+        with self.engine.evaluation(), self.engine.autocast():
+            result = action(came_forward)
+        self.engine.largest(0)
+        return result
 
     def _publish(self, values: dict[str, Any]) -> None:
         self.last |= values

@@ -34,6 +34,8 @@ class OptimizerConfig(Section):
     muon_scaling: Literal["original", "match_rms_adamw"] = "original"
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the weight average; 0 keeps none")
     ema_every: int = Field(default=1, ge=1, description="update the average every so many steps")
+    ema_warmup: bool = Field(default=True, description="shorter averages at the start of the run: the n-th update "
+                             "decays by at most (1 + n) / (10 + n)")
 
     @model_validator(mode="after")
     def _steps_are_named(self) -> Self:

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +21,7 @@ from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import MissingModel, UserError
 from dalle.training.loop import FINISHED_FILE
 from dalle.training.run import RunConfig
-from dalle.training.signals import STOP_SIGNALS
+from dalle.training.signals import run_to_its_end
 
 SECONDS_BETWEEN_LOOKS = 1.0      # of the processes that wait while the main one trains
 # what tells a process that it is one of several; a prerequisite is trained by one alone
@@ -134,7 +132,8 @@ def train_prerequisites(needed: Sequence[Prerequisite], command: Sequence[str], 
         elif one.state != "finished":
             say(f"prerequisite: {one.config.folder} is {one.state}, training it first "
                 f"({one.command})")
-            status = run_to_its_end([*command, one.path, *one.overrides])
+            alone = {name: value for name, value in os.environ.items() if not OF_A_GROUP.fullmatch(name)}
+            status = run_to_its_end([*command, one.path, *one.overrides], alone)
             if status:
                 say(f"the prerequisite {one.path} ended with status {status}; nothing after it was started")
                 return status
@@ -142,21 +141,6 @@ def train_prerequisites(needed: Sequence[Prerequisite], command: Sequence[str], 
                 raise UserError(f"{one.path} ended well, but {one.config.folder} is {one.state}: is anything else "
                                 "writing there?")
     return 0
-
-
-def run_to_its_end(command: Sequence[str]) -> int:
-    """The exit status of a command on its own. Signals that ask for a stop are passed on, so that it saves."""
-    environment = {name: value for name, value in os.environ.items() if not OF_A_GROUP.fullmatch(name)}
-    process = subprocess.Popen(command, env=environment)
-    handlers = {signal.Signals[name]: lambda number, frame: process.send_signal(number) for name in STOP_SIGNALS}
-    handlers[signal.SIGINT] = lambda number, frame: None       # a terminal sends it to both
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        status = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
 
 
 @contextmanager

@@ -524,7 +524,7 @@ def test_workers_and_what_starts_them_outlive_the_signals_of_the_job(data):
     next(batches)
     worker = loader._loader._iterator._workers[0]
     server = psutil.Process(worker.pid).parent()
-    for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM):
+    for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         os.kill(worker.pid, name)
         server.send_signal(name)
     for _ in range(20):

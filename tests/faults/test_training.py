@@ -58,7 +58,8 @@ def spiking() -> list[Toy]:
             Toy("runaway", spikes=list(range(BAD, 99)), settings={**settings, "spike": {**SPIKE, "max_rollbacks": 2}})]
 
 
-STOPS = {"SIGTERM": {}, "SIGUSR2": {}, "SIGUSR1": {"stop_signals": ["SIGUSR1"]}, "stop_file": {}}
+STOPS = {"SIGTERM": {}, "SIGUSR2": {}, "SIGINT": {}, "SIGHUP": {},
+         "SIGUSR1": {"stop_signals": ["SIGUSR1"]}, "stop_file": {}}
 UNDISTURBED = {"steps": 6, "save_every": 0, "keep_last": 9, "engine": LIMITS}
 FRAGILE = {**UNDISTURBED, "save_every": 1}
 SECONDS_ALLOWED = 3

@@ -14,6 +14,7 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 
 from dalle.training.engine import create_engine
+from dalle.training.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "launch" / "engines"
@@ -72,8 +73,8 @@ def made(monkeypatch, environment: dict[str, str]) -> tuple[str, str]:
               "fsdp": engine_fsdp.FSDPEngine}
     for kind, owner in starts.items():
         monkeypatch.setattr(owner, "start", lambda config, kind=kind: kind)
-    train = SimpleNamespace(batch_size=8, micro_batch_size=None)
-    kind = create_engine(SimpleNamespace(train=train))
+    monkeypatch.setattr("dalle.training.engine.meet_others", lambda config: None)
+    kind = create_engine(RunConfig(task="any", name="any", data={"train": "any"}, train={"batch_size": 8}))
     numbers = {"ddp": "", "zero": os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"),
                "fsdp": os.environ.get("FSDP_VERSION")}
     return kind + numbers[kind]

@@ -46,6 +46,15 @@ def single(steps: int, bf16: bool = False) -> dict[str, nn.Module]:
     return {"net": net}
 
 
+def statistics_of_rank_0(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """BatchNorm's running mean and variance of what the first of two ranks sees."""
+    mean, variance = torch.zeros(6), torch.ones(6)
+    for step in range(steps):
+        x = toys.global_batch(step)[::2]
+        mean, variance = 0.9 * mean + 0.1 * x.mean(dim=0), 0.9 * variance + 0.1 * x.var(dim=0)
+    return mean, variance
+
+
 def gan(steps: int, bf16: bool = False) -> dict[str, nn.Module]:
     g, d = toys.seeded(lambda: toys.Block(out=6)), toys.seeded(lambda: toys.Block(out=1))
     half = toys.seeded(lambda: nn.Linear(6, 6))

@@ -1,3 +1,6 @@
+import math
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -15,16 +18,56 @@ def zero_module() -> nn.Linear:
 @pytest.mark.parametrize("every", [1, 3])
 def test_k_updates_with_a_constant_weight_give_its_geometric_share(every):
     module = zero_module()
-    average = Average(module, decay=0.9, every=every)
+    average = Average(module, decay=0.9, every=every, warmup=False)
     nn.init.constant_(module.weight, 2.0)
     for step in range(1, 7):
         average.update(step)
     torch.testing.assert_close(average.state_dict()["weight"], torch.full((2, 2), 2.0 * (1 - 0.9**6)))
 
 
+def share_of_the_start(decay: float, steps: int, every: int = 1, warmup: bool = True) -> float:
+    """What is left of a first weight of 1 after ``steps`` steps at 0."""
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(module.weight)
+    average = Average(module, decay, every, warmup=warmup)
+    nn.init.zeros_(module.weight)
+    for step in range(1, steps + 1):
+        average.update(step)
+    return float(average.state_dict()["weight"])
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_first_updates_decay_as_their_number_says(every):
+    """(1 + n) / (10 + n) multiplied over n = 1..K is 10! (K + 1)! / (K + 10)!, until the decay itself is smaller."""
+    left = share_of_the_start(0.9999, steps=5 * every, every=every)
+    assert left == pytest.approx(math.factorial(10) * math.factorial(6) / math.factorial(15), rel=1e-4)
+    # 0.5 from the 8th update on: 9/18
+    expected = math.prod((1 + n) / (10 + n) for n in range(1, 8)) * 0.5**3
+    assert share_of_the_start(0.5, steps=10) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_short_run_keeps_nothing_of_its_random_start():
+    assert share_of_the_start(0.999, steps=500, warmup=False) == pytest.approx(0.999**500, rel=1e-3)     # 61 %
+    assert share_of_the_start(0.999, steps=500) < 1e-6
+    assert share_of_the_start(0.999, steps=500, every=25) < 1e-6
+
+
+def test_a_run_that_goes_on_warms_up_as_if_it_had_not_stopped():
+    """What is saved is the average alone: the count follows from the step."""
+    module = zero_module()
+    straight, first, second = (Average(module, 0.999) for _ in range(3))
+    for step in range(1, 9):
+        nn.init.constant_(module.weight, step)
+        if step == 5:
+            second.load_state_dict(first.state_dict())
+        for average in (straight, first if step < 5 else second):
+            average.update(step)
+    assert torch.equal(second.state_dict()["weight"], straight.state_dict()["weight"])
+
+
 def test_applied_lends_the_average_and_gives_the_live_weights_back():
     module = zero_module()
-    average = Average(module, decay=0.5)
+    average = Average(module, decay=0.5, warmup=False)
     nn.init.constant_(module.weight, 1.0)
     live = module.weight.detach().clone()
     average.update(1)
@@ -35,12 +78,31 @@ def test_applied_lends_the_average_and_gives_the_live_weights_back():
 
 def test_split_over_two_owners_it_is_the_same_average():
     module = zero_module()
-    parts = [Average(module, 0.5, rank=rank, owners=2) for rank in (0, 1)]
+    parts = [Average(module, 0.5, warmup=False, rank=rank, owners=2) for rank in (0, 1)]
     nn.init.constant_(module.weight, 1.0)
     for part in parts:
         part.update(1)
     assert [list(part.state_dict()) for part in parts] == [["weight"], ["bias"]]
     assert torch.equal(parts[0].state_dict()["weight"], torch.full((2, 2), 0.5))
+
+
+def test_split_with_a_single_owner_it_goes_through_the_access():
+    """ZeRO-3 in one process: outside of it the parameters have no elements."""
+    module = zero_module()
+
+    @contextmanager
+    def gathered(parameters, owner):
+        for parameter in parameters:
+            parameter.data = whole[id(parameter)]
+        yield
+        for parameter in parameters:
+            whole[id(parameter)], parameter.data = parameter.data, torch.empty(0)
+
+    whole = {id(parameter): parameter.data for parameter in module.parameters()}
+    average = Average(module, 0.5, warmup=False, access=gathered)
+    whole[id(module.weight)] = torch.ones(2, 2)
+    average.update(1)
+    assert torch.equal(average.state_dict()["weight"], torch.full((2, 2), 0.5))
 
 
 def test_a_state_of_other_names_is_refused():

@@ -20,7 +20,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 import reference
 import toys
 import worker
-from launching import LAUNCH_SECONDS, ROOT, Job, free_port, largest_difference, mean_difference, result, weights
+from launching import (
+    LAUNCH_SECONDS,
+    ROOT,
+    Job,
+    assert_statistics_are_those_of_rank_0,
+    free_port,
+    largest_difference,
+    mean_difference,
+    result,
+    weights,
+)
 from toys import SingleTask, toy_run
 
 from dalle.errors import UserError
@@ -106,6 +116,7 @@ JOBS = [
     Job("first", "fsdp2", "DeepTask", "halves", EMA, {"stop_after": 2}, {"micro_batch_size": 2}),
     Job("second", "fsdp2", "DeepTask", "halves", EMA, settings={"micro_batch_size": 2}),
     Job("taken_up", "fsdp2", "DeepTask", "begun_by_one", EMA, settings={"micro_batch_size": 2}),
+    Job("normed", "fsdp2", "NormedTask", settings={"validate_every": 2, "save_every": 3}),
     Job("nan", "fsdp2", "NanOnOneRank"),
     Job("gan", "fsdp2", "GanTask"), Job("penalty", "fsdp2", "PenaltyTask"),
     Job("muon", "fsdp2", optimizer={"name": "muon"}),
@@ -232,6 +243,10 @@ def test_validation_sees_the_whole_averaged_weights_on_every_rank(out):
     x = torch.cat([batch["x"] for batch in toys.ToyLoader(steps=3)])
     expected = (net(x) - x.mean(dim=1, keepdim=True)).square().mean().item()
     assert result(out, "straight")["validation/error"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_batch_statistics_saved_and_validated_with_are_those_of_rank_0(out):
+    assert_statistics_are_those_of_rank_0(out, "normed", result(out, "normed"))
 
 
 def test_a_nan_on_one_rank_skips_the_step_on_all(out):

@@ -16,7 +16,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import reference
-from launching import ROOT, Job, largest_difference, launch, mean_difference, result, weights
+from launching import (
+    ROOT,
+    Job,
+    assert_statistics_are_those_of_rank_0,
+    largest_difference,
+    launch,
+    mean_difference,
+    result,
+    weights,
+)
 from toys import GanTask, OftenTask, PaintsOnceTask, SingleTask, ToyLoader, toy_run
 
 from dalle.training.engine import create_engine
@@ -38,6 +47,7 @@ def jobs_of(kind: str) -> list[Job]:
             Job("second", kind, folder="halves", optimizer=EMA, settings={"micro_batch_size": 2}),
             Job("to_one", kind, optimizer=EMA, options={"stop_after": 2}),
             Job("from_one", kind, optimizer=EMA),
+            Job("normed", kind, task="NormedTask", settings={"validate_every": 2, "save_every": 3}),
             Job("nan", kind, task="NanOnOneRank", settings={"save_every": 0})]
     if kind != "zero3":
         jobs += [Job("gan", kind, task="GanTask"),
@@ -161,9 +171,24 @@ def test_validation_adds_up_over_the_ranks(out, kind):
 
 
 @ALL
+def test_batch_statistics_saved_and_validated_with_are_those_of_rank_0(out, kind):
+    assert_statistics_are_those_of_rank_0(out, f"{kind}/normed", result(out, "normed", f"{kind}/normed"))
+
+
+@ALL
 def test_a_nan_on_one_rank_skips_the_step_on_all(out, kind):
     assert [result(out, "nan", f"{kind}/nan", rank)["skipped_steps"] for rank in (0, 1)] == [1, 1]
     assert all(tensor.isfinite().all() for tensor in weights(out, f"{kind}/nan").values())
+
+
+def test_zero3_in_one_process_keeps_an_average_offloaded_or_not(tmp_path):
+    offload = {"engine": {"offload_parameters": True, "offload_optimizer": True}}
+    jobs = [Job("plain", "zero3", optimizer=EMA), Job("offloaded", "zero3", optimizer=EMA, settings=offload)]
+    launch(jobs, tmp_path, LAUNCHES["zero"], processes=1)
+    train_alone(tmp_path / "alone")
+    for job in jobs:
+        assert result(tmp_path, job.name)["world_size"] == 1
+        assert largest_difference(weights(tmp_path, job.name), weights(tmp_path, "alone")) < EXACT
 
 
 def test_zero3_refuses_several_players_and_penalties(zero):

@@ -2,6 +2,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,6 +119,53 @@ def test_a_signal_saves_and_ends_with_its_own_status(tmp_path):
     assert (summary.status, summary.exit_status, summary.steps) == ("signal", 75, 3)
     assert (tmp_path / "toy/checkpoints/step_00000003/manifest.json").is_file()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+class Blind(SingleTask):
+    """Fails wherever it is looked at."""
+
+    def __init__(self, looks: str):
+        super().__init__()
+        self.looks = looks
+
+    def validate(self, networks, batches):
+        return self.look("validate") or super().validate(networks, batches)
+
+    def preview(self, networks, step):
+        return self.look("preview") or super().preview(networks, step)
+
+    def look(self, what: str) -> None:
+        if what == self.looks:
+            raise RuntimeError(f"no {what}")
+
+
+@pytest.mark.parametrize("look", ["validate", "preview", "evaluate"])
+def test_a_look_that_fails_does_not_cost_the_steps_before_it(tmp_path, look):
+    task = Blind(look)
+    config = toy_run(tmp_path, **{f"{look}_every": 3, "save_every": 3})
+    with pytest.raises(RuntimeError, match=f"no {look}"):
+        Trainer(task, config, create_engine(config), ToyLoader, lambda: ToyLoader(steps=2),
+                evaluate=lambda networks, came_forward: task.look("evaluate")).run()
+    assert (tmp_path / "toy/checkpoints/step_00000003").is_dir()
+    assert train(tmp_path, save_every=3).status == "finished"
+    assert [line["step"] for line in lines(tmp_path) if line.get("event") == "resume"] == [3]
+
+
+def test_an_evaluation_that_comes_forward_may_take_as_long_as_it_takes(tmp_path):
+    """The watchdog's time begins anew with every part."""
+    deadlines = []
+
+    def evaluate(networks, came_forward):
+        for _ in range(3):
+            deadlines.append(trainer.watchdog._deadline)
+            time.sleep(0.01)
+            came_forward()
+        return {"score": 1.0}
+
+    config = toy_run(tmp_path, evaluate_every=4)
+    trainer = Trainer(SingleTask(), config, create_engine(config), ToyLoader, evaluate=evaluate)
+    assert trainer.run().last["evaluation/score"] == 1.0
+    assert deadlines == sorted(set(deadlines)) and len(deadlines) == 3
 
 
 def test_a_spent_budget_stops_with_a_checkpoint(tmp_path):

@@ -5,7 +5,8 @@ import os
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +24,10 @@ from dalle.training.prerequisites import (
     missing_runs_explained,
     passed_on,
     prerequisites,
-    run_to_its_end,
     train_prerequisites,
 )
 from dalle.training.run import RunConfig
+from dalle.training.signals import run_in_turn, run_to_its_end
 
 RUNS = {"any": RunConfig}
 
@@ -184,20 +185,35 @@ def test_the_other_processes_wait_until_all_are_finished(chain, tmp_path, traine
     assert ended == [0] and not done(tmp_path)
 
 
-def test_a_signal_to_stop_reaches_the_run_and_its_status_comes_back(tmp_path):
+@contextmanager
+def sent_once_up(tmp_path: Path, number: int) -> Iterator[list[str]]:
+    """A command that ends with 75 at a SIGTERM or a SIGINT, and a thread that sends this process one once it is up."""
     script = ("import pathlib, signal, sys, time\n"
-              "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+              "for number in (15, 2): signal.signal(number, lambda *_: sys.exit(75))\n"
               f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(60)\n")
 
     def stop() -> None:
         while not (tmp_path / "up").exists():
             time.sleep(0.01)
-        os.kill(os.getpid(), 15)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=stop)
     thread.start()
-    assert run_to_its_end([sys.executable, "-c", script]) == 75
+    yield [sys.executable, "-c", script]
     thread.join()
+
+
+@pytest.mark.parametrize("number", [15, 2])
+def test_a_signal_to_stop_reaches_the_run_and_its_status_comes_back(tmp_path, number):
+    with sent_once_up(tmp_path, number) as command:
+        assert run_to_its_end(command) == 75
+
+
+@pytest.mark.parametrize("number", [15, 2])
+def test_after_a_signal_no_other_stage_follows(tmp_path, number):
+    with sent_once_up(tmp_path, number) as command, pytest.raises(SystemExit) as ended:
+        run_in_turn(command)
+    assert ended.value.code == 75
 
 
 def test_a_run_that_was_killed_has_the_status_of_a_shell():

@@ -1,11 +1,16 @@
 """What the launcher's files say about ZeRO arrives in DeepSpeed's settings."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from toys import toy_run
 
 from dalle.errors import UserError
 from dalle.training.engine import EngineConfig
@@ -24,7 +29,7 @@ def launched(monkeypatch):
             monkeypatch.delenv(f"ACCELERATE_DEEPSPEED_{name}", raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name}", value)
-        return launched_zero()
+        return launched_zero(toy_run("nowhere"))
 
     return launch
 
@@ -58,7 +63,11 @@ def test_deepspeeds_own_file_is_taken_over(launched):
 @pytest.mark.parametrize("text, message", [
     ("{", "cannot be read"),
     ("{}", "no zero_optimization"),
-    ('{"zero_optimization": {"stage": 3}, "train_batch_size": 8}', "sets train_batch_size"),
+    ('{"zero_optimization": {"stage": 3}, "optimizer": {}}', "sets optimizer"),
+    ('{"zero_optimization": {"stage": 3}, "train_batch_size": 6}', "train_batch_size is 6 .*: set train.batch_size=6"),
+    ('{"zero_optimization": {"stage": 3}, "fp16": {"enabled": true}}', "fp16.enabled is fp16.*train.precision=bf16"),
+    ('{"zero_optimization": {"stage": 3}, "bf16": {"enabled": true}}', "set train.precision=bf16"),
+    ('{"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 4}', "set train.micro_batch_size=2"),
     ('{"zero_optimization": {"stage": 0}}', "not one of 1, 2, 3"),
 ])
 def test_a_file_that_cannot_be_followed_is_refused(launched, tmp_path, text, message):
@@ -66,3 +75,12 @@ def test_a_file_that_cannot_be_followed_is_refused(launched, tmp_path, text, mes
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         launched(CONFIG_FILE=str(path))
+
+
+def test_a_file_that_says_what_the_run_says_or_leaves_it_open_is_accepted(launched, tmp_path):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "fp16": {"enabled": False},
+        "bf16": {"enabled": "auto"}, "gradient_clipping": "auto", "gradient_accumulation_steps": 1,
+        "train_batch_size": 8, "train_micro_batch_size_per_gpu": "auto"}))
+    assert launched(CONFIG_FILE=str(path)) == {"stage": 2}

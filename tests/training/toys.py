@@ -189,6 +189,25 @@ class OftenPaintsOnceTask(PaintsOnceTask):
         self.phases = [*self.phases[:2], replace(self.phases[2], every=2, repeats=2)]
 
 
+class Normed(nn.Module):
+    """Batch statistics of the input itself, which no weight changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x))
+
+
+class NormedTask(SingleTask):
+    """One player with statistics of its own on every rank."""
+
+    def __init__(self, optimizer: OptimizerConfig | None = None):
+        super().__init__(optimizer)
+        self.players = {"net": Player(seeded(Normed), self.players["net"].optimizer)}
+
+
 class NanOnOneRank(SingleTask):
     """The last rank's loss is not a number in the second step; its gradient alone would not show it."""
 
