@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.models.base import ModelConfig
 from dalle.sampling.generator import to_bytes
 from dalle.training.task import Batch, Loss, Networks
@@ -296,13 +296,13 @@ def attention_picture(image: Tensor, maps: Sequence[Tensor]) -> Tensor:
 
 # -- the run
 
-class AttnGANDiscriminatorConfig(Section):
+class AttnGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Sizes of the discriminators; the defaults are the paper's for CUB (COCO: width 96)."""
 
     width: int = Field(default=64, ge=1, description="channels after the first convolution (ndf)")
 
 
-class AttnGANLossConfig(Section):
+class AttnGANLossConfig(Section, json_schema_extra=FREE):
     """The generator's further terms."""
 
     damsm: float = Field(default=5.0, ge=0, description="lambda of equation 12 (COCO: 50, AttnDCGAN: 1)")
@@ -317,7 +317,7 @@ class AttnGANRun(GANRun):
     """An AttnGAN run. Without ``text_encoder`` the matching model's own reads the captions, as in the paper."""
 
     task: Literal["attngan"] = "attngan"
-    damsm: str = Field(description="run or model folder of the matching model; frozen")
+    damsm: str = Field(description="run or model folder of the matching model; frozen", json_schema_extra=FREE)
     generator: AttnGANConfig = AttnGANConfig()
     discriminator: AttnGANDiscriminatorConfig = AttnGANDiscriminatorConfig()
     generator_optimizer: GANOptimizer = GANOptimizer(ema=0.999)

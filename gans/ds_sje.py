@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FREE, Section
 from dalle.sampling.generator import load_model, shorten
 from dalle.tasks.clip import full_precision
 from dalle.training.gathering import in_global_order
@@ -256,7 +256,7 @@ class DSSJEOptimizer(OptimizerConfig):
     schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
 
 
-class DSSJELoss(Section):
+class DSSJELoss(Section, json_schema_extra=FREE):
     """``pairs``: a picture and a caption, or (the authors' COCO encoder) two captions of one picture, one direction."""
 
     pairs: Literal["pictures", "captions"] = "pictures"

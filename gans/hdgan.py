@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.sampling.generator import load_model, model_folder
@@ -279,14 +279,14 @@ def extension_loss(fake: Sequence[Scores], images: Sequence[Tensor], weight: flo
 
 # -- the run
 
-class HDGANDiscriminatorConfig(Section):
+class HDGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Sizes of the discriminators; the defaults are the paper's."""
 
     width: int = Field(default=512, ge=16, description="channels of the codes")
     text_dim: int = Field(default=128, ge=1)
 
 
-class HDGANLossConfig(Section):
+class HDGANLossConfig(Section, json_schema_extra=FREE):
     """Weights of the generator's further terms."""
 
     kl: float = Field(default=4.0, ge=0, description="of the conditioning's divergence (COCO: 2)")
@@ -298,7 +298,7 @@ class HDGANRun(GANRun):
 
     task: Literal["hdgan"] = "hdgan"
     base: str | None = Field(default=None, description="run or model folder of the finished generator that "
-                             "generator.extended builds on")
+                             "generator.extended builds on", json_schema_extra=FREE)
     generator: HDGANConfig = HDGANConfig()
     discriminator: HDGANDiscriminatorConfig = HDGANDiscriminatorConfig()
     loss: HDGANLossConfig = HDGANLossConfig()

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle.models.base import ModelConfig, PretrainedModel
+from dalle.models.base import FREE, ModelConfig, PretrainedModel
 from dalle.tasks.clip import full_precision, pooled_recalls
 from dalle.training.gathering import in_global_order, in_global_order_with_gradient
 from dalle.training.run import RunConfig
@@ -22,7 +22,7 @@ from gans.trunks import SmallTrunk, build_trunk
 class JointConfig(ModelConfig):
     """The picture's side: a trunk's vector or, without ``trunk``, one that comes from outside."""
 
-    trunk: str | None = Field(default=None, description="a trunk of gans/trunks.py")
+    trunk: str | None = Field(default=None, description="a trunk of gans/trunks.py", json_schema_extra=FREE)
     image_dim: int | None = Field(default=None, ge=1, description="follows from the trunk; neither: captions alone")
 
 

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.sampling.generator import load_model, model_folder, model_kind
@@ -247,7 +247,7 @@ class StackGAN2Generator(Painter):
 
 # -- the discriminators
 
-class DiscriminatorConfig(Section):
+class DiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Sizes of a discriminator; the others follow from the picture. COCO's width is 96."""
 
     width: int = Field(default=64, ge=2, description="channels after the first halving")
@@ -325,7 +325,7 @@ class MeanDiscriminator(nn.Module):
 
 # -- losses (eqs. 3-6; both codes add the wrong pair that the equations leave out)
 
-class StackGANLossConfig(Section):
+class StackGANLossConfig(Section, json_schema_extra=FREE):
     """Weights of the losses."""
 
     kl: float = Field(default=2.0, ge=0, description="of the mean over the condition's dimensions, not their sum")
@@ -362,7 +362,8 @@ class StackGAN2Run(StackGANRun):
     """A run of stage II. ``text_encoder`` may be left out: captions are read as stage I reads them."""
 
     task: Literal["stackgan2"] = "stackgan2"
-    stage1: str = Field(description="the run or model folder of stage I, which paints what is painted over; frozen")
+    stage1: str = Field(description="the run or model folder of stage I, which paints what is painted over; frozen",
+                        json_schema_extra=FREE)
     generator: StackGAN2Config = StackGAN2Config()
 
 

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.data.decode import BadSample
 from dalle.data.index import ShardIndex
 from dalle.errors import UserError
@@ -48,15 +48,16 @@ class GANOptimizer(OptimizerConfig):
     schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
 
 
-class StabiliserConfig(Section):
+class StabiliserConfig(Section, json_schema_extra=FREE):
     """What the classic systems did not have; off in their configs."""
 
     r1: float = Field(default=0.0, ge=0, description="gamma of the R1 penalty on real pictures; 0: none")
     r1_every: int = Field(default=16, ge=1, description="steps between two penalties, each that much stronger")
-    spectral_norm: bool = Field(default=False, description="of every layer of the discriminator")
+    spectral_norm: bool = Field(default=False, description="of every layer of the discriminator",
+                                json_schema_extra=FIXED)
 
 
-class GANPreviewConfig(Section):
+class GANPreviewConfig(Section, json_schema_extra=FREE):
     """The pictures in the log: each caption with ``columns`` seeds, counted from 0."""
 
     captions: tuple[str, ...] = PREVIEW_CAPTIONS
@@ -66,7 +67,8 @@ class GANPreviewConfig(Section):
 class PaintingRun(RunConfig):
     """What every run has whose network paints captions."""
 
-    sync_batch_norm: bool = Field(default=False, description="statistics over the batches of all processes")
+    sync_batch_norm: bool = Field(default=False, description="statistics over the batches of all processes",
+                                  json_schema_extra=FREE)
     preview: GANPreviewConfig = GANPreviewConfig()
     evaluation: SmallEvaluationConfig = SmallEvaluationConfig()
 
@@ -75,7 +77,7 @@ class GANRun(PaintingRun):
     """What every GAN's run has; a system adds ``task``, ``generator``, ``discriminator`` and ``loss``."""
 
     text_encoder: str | None = Field(default=None, description="a run or model folder (ds_sje, vse, damsm, clip), "
-                                     "open_clip:NAME/TAG or transformers:NAME; frozen")
+                                     "open_clip:NAME/TAG or transformers:NAME; frozen", json_schema_extra=FREE)
     standardise_text: bool = Field(default=False, description="each dimension of the text to mean 0 and deviation 1")
     generator_optimizer: GANOptimizer = GANOptimizer()
     discriminator_optimizer: GANOptimizer = GANOptimizer()

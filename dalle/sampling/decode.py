@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dalle.config import Section
+from dalle.config import FREE, Section
 from dalle.models.transformer import DecodingState, TextToImageTransformer, TransformerConfig, cache_bytes
 
 BATCH_SIZE = {"cpu": 16, "cuda": 64}    # candidates side by side where memory allows
@@ -19,7 +19,7 @@ CPU_CACHE_BYTES = 2 << 30
 PREFILL_ROWS = 4                        # captions run through the model at once
 
 
-class SamplingConfig(Section):
+class SamplingConfig(Section, json_schema_extra=FREE):
     """How the next code is chosen. The defaults are the paper's: the model's own distribution."""
 
     temperature: float = Field(default=1.0, ge=0, description="0 takes the most probable code")

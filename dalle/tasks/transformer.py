@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from dalle.config import Section
+from dalle.config import FREE, Section
 from dalle.data.codes import codes_digest
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
@@ -41,11 +41,13 @@ PREVIEW_CAPTIONS = ("a red circle", "a blue square above a green star", "a small
 class TransformerModelConfig(TransformerArchitecture):
     """The ``model`` section: an architecture (or a preset and what differs from it); sizes may be left to the codec."""
 
-    preset: str | None = Field(default=None, description="start from this preset's architecture")
-    text_length: int | None = Field(default=None, ge=1, description="from data.text_length")
-    num_text_tokens: int | None = Field(default=None, ge=2, description="from the tokenizer")
-    grid: tuple[int, int] | None = Field(default=None, description="from the codec")
-    num_codes: int | None = Field(default=None, ge=1, description="from the codec")
+    preset: str | None = Field(default=None, description="start from this preset's architecture",
+                               json_schema_extra=FREE)          # what it stands for is compared
+    # whether these are left out or written down makes no difference: they are those of the companions
+    text_length: int | None = Field(default=None, ge=1, description="from data.text_length", json_schema_extra=FREE)
+    num_text_tokens: int | None = Field(default=None, ge=2, description="from the tokenizer", json_schema_extra=FREE)
+    grid: tuple[int, int] | None = Field(default=None, description="from the codec", json_schema_extra=FREE)
+    num_codes: int | None = Field(default=None, ge=1, description="from the codec", json_schema_extra=FREE)
 
     @model_validator(mode="before")
     @classmethod
@@ -61,7 +63,7 @@ class TransformerModelConfig(TransformerArchitecture):
         return self.model_dump(include=set(TransformerArchitecture.model_fields))
 
 
-class TransformerLossConfig(Section):
+class TransformerLossConfig(Section, json_schema_extra=FREE):
     """The weights of the two cross-entropies; the paper's are 1/8 and 7/8."""
 
     text_weight: float = Field(default=1 / 8, ge=0)
@@ -69,7 +71,7 @@ class TransformerLossConfig(Section):
     text_pads: bool = Field(default=True, description="whether the pads of empty text slots are targets too")
 
 
-class PreviewConfig(Section):
+class PreviewConfig(Section, json_schema_extra=FREE):
     """The pictures in the log: each caption with ``columns`` seeds, counted from 0."""
 
     captions: tuple[str, ...] = PREVIEW_CAPTIONS
@@ -81,7 +83,7 @@ class TransformerRun(RunConfig):
     """A transformer run: its codec, the model, how it moves and what it is asked."""
 
     task: Literal["transformer"] = "transformer"
-    codec: str = Field(description="run or model folder of the discrete VAE")
+    codec: str = Field(description="run or model folder of the discrete VAE", json_schema_extra=FREE)    # by its digest
     model: TransformerModelConfig = TransformerModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: TransformerLossConfig = TransformerLossConfig()

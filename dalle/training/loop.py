@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from dalle.config import Section, to_yaml
+from dalle.config import FIXED, FREE, Section, to_yaml
 from dalle.errors import EXIT_STOPPED_BY_SIGNAL, UserError
 from dalle.training.checkpoint import (
     FORMAT,
@@ -54,11 +54,12 @@ STOP_FILE, FINISHED_FILE = "stop", "finished"  # in the run folder: someone asks
 STOP_FILE_SECONDS = 1.0                        # between two looks
 
 
-class TrainConfig(Section):
+class TrainConfig(Section, json_schema_extra=FREE):
     """How long, how much at once, and how often to look."""
 
     steps: int = Field(default=1000, ge=1, description="optimiser steps of the whole run; the schedules end there")
-    batch_size: int = Field(default=32, ge=1, description="samples a step over all processes")
+    batch_size: int = Field(default=32, ge=1, description="samples a step over all processes",
+                            json_schema_extra=FIXED)
     micro_batch_size: int | None = Field(default=None, ge=1, description="samples at once in a process; null: all")
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = Field(default=False, description="torch.compile the players")
@@ -524,8 +525,7 @@ class Trainer:
         return path
 
     def _load(self, checkpoint: Path) -> None:
-        check_resumable(checkpoint, self.saved, self.config.model_dump(mode="json"), self.identity,
-                        list(self.task.players))
+        check_resumable(checkpoint, self.saved, self.config, self.identity, list(self.task.players))
         for name in self.task.players:
             try:
                 self.engine.load_player(name, SavedPlayer(checkpoint / name))

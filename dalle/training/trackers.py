@@ -27,7 +27,7 @@ import psutil
 from PIL import Image
 from pydantic import Field
 
-from dalle.config import Section
+from dalle.config import FREE, Section
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ WANDB_INIT_SECONDS = 60
 WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-class LogConfig(Section):
+class LogConfig(Section, json_schema_extra=FREE):
     """Trackers beside the JSONL, which is always written."""
 
     wandb: Literal["online", "offline", "disabled"] = "disabled"
