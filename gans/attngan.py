@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dalle.config import FIXED, FREE, Section
 from dalle.models.base import ModelConfig
 from dalle.sampling.generator import to_bytes
-from dalle.training.task import Batch, Loss, Networks
+from dalle.training.task import Batch, Companion, Loss, Networks
 from gans.damsm import Damsm, Gammas, damsm_losses
 from gans.generator import Painter
 from gans.layers import (
@@ -334,6 +334,8 @@ class AttnGANTask(GANTask):
     """The same fakes for both players, as released; wrong pairs are the batch's own, shifted by one."""
 
     wrong_texts = "rolled"
+    companion_settings = {"text": "text_encoder", "damsm": "damsm", "damsm_text": "damsm"}
+    unpacked = frozenset({"damsm", "damsm_text"})
     config: AttnGANRun
 
     def __init__(self, config: AttnGANRun):
@@ -346,6 +348,11 @@ class AttnGANTask(GANTask):
         discriminator = AttnGANDiscriminator(sizes.picture_sides, sizes.sentence_dim, config.discriminator.width,
                                              unconditional=not sizes.last_only)
         self.assemble(config, AttnGANGenerator(sizes), discriminator, encoder, frozen)
+
+    def companions(self) -> dict[str, Companion]:
+        """Also ``damsm_text`` where one encoder reads the captions for all."""
+        found = super().companions()
+        return {**found, "damsm_text": found.get("damsm_text", Companion(self.frozen["text"], "damsm"))}
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
         """Also ``matching_text``, as the matching model's own encoder reads the captions."""

@@ -25,7 +25,7 @@ from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.sampling.generator import load_model, model_folder, model_kind, to_bytes
 from dalle.training.optimizers import OptimizerConfig
-from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player
+from dalle.training.task import Batch, Companion, Loss, Mean, Networks, Phase, Player
 from gans.generator import TEXT_FOLDER, Noise, Painter
 from gans.layers import bottleneck, conv1, dcgan_init, down, join, leaky, relu, synchronised
 from gans.losses import bce
@@ -291,6 +291,8 @@ class StyleRun(PaintingRun):
 class StyleTask(GANTask):
     """Minimises E ||z - S(G(z, phi(t)))||^2, eq. 6, with G frozen."""
 
+    companion_settings = {"text": "gan", "gan": "gan"}
+    unpacked = frozenset({"gan"})          # its weights are in the checkpoint
     config: StyleRun
 
     def __init__(self, config: StyleRun):
@@ -311,6 +313,9 @@ class StyleTask(GANTask):
         self.players = {"generator": Player(model, config.optimizer)}
         self.frozen = {"text": encoder}
         self.phases = [Phase("style", player="generator", loss=self.style_loss)]
+
+    def companions(self) -> dict[str, Companion]:
+        return {**super().companions(), "gan": Companion(self.network.generator, "gan")}
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
         """A noise for each caption, and the picture that the generator makes of both."""

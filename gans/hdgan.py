@@ -21,7 +21,7 @@ from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.sampling.generator import load_model, model_folder
-from dalle.training.task import Batch, Loss, Networks
+from dalle.training.task import Batch, Companion, Loss, Networks
 from gans.generator import Painter
 from gans.layers import Augmented, ConditioningAugmentation, Residual, conv1, dcgan_init, join, leaky
 from gans.losses import mse
@@ -317,6 +317,8 @@ class HDGANTask(GANTask):
     """The same fakes for both players, as released; wrong pictures are of another class."""
 
     wrong_images = "other_class"
+    companion_settings = {"text": "text_encoder", "base": "base"}
+    unpacked = frozenset({"base"})         # its weights are in the checkpoint
     config: HDGANRun
 
     def __init__(self, config: HDGANRun):
@@ -334,6 +336,11 @@ class HDGANTask(GANTask):
         discriminator = HDGANDiscriminator(self.sides, levels, encoder.sentence_dim, config.discriminator.width,
                                            config.discriminator.text_dim)
         self.assemble(config, generator, discriminator, encoder)
+
+    def companions(self) -> dict[str, Companion]:
+        """Also ``base``, of a further stage."""
+        base = {} if self.config.base is None else {"base": Companion(self.network.base, "base")}
+        return {**super().companions(), **base}
 
     def judged(self, images: Sequence[Tensor]) -> Sequence[Tensor]:
         """Those of the generator's pictures that learn."""

@@ -75,6 +75,7 @@ class JointRun(RunConfig):
 class JointTask(Task):
     """One player, whose loss is over the global batch; a trunk that is not trained stands beside it, frozen."""
 
+    companion_settings = {"trunk": "model.trunk"}
     splits_batch = False      # every pair of the batch is a negative of every other
     name: ClassVar[str]       # of the player
     whole: JointConfig        # what the export holds, a frozen trunk included

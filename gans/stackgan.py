@@ -23,7 +23,7 @@ from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.sampling.generator import load_model, model_folder, model_kind
-from dalle.training.task import Batch, Loss, Networks
+from dalle.training.task import Batch, Companion, Loss, Networks
 from gans.generator import TEXT_FOLDER, Noise, Painter
 from gans.layers import (
     ConditioningAugmentation,
@@ -491,6 +491,9 @@ class StackGAN1Task(StackGANTask):
 class StackGAN2Task(StackGANTask):
     """Stage II (section 3.4); its export holds stage I, too."""
 
+    companion_settings = {"text": "text_encoder", "stage1": "stage1"}
+    unpacked = frozenset({"stage1"})       # its weights are in the checkpoint
+
     def __init__(self, config: StackGAN2Run):
         stage1, encoder = load_stage1(config)
         sizes = filled(config.generator, sentence_dim=encoder.sentence_dim, image_size=config.data.image_size,
@@ -498,6 +501,9 @@ class StackGAN2Task(StackGANTask):
         generator = StackGAN2Generator(sizes)
         generator.stage1.load_state_dict(stage1.state_dict())
         self.set_up(config, generator, encoder, stage=2)
+
+    def companions(self) -> dict[str, Companion]:
+        return {**super().companions(), "stage1": Companion(self.network.stage1, "stage1")}
 
 
 def load_stage1(config: StackGAN2Run) -> tuple[StackGAN1Generator, nn.Module]:

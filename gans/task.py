@@ -27,7 +27,7 @@ from dalle.models.base import ModelConfig
 from dalle.training.gathering import in_global_order
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
-from dalle.training.task import Batch, Loss, Networks, Phase, Player, Task
+from dalle.training.task import Batch, Companion, Loss, Networks, Phase, Player, Task
 from gans.generator import TEXT_FOLDER, GANGenerator, Noise, Painter, draw_noise
 from gans.layers import spectrally_normalised, synchronised
 from gans.losses import r1_penalty
@@ -125,6 +125,7 @@ class GANTask(Task):
     wrong_texts: ClassVar[Literal["rolled"] | None] = None
     wrong_text_shift: ClassVar[int] = 1
     generator_repeats: ClassVar[int] = 1
+    companion_settings: ClassVar[Mapping[str, str]] = {"text": "text_encoder"}
     config: PaintingRun
     players: dict[str, Player]
 
@@ -168,6 +169,14 @@ class GANTask(Task):
     def network(self) -> Painter:
         """The generator itself."""
         return self.players["generator"].module
+
+    def companions(self) -> dict[str, Companion]:
+        """The frozen networks. Statistics that were taken here differ by rounding from one processor to another: they
+        are known by the encoder and the captions that they come from."""
+        found = super().companions()
+        return {name: Companion(one.module.encoder, one.setting, one.module.captions)
+                if isinstance(one.module, StandardisedTextEncoder) and one.module.captions else one
+                for name, one in found.items()}
 
     def exchange(self, networks: Networks) -> Exchange:
         return Exchange(networks)

@@ -61,6 +61,8 @@ class ClipRun(RunConfig):
 class ClipTask(Task):
     """The contrastive objective of CLIP (arXiv 2103.00020, figure 3) or SigLIP (arXiv 2303.15343, eq. 1)."""
 
+    companion_settings = {"codec": "loss.codec"}
+    unpacked = frozenset({"codec"})
     splits_batch = False    # every pair of the batch is a negative of every other
 
     def __init__(self, config: ClipRun):

@@ -31,6 +31,7 @@ from dalle.models.transformer import (
 )
 from dalle.sampling.decode import SamplingConfig
 from dalle.sampling.generator import TransformerGenerator, file_digest, load_codec, load_tokenizer, model_folder
+from dalle.training.companions import module_digest
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
@@ -104,12 +105,14 @@ class TransformerRun(RunConfig):
 class TransformerTask(Task):
     """Next-token prediction over caption and picture, each kind of token in its own vocabulary."""
 
+    companion_settings = {"codec": "codec"}
+
     def __init__(self, config: TransformerRun):
         self.config = config
         self.tokenizer = load_tokenizer(Path(config.data.tokenizer))
         codec_folder = model_folder(config.codec)
         codec = load_codec(codec_folder, "cpu")
-        check_cached_codes(config, file_digest(codec_folder / WEIGHTS_FILE))
+        check_cached_codes(config, codec, codec_folder)
         model = TextToImageTransformer(resolve_model(config, codec, self.tokenizer))
         self.players = {"transformer": Player(model, config.optimizer)}
         self.frozen = {"codec": codec.requires_grad_(False)}
@@ -193,12 +196,19 @@ class TransformerTask(Task):
         return self.players["transformer"].module
 
 
-def check_cached_codes(config: TransformerRun, codec_digest: str) -> None:
+def check_cached_codes(config: TransformerRun, codec: DiscreteVAE, codec_folder: Path) -> None:
     """``UserError`` when a cache of codes was made with other weights than the codec's: their codes mean nothing."""
-    for folder in filter(None, (config.data.codes, config.data.validation_codes)):
-        if codes_digest(folder) != codec_digest:
+    folders = [folder for folder in (config.data.codes, config.data.validation_codes) if folder]
+    digests = codec_digests(codec, codec_folder) if folders else ()
+    for folder in folders:
+        if codes_digest(folder) not in digests:
             raise UserError(f"the codes in {folder} were made with another codec than {config.codec} holds now; "
                             "delete them and run tools/cache_codes.py again")
+
+
+def codec_digests(codec: DiscreteVAE, folder: Path) -> tuple[str, str]:
+    """What ``codes.json`` may call the codec: its digest or, in caches of older versions, that of its file."""
+    return module_digest(codec), file_digest(folder / WEIGHTS_FILE)
 
 
 def resolve_model(config: TransformerRun, codec: DiscreteVAE, tokenizer: CaptionTokenizer) -> TransformerConfig:

@@ -23,7 +23,7 @@ from dalle.tasks.clip import full_precision, pooled_recalls
 from dalle.training.gathering import in_global_order
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
-from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
+from dalle.training.task import Batch, Companion, Loss, Mean, Networks, Phase, Player, Task
 
 INCEPTION = InceptionResNetFeatures.model_type
 
@@ -77,6 +77,7 @@ class VSRun(RunConfig):
 class VSTask(Task):
     """The bidirectional ranking loss over the pairs of the global batch."""
 
+    companion_settings = {"text": "text_features", "image": "image_features"}
     splits_batch = False    # every pair of the batch is a negative of every other
 
     def __init__(self, config: VSRun):
@@ -91,6 +92,11 @@ class VSTask(Task):
         self.players = {"vs": Player(model, config.optimizer)}
         self.frozen = {"text": text} if same else {"text": text, "image": image}
         self.phases = [Phase("rank", player="vs", loss=self.rank)]
+
+    def companions(self) -> dict[str, Companion]:
+        """Also ``image`` where one network gives both features."""
+        found = super().companions()
+        return {**found, "image": found.get("image", Companion(self.frozen["text"], "image_features"))}
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
         """The frozen features of the whole global batch, in the same order on every process.
