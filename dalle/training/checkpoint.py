@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -108,9 +109,12 @@ class CheckpointStore:
             shutil.rmtree(doomed, ignore_errors=True)
 
     def clear(self) -> None:
-        """Delete every checkpoint of the run."""
-        if self.folder.is_dir():
-            shutil.rmtree(self.folder)
+        """Delete every checkpoint of the run, the newest last: one that is cut short begins anew again."""
+        self.sweep()
+        for path in reversed(self.all()):
+            self._delete(path)
+        with suppress(OSError):                              # what is no checkpoint stays
+            self.folder.rmdir()
 
     def all(self) -> list[Path]:
         """Published checkpoints, newest first."""

@@ -1,6 +1,5 @@
 """What a run reads and does not make itself: other runs, which can be trained first, and data sets."""
 
-import json
 import os
 import re
 import signal
@@ -15,8 +14,8 @@ from typing import Any, Literal, NamedTuple
 from dalle.config import load_config, read_yaml
 from dalle.data.dataset import DataConfig
 from dalle.errors import MissingModel, UserError
-from dalle.training.loop import FINISHED_FILE
 from dalle.training.run import RunConfig
+from dalle.training.run_folder import finished_steps
 from dalle.training.signals import STOP_SIGNALS
 
 SECONDS_BETWEEN_LOOKS = 1.0      # of the processes that wait while the main one trains
@@ -52,14 +51,6 @@ class Prerequisite(NamedTuple):
 
     def describe(self) -> dict[str, str]:
         return {"config": self.path, "folder": str(self.config.folder), "state": self.state}
-
-
-def finished_steps(folder: Path) -> int:
-    """The steps of a run that reached its end; 0 for one that did not."""
-    try:
-        return int(json.loads((folder / FINISHED_FILE).read_text())["step"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return 0
 
 
 def prerequisites(path: str, config: RunConfig, runs: Mapping[str, type[RunConfig]]) -> list[Prerequisite]:
