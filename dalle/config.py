@@ -20,6 +20,12 @@ from dalle.errors import UserError
 from dalle.lookup import LazyTable
 from dalle.text_file import read_text_file
 
+# What a resume does with a setting that has changed, said beside the field (``json_schema_extra``) or for all fields of
+# a section (the class's own): the nearest to the setting counts. FIXED: with another value the weights or the order of
+# the samples would mean nothing. FREE: the run goes on with the new value.
+RESUME = "resume"
+FIXED, FREE = {RESUME: "fixed"}, {RESUME: "free"}
+
 
 class Section(BaseModel):
     """Base of every config section: immutable, strict about unknown keys and about numbers that are none."""
@@ -146,15 +152,29 @@ def field_names(root: type[BaseModel], location: Sequence[str | int]) -> set[str
     models = [root]
     for part in location:
         models = [inner for model in models if part in model.model_fields
-                  for inner in _models_in(model.model_fields[part].annotation)] or models
+                  for inner in models_in(model.model_fields[part].annotation)] or models
     return {name for model in models for name in model.model_fields}
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def resume_rule(root: type[BaseModel], key: str) -> str | None:
+    """"fixed" or "free", as declared nearest to the setting ``key`` (``section.name``); None: there is no such key."""
+    rule, models = None, [root]
+    for part in key.split("."):
+        owner = next((model for model in models if part in model.model_fields), None)
+        if owner is None:                                   # below a plain mapping, whose own field has decided
+            return rule if not models else None
+        field = owner.model_fields[part]
+        for declared in (owner.model_config.get("json_schema_extra"), field.json_schema_extra):
+            rule = declared.get(RESUME, rule) if isinstance(declared, Mapping) else rule
+        models = models_in(field.annotation)
+    return rule
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        return [model for inner in typing.get_args(annotation) for model in _models_in(inner)]
+        return [model for inner in typing.get_args(annotation) for model in models_in(inner)]
     return []
 
 

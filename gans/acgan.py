@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.models.precision import at_least_single
@@ -161,13 +161,15 @@ def named_classes(prompts: Sequence[str], num_classes: int) -> Tensor:
 
 # -- the discriminator
 
-class ACGANDiscriminatorConfig(Section):
+class ACGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Six 3x3 convolutions of strides 2, 1, 2, 1, 2, 1 at the paper's sizes."""
 
     channels: tuple[PositiveInt, ...] = Field(default=(16, 32, 64, 128, 256, 512), min_length=1)
-    dropout: float = Field(default=0.5, ge=0, lt=1, description="share of the activations set to 0, in every layer")
+    dropout: float = Field(default=0.5, ge=0, lt=1, description="share of the activations set to 0, in every layer",
+                           json_schema_extra=FREE)
     activation_noise: float = Field(default=0.0, ge=0, description="deviation of what is added to every layer's input; "
-                                                                   "the paper tried 0, 0.1 and 0.2")
+                                                                   "the paper tried 0, 0.1 and 0.2",
+                                    json_schema_extra=FREE)
 
     @property
     def downsampling(self) -> int:
@@ -245,7 +247,7 @@ def class_accuracy(classes: Tensor, class_id: Tensor) -> Tensor:
 
 # -- training
 
-class ACGANLossConfig(Section):
+class ACGANLossConfig(Section, json_schema_extra=FREE):
     """The paper's sum has no weights."""
 
     class_weight: float = Field(default=1.0, ge=0, description="of L_C beside L_S")

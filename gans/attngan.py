@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.models.base import ModelConfig
 from dalle.sampling.generator import to_bytes
-from dalle.training.task import Batch, Loss, Networks
+from dalle.training.task import Batch, Companion, Loss, Networks
 from gans.damsm import Damsm, Gammas, damsm_losses
 from gans.generator import Painter
 from gans.layers import (
@@ -296,13 +296,13 @@ def attention_picture(image: Tensor, maps: Sequence[Tensor]) -> Tensor:
 
 # -- the run
 
-class AttnGANDiscriminatorConfig(Section):
+class AttnGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Sizes of the discriminators; the defaults are the paper's for CUB (COCO: width 96)."""
 
     width: int = Field(default=64, ge=1, description="channels after the first convolution (ndf)")
 
 
-class AttnGANLossConfig(Section):
+class AttnGANLossConfig(Section, json_schema_extra=FREE):
     """The generator's further terms."""
 
     damsm: float = Field(default=5.0, ge=0, description="lambda of equation 12 (COCO: 50, AttnDCGAN: 1)")
@@ -317,7 +317,7 @@ class AttnGANRun(GANRun):
     """An AttnGAN run. Without ``text_encoder`` the matching model's own reads the captions, as in the paper."""
 
     task: Literal["attngan"] = "attngan"
-    damsm: str = Field(description="run or model folder of the matching model; frozen")
+    damsm: str = Field(description="run or model folder of the matching model; frozen", json_schema_extra=FREE)
     generator: AttnGANConfig = AttnGANConfig()
     discriminator: AttnGANDiscriminatorConfig = AttnGANDiscriminatorConfig()
     generator_optimizer: GANOptimizer = GANOptimizer(ema=0.999)
@@ -333,6 +333,8 @@ class AttnGANTask(GANTask):
 
     paints_once = True
     wrong_texts = "rolled"
+    companion_settings = {"text": "text_encoder", "damsm": "damsm", "damsm_text": "damsm"}
+    unpacked = frozenset({"damsm", "damsm_text"})
     config: AttnGANRun
 
     def __init__(self, config: AttnGANRun):
@@ -345,6 +347,11 @@ class AttnGANTask(GANTask):
         discriminator = AttnGANDiscriminator(sizes.picture_sides, sizes.sentence_dim, config.discriminator.width,
                                              unconditional=not sizes.last_only)
         self.assemble(config, AttnGANGenerator(sizes), discriminator, encoder, frozen)
+
+    def companions(self) -> dict[str, Companion]:
+        """Also ``damsm_text`` where one encoder reads the captions for all."""
+        found = super().companions()
+        return {**found, "damsm_text": found.get("damsm_text", Companion(self.frozen["text"], "damsm"))}
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
         """Also ``matching_text``, as the matching model's own encoder reads the captions."""

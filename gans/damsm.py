@@ -22,7 +22,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.metrics.retrieval import r_precision_hits
@@ -266,14 +266,14 @@ def damsm_losses(local: Tensor, pooled: Tensor, text: Text, class_ids: Tensor | 
 
 # -- training
 
-class DamsmArchitecture(Section):
+class DamsmArchitecture(Section, json_schema_extra=FIXED):
     """The sizes that are free; vocabulary and length follow from the tokenizer and the data."""
 
     dim: int = Field(default=256, ge=2, multiple_of=2)
     embedding_dim: int = Field(default=300, ge=1)
-    dropout: float = Field(default=0.5, ge=0, lt=1)
+    dropout: float = Field(default=0.5, ge=0, lt=1, json_schema_extra=FREE)
     trunk: str = Field(default="inception_v3", description="small[:WIDTH], or inception_v3, googlenet or vgg16 with "
-                       "nothing (torchvision's hub), :FILE or :random behind it")
+                       "nothing (torchvision's hub), :FILE or :random behind it", json_schema_extra=FREE)
 
 
 class DamsmOptimizer(OptimizerConfig):
@@ -298,7 +298,7 @@ class DamsmTextOptimizer(DamsmOptimizer):
     clip: float = Field(default=0.25, ge=0)
 
 
-class DamsmLossConfig(Section):
+class DamsmLossConfig(Section, json_schema_extra=FREE):
     """How sharp the losses are, and which pairs they compare."""
 
     gamma1: float = Field(default=4.0, gt=0, description="of the attention over regions; the paper has 5")
@@ -321,10 +321,11 @@ class DamsmRun(RunConfig):
     image_optimizer: DamsmOptimizer = DamsmOptimizer()
     loss: DamsmLossConfig = DamsmLossConfig()
     trunk_batch_statistics: bool = Field(default=True, description="the batch norms of a frozen trunk see the "
-                                         "batch, as in the released code; false: the statistics that it came with")
+                                         "batch, as in the released code; false: the statistics that it came with",
+                                         json_schema_extra=FREE)
     long_captions: Literal["random_words", "head"] = Field(
         default="random_words", description="what training keeps of captions over data.text_length: a random choice of "
-                                            "their words, in order, or the first ones")
+                                            "their words, in order, or the first ones", json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> "DamsmRun":

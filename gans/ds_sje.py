@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FREE, Section
 from dalle.sampling.generator import cut_warning, load_model, unknown_warning
 from dalle.tasks.clip import full_precision
 from dalle.training.gathering import in_global_order, of_everyone
@@ -261,7 +261,7 @@ class DSSJEOptimizer(OptimizerConfig):
     schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
 
 
-class DSSJELoss(Section):
+class DSSJELoss(Section, json_schema_extra=FREE):
     """``pairs``: a picture and a caption, or (the authors' COCO encoder) two captions of one picture, one direction."""
 
     pairs: Literal["pictures", "captions"] = "pictures"

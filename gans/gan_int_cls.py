@@ -20,14 +20,14 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.models.precision import at_least_single
 from dalle.sampling.generator import load_model, model_folder, model_kind, to_bytes
 from dalle.training.gathering import of_everyone
 from dalle.training.optimizers import OptimizerConfig
-from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player
+from dalle.training.task import Batch, Companion, Loss, Mean, Networks, Phase, Player
 from gans.generator import TEXT_FOLDER, Noise, Painter
 from gans.layers import bottleneck, conv1, dcgan_init, down, join, leaky, relu, synchronised
 from gans.losses import bce
@@ -104,7 +104,7 @@ class GANINTCLSGenerator(Painter):
         return self(noise, text.sentence), {}
 
 
-class DiscriminatorConfig(Section):
+class DiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Sizes of the discriminator; the paper's for birds and flowers (COCO: ``width`` 196, ``variant`` cls)."""
 
     width: int = Field(default=64, ge=2)
@@ -159,7 +159,7 @@ def generator_loss(plain: Tensor, interpolated: Tensor, weight: float) -> Tensor
 
 # -- config and task
 
-class GANINTCLSLoss(Section):
+class GANINTCLSLoss(Section, json_schema_extra=FREE):
     """Which of the three systems it is: both 0 is a plain conditional GAN."""
 
     mismatched: float = Field(default=0.5, ge=0, le=1, description="CLS: weight of the wrong picture among the fakes")
@@ -299,15 +299,18 @@ class StyleRun(PaintingRun):
     """A run of the style encoder over a finished ``gan`` run, whose text encoder it takes."""
 
     task: Literal["style"] = "style"
-    gan: str = Field(description="a run or model folder of gan_int_cls")
+    gan: str = Field(description="a run or model folder of gan_int_cls", json_schema_extra=FREE)
     width: int = Field(default=64, ge=2, description="of the style encoder")
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-4, betas=(0.5, 0.999), clip=0.0, schedule="constant")
-    clusters: int = Field(default=100, ge=2, description="styles that K-means finds for the evaluation")
+    clusters: int = Field(default=100, ge=2, description="styles that K-means finds for the evaluation",
+                          json_schema_extra=FREE)
 
 
 class StyleTask(GANTask):
     """Minimises E ||z - S(G(z, phi(t)))||^2, eq. 6, with G frozen."""
 
+    companion_settings = {"text": "gan", "gan": "gan"}
+    unpacked = frozenset({"gan"})          # its weights are in the checkpoint
     config: StyleRun
 
     def __init__(self, config: StyleRun):
@@ -328,6 +331,9 @@ class StyleTask(GANTask):
         self.players = {"generator": Player(model, config.optimizer)}
         self.frozen = {"text": encoder}
         self.phases = [Phase("style", player="generator", loss=self.style_loss)]
+
+    def companions(self) -> dict[str, Companion]:
+        return {**super().companions(), "gan": Companion(self.network.generator, "gan")}
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
         """A noise for each caption, and the picture that the generator makes of both."""

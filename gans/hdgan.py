@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.sampling.generator import load_model, model_folder
-from dalle.training.task import Batch, Loss, Networks
+from dalle.training.task import Batch, Companion, Loss, Networks
 from gans.generator import Painter
 from gans.layers import Augmented, ConditioningAugmentation, Residual, conv1, dcgan_init, join, leaky
 from gans.losses import mse
@@ -279,14 +279,14 @@ def extension_loss(fake: Sequence[Scores], images: Sequence[Tensor], weight: flo
 
 # -- the run
 
-class HDGANDiscriminatorConfig(Section):
+class HDGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Sizes of the discriminators; the defaults are the paper's."""
 
     width: int = Field(default=512, ge=16, description="channels of the codes")
     text_dim: int = Field(default=128, ge=1)
 
 
-class HDGANLossConfig(Section):
+class HDGANLossConfig(Section, json_schema_extra=FREE):
     """Weights of the generator's further terms."""
 
     kl: float = Field(default=4.0, ge=0, description="of the conditioning's divergence (COCO: 2)")
@@ -298,7 +298,7 @@ class HDGANRun(GANRun):
 
     task: Literal["hdgan"] = "hdgan"
     base: str | None = Field(default=None, description="run or model folder of the finished generator that "
-                             "generator.extended builds on")
+                             "generator.extended builds on", json_schema_extra=FREE)
     generator: HDGANConfig = HDGANConfig()
     discriminator: HDGANDiscriminatorConfig = HDGANDiscriminatorConfig()
     loss: HDGANLossConfig = HDGANLossConfig()
@@ -316,6 +316,8 @@ class HDGANTask(GANTask):
 
     paints_once = True
     wrong_images = "other_class"
+    companion_settings = {"text": "text_encoder", "base": "base"}
+    unpacked = frozenset({"base"})         # its weights are in the checkpoint
     config: HDGANRun
 
     def __init__(self, config: HDGANRun):
@@ -333,6 +335,11 @@ class HDGANTask(GANTask):
         discriminator = HDGANDiscriminator(self.sides, levels, encoder.sentence_dim, config.discriminator.width,
                                            config.discriminator.text_dim)
         self.assemble(config, generator, discriminator, encoder)
+
+    def companions(self) -> dict[str, Companion]:
+        """Also ``base``, of a further stage."""
+        base = {} if self.config.base is None else {"base": Companion(self.network.base, "base")}
+        return {**super().companions(), **base}
 
     def judged(self, images: Sequence[Tensor]) -> Sequence[Tensor]:
         """Those of the generator's pictures that learn."""

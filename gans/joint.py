@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle.models.base import ModelConfig, PretrainedModel
+from dalle.models.base import FREE, ModelConfig, PretrainedModel
 from dalle.models.precision import at_least_single
 from dalle.tasks.clip import full_precision, pooled_recalls
 from dalle.training.gathering import in_global_order_with_gradient
@@ -23,7 +23,7 @@ from gans.trunks import SmallTrunk, build_trunk
 class JointConfig(ModelConfig):
     """The picture's side: a trunk's vector or, without ``trunk``, one that comes from outside."""
 
-    trunk: str | None = Field(default=None, description="a trunk of gans/trunks.py")
+    trunk: str | None = Field(default=None, description="a trunk of gans/trunks.py", json_schema_extra=FREE)
     image_dim: int | None = Field(default=None, ge=1, description="follows from the trunk; neither: captions alone")
 
 
@@ -76,6 +76,7 @@ class JointRun(RunConfig):
 class JointTask(Task):
     """One player, whose loss is over the global batch; a trunk that is not trained stands beside it, frozen."""
 
+    companion_settings = {"trunk": "model.trunk"}
     splits_batch = False      # every pair of the batch is a negative of every other
     name: ClassVar[str]       # of the player
     whole: JointConfig        # what the export holds, a frozen trunk included

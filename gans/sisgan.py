@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.models.foreign import read_foreign_state
@@ -178,7 +178,7 @@ class SISGANGenerator(Painter):
 
 # -- the discriminator
 
-class SISGANDiscriminatorConfig(Section):
+class SISGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """The paper's sizes; the channels double from layer to layer, up to eight times the first."""
 
     channels: int = Field(default=64, ge=1)
@@ -209,7 +209,7 @@ class SISGANDiscriminator(nn.Module):
 
 # -- the losses, as functions of logits
 
-class SISGANLossConfig(Section):
+class SISGANLossConfig(Section, json_schema_extra=FREE):
     """The port's weights; ``negative_weight: 1`` and ``kl: 0`` are the paper's eq. 3 to the letter."""
 
     negative_weight: float = Field(default=0.5, ge=0, description="of the mismatched and of the edited pairs")
@@ -242,7 +242,7 @@ class SISGANRun(GANRun):
     discriminator: SISGANDiscriminatorConfig = SISGANDiscriminatorConfig()
     loss: SISGANLossConfig = SISGANLossConfig()
     vgg_weights: str | None = Field(default=None, description=f"file of torchvision's {VGG_WEIGHTS}, or {RANDOM}; "
-                                    "null: from torchvision's hub")
+                                    "null: from torchvision's hub", json_schema_extra=FREE)
 
 
 class SISGANTask(EditingTask):

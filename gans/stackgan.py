@@ -19,11 +19,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.sampling.generator import load_model, model_folder, model_kind
-from dalle.training.task import Batch, Loss, Networks
+from dalle.training.task import Batch, Companion, Loss, Networks
 from gans.generator import TEXT_FOLDER, Noise, Painter
 from gans.layers import (
     ConditioningAugmentation,
@@ -247,7 +247,7 @@ class StackGAN2Generator(Painter):
 
 # -- the discriminators
 
-class DiscriminatorConfig(Section):
+class DiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Sizes of a discriminator; the others follow from the picture. COCO's width is 96."""
 
     width: int = Field(default=64, ge=2, description="channels after the first halving")
@@ -325,7 +325,7 @@ class MeanDiscriminator(nn.Module):
 
 # -- losses (eqs. 3-6; both codes add the wrong pair that the equations leave out)
 
-class StackGANLossConfig(Section):
+class StackGANLossConfig(Section, json_schema_extra=FREE):
     """Weights of the losses."""
 
     kl: float = Field(default=2.0, ge=0, description="of the mean over the condition's dimensions, not their sum")
@@ -362,7 +362,8 @@ class StackGAN2Run(StackGANRun):
     """A run of stage II. ``text_encoder`` may be left out: captions are read as stage I reads them."""
 
     task: Literal["stackgan2"] = "stackgan2"
-    stage1: str = Field(description="the run or model folder of stage I, which paints what is painted over; frozen")
+    stage1: str = Field(description="the run or model folder of stage I, which paints what is painted over; frozen",
+                        json_schema_extra=FREE)
     generator: StackGAN2Config = StackGAN2Config()
 
 
@@ -497,6 +498,9 @@ class StackGAN1Task(StackGANTask):
 class StackGAN2Task(StackGANTask):
     """Stage II (section 3.4); its export holds stage I, too."""
 
+    companion_settings = {"text": "text_encoder", "stage1": "stage1"}
+    unpacked = frozenset({"stage1"})       # its weights are in the checkpoint
+
     def __init__(self, config: StackGAN2Run):
         stage1, encoder = load_stage1(config)
         sizes = filled(config.generator, sentence_dim=encoder.sentence_dim, image_size=config.data.image_size,
@@ -504,6 +508,9 @@ class StackGAN2Task(StackGANTask):
         generator = StackGAN2Generator(sizes)
         generator.stage1.load_state_dict(stage1.state_dict())
         self.set_up(config, generator, encoder, stage=2)
+
+    def companions(self) -> dict[str, Companion]:
+        return {**super().companions(), "stage1": Companion(self.network.stage1, "stage1")}
 
 
 def load_stage1(config: StackGAN2Run) -> tuple[StackGAN1Generator, nn.Module]:

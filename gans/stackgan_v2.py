@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.models.base import ModelConfig
 from dalle.models.precision import at_least_single
 from dalle.training.task import Batch, Loss, Networks
@@ -155,7 +155,7 @@ class StackGANv2Generator(Painter):
 
 # -- the discriminators
 
-class DiscriminatorConfig(Section):
+class DiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Sizes of the discriminators; the rest follows from the pictures."""
 
     width: int = Field(default=64, ge=1, description="channels after the first halving")
@@ -206,7 +206,7 @@ class Discriminators(nn.Module):
 
 # -- losses
 
-class StackGANv2LossConfig(Section):
+class StackGANv2LossConfig(Section, json_schema_extra=FREE):
     """Weights and terms of the losses."""
 
     kl: float = Field(default=2.0, ge=0, description="of the mean over the condition's dimensions")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FIXED, Section
 from dalle.models.base import ModelConfig
 from dalle.models.precision import at_least_single
 from dalle.training.task import Batch, Loss, Networks
@@ -145,7 +145,7 @@ def halving(inputs: int, outputs: int) -> nn.Conv2d:
 
 # -- the discriminator
 
-class TACGANDiscriminatorConfig(Section):
+class TACGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """The paper's sizes for Oxford-102."""
 
     width: int = Field(default=64, ge=1, description="df: channels of the first feature map")

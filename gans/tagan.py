@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.models.base import ModelConfig
 from dalle.models.precision import at_least_single
 from dalle.training.task import Batch, Loss, Networks
@@ -184,7 +184,7 @@ def logit_of(log_score: Tensor) -> Tensor:
 
 # -- the discriminator
 
-class TAGANDiscriminatorConfig(Section):
+class TAGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """The paper's sizes."""
 
     channels: int = Field(default=64, ge=1)
@@ -254,7 +254,7 @@ def first_scale(channels: int, halvings: int) -> nn.Sequential:
 
 # -- the losses, as functions of logits
 
-class TAGANLossConfig(Section):
+class TAGANLossConfig(Section, json_schema_extra=FREE):
     """The authors' weights."""
 
     conditional: float = Field(default=10.0, ge=0, description="lambda 1: of the sentence's score")

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.data.dataset import DataConfig
 from dalle.data.decode import BadSample
 from dalle.data.index import ShardIndex
@@ -29,7 +29,7 @@ from dalle.models.precision import at_least_single
 from dalle.training.gathering import in_global_order
 from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.run import RunConfig
-from dalle.training.task import Batch, Loss, Networks, Phase, Player, Task
+from dalle.training.task import Batch, Companion, Loss, Networks, Phase, Player, Task
 from gans.generator import TEXT_FOLDER, GANGenerator, Noise, Painter, draw_noise
 from gans.layers import SynchronisedBatchNorm, spectrally_normalised, synchronised
 from gans.losses import r1_penalty
@@ -50,16 +50,17 @@ class GANOptimizer(OptimizerConfig):
     schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
 
 
-class StabiliserConfig(Section):
+class StabiliserConfig(Section, json_schema_extra=FREE):
     """What the classic systems did not have; off in their configs."""
 
     r1: float = Field(default=0.0, ge=0, description="gamma of the R1 penalty on real pictures, of every "
                       "head; patches count by their mean; 0: none")
     r1_every: int = Field(default=16, ge=1, description="steps between two penalties, each that much stronger")
-    spectral_norm: bool = Field(default=False, description="of every layer of the discriminator")
+    spectral_norm: bool = Field(default=False, description="of every layer of the discriminator",
+                                json_schema_extra=FIXED)
 
 
-class GANPreviewConfig(Section):
+class GANPreviewConfig(Section, json_schema_extra=FREE):
     """The pictures in the log: each caption with ``columns`` seeds, counted from 0."""
 
     captions: tuple[str, ...] = PREVIEW_CAPTIONS
@@ -69,7 +70,8 @@ class GANPreviewConfig(Section):
 class PaintingRun(RunConfig):
     """What every run has whose network paints captions."""
 
-    sync_batch_norm: bool = Field(default=False, description="statistics over the batches of all processes")
+    sync_batch_norm: bool = Field(default=False, description="statistics over the batches of all processes",
+                                  json_schema_extra=FREE)
     preview: GANPreviewConfig = GANPreviewConfig()
     evaluation: SmallEvaluationConfig = SmallEvaluationConfig()
 
@@ -95,7 +97,7 @@ class GANRun(PaintingRun):
     """What every GAN's run has; a system adds ``task``, ``generator``, ``discriminator`` and ``loss``."""
 
     text_encoder: str | None = Field(default=None, description="a run or model folder (ds_sje, vse, damsm, clip), "
-                                     "open_clip:NAME/TAG or transformers:NAME; frozen")
+                                     "open_clip:NAME/TAG or transformers:NAME; frozen", json_schema_extra=FREE)
     standardise_text: bool = Field(default=False, description="each dimension of the text to mean 0 and deviation 1")
     generator_optimizer: GANOptimizer = GANOptimizer()
     discriminator_optimizer: GANOptimizer = GANOptimizer()
@@ -149,6 +151,7 @@ class GANTask(Task):
     wrong_texts: ClassVar[Literal["rolled"] | None] = None
     wrong_text_shift: ClassVar[int] = 1
     generator_repeats: ClassVar[int] = 1
+    companion_settings: ClassVar[Mapping[str, str]] = {"text": "text_encoder"}
     config: PaintingRun
     players: dict[str, Player]
 
@@ -198,6 +201,14 @@ class GANTask(Task):
     def network(self) -> Painter:
         """The generator itself."""
         return self.players["generator"].module
+
+    def companions(self) -> dict[str, Companion]:
+        """The frozen networks. Statistics that were taken here differ by rounding from one processor to another: they
+        are known by the encoder and the captions that they come from."""
+        found = super().companions()
+        return {name: Companion(one.module.encoder, one.setting, one.module.captions)
+                if isinstance(one.module, StandardisedTextEncoder) and one.module.captions else one
+                for name, one in found.items()}
 
     def exchange(self, networks: Networks) -> Exchange:
         return Exchange(networks)

@@ -4,6 +4,7 @@ The encoders trained here (``TEXT_ENCODERS``), the towers of open_clip and the e
 :class:`Text`, and each can be saved into a folder from which it comes back without a network.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -436,9 +437,10 @@ class StandardisedTextEncoder(TextEncoder):
 
     model_type = "standardised_text"
 
-    def __init__(self, encoder: TextEncoder, statistics: dict[str, Tensor]):
+    def __init__(self, encoder: TextEncoder, statistics: dict[str, Tensor], captions: str = ""):
+        """``captions``: a digest of those that the statistics were taken over, where that was done here."""
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.captions = encoder, captions
         self.sentence_dim, self.word_dim = encoder.sentence_dim, encoder.word_dim
         self.text_length = encoder.text_length
         for name in STATISTICS:
@@ -453,7 +455,8 @@ class StandardisedTextEncoder(TextEncoder):
         sentences = torch.cat([part.sentence for part in parts])
         words = torch.cat([part.words.transpose(1, 2)[part.mask] for part in parts])        # [words, E]
         return cls(encoder, {"sentence_mean": sentences.mean(dim=0), "sentence_deviation": deviation(sentences),
-                             "word_mean": words.mean(dim=0), "word_deviation": deviation(words)})
+                             "word_mean": words.mean(dim=0), "word_deviation": deviation(words)},
+                   hashlib.blake2b(json.dumps(list(captions)).encode(), digest_size=16).hexdigest())
 
     def encode(self, captions: list[str]) -> Text:
         text = self.encoder(captions)

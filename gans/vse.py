@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FREE, Section
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.precision import at_least_single
@@ -152,7 +152,7 @@ class VSEOptimizer(OptimizerConfig):
     schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
 
 
-class VSELoss(Section):
+class VSELoss(Section, json_schema_extra=FREE):
     """``hinges``: ``sum`` over all mismatched pairs (VSE) or ``max``, the hardest of each row and column (VSE++)."""
 
     hinges: Literal["sum", "max"] = "sum"
@@ -164,7 +164,8 @@ class VSERun(JointRun):
 
     task: Literal["vse"] = "vse"
     model: VSEConfig = VSEConfig(trunk="vgg16")
-    word_vectors: str | None = Field(default=None, description="a .vec file; its words' vectors are not trained")
+    word_vectors: str | None = Field(default=None, description="a .vec file; its words' vectors are not trained",
+                                     json_schema_extra=FREE)
     optimizer: VSEOptimizer = VSEOptimizer()
     loss: VSELoss = VSELoss()
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dalle.errors import UserError, run_command
+from dalle.training.run_log import read_log
 from dalle.training.signals import run_in_turn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,8 +129,10 @@ def read_text(path: Path) -> str:
 def last_values(log: Path, prefix: str) -> dict[str, float]:
     """The newest value of every figure in a run's JSONL log whose name starts with ``prefix``."""
     values = {}
-    for line in read_text(log).splitlines():
-        values.update({key: value for key, value in read_json(log, line).items() if key.startswith(prefix)})
+    for line in read_log(log):
+        values.update({key: value for key, value in line.items() if key.startswith(prefix)})
+    if not values:
+        raise UserError(f"{log} is damaged: it holds no figure {prefix}*; delete the run, and its stage is run again")
     return values
 
 

@@ -21,13 +21,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gans
 from dalle.errors import EXIT_STOPPED_BY_SIGNAL, UserError, run_command
+from dalle.training.run_log import read_log as read_run_log
 from dalle.training.signals import run_in_turn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,10 +223,8 @@ def command(script: str, *arguments: object, accepted: Sequence[int] = (0,)) -> 
 
 
 def read_log(path: Path, row: Row) -> None:
-    """Steps, time, speed and the curve, from the run's log; of the newest start where it was started over."""
-    lines = list(read_lines(path))
-    starts = [place for place, line in enumerate(lines) if line.get("event") == "start"]
-    lines = lines[starts[-1]:] if starts else lines
+    """Steps, time, speed and the curve, from the run's log."""
+    lines = read_run_log(path)
     logged = [line for line in lines if "samples_per_second" in line]
     if not logged:
         raise UserError(f"{path} holds no line of a training")
@@ -236,14 +235,6 @@ def read_log(path: Path, row: Row) -> None:
         row.seconds += line["seconds_per_step"] * (line["step"] - previous)
         previous = line["step"]
     row.curve = [(line["step"], line[CURVE]) for line in lines if CURVE in line]
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield dict(json.loads(line))
-        except ValueError:      # torn by a kill
-            continue
 
 
 def painting_speed(run: Path, data: str) -> float:

@@ -6,6 +6,7 @@
 
 import argparse
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ from dalle.data.codes import DESCRIPTION_FILE, CachedCodes, CodesWriter
 from dalle.data.index import ShardIndex
 from dalle.data.loader import DataConfig, view_batches
 from dalle.errors import UserError, run_command
-from dalle.models.base import WEIGHTS_FILE
-from dalle.sampling.generator import file_digest, load_codec, model_folder
+from dalle.models.dvae import DiscreteVAE
+from dalle.sampling.generator import load_codec, model_folder
+from dalle.tasks.transformer import codec_digests
+from dalle.training.lock import FolderLock
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -35,12 +38,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def already_cached(out: Path, index: ShardIndex, digest: str, views: int) -> bool:
+def already_cached(out: Path, index: ShardIndex, digests: tuple[str, str], views: int) -> bool:
     """Whether ``out`` holds these codes; a :class:`UserError` when it holds others."""
     if not (out / DESCRIPTION_FILE).is_file():
         return False
     cached = CachedCodes(out, index)
-    if (cached.codec_digest, cached.views) == (digest, views):
+    if cached.codec_digest in digests and cached.views == views:
         return True
     raise UserError(f"{out} holds the codes of another codec or another number of views; "
                     "give another --out or delete it")
@@ -50,11 +53,23 @@ def main() -> None:
     arguments = parse_arguments()
     folder = model_folder(arguments.codec)
     codec = load_codec(folder, arguments.device)
-    digest = file_digest(folder / WEIGHTS_FILE)
+    digests = codec_digests(codec, folder)
     index = ShardIndex.load(arguments.data, arguments.bad_shards)
-    if already_cached(arguments.out, index, digest, arguments.views):
+    if already_cached(arguments.out, index, digests, arguments.views):
         print(f"{arguments.out}: already made with this codec")
         return
+    with ExitStack() as closing:
+        try:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            closing.enter_context(FolderLock(arguments.out))
+        except OSError as error:
+            raise UserError(f"the codes cannot be written into {arguments.out}: {error.strerror}; check the path") \
+                from None
+        cache(arguments, codec, index, digests[0])
+
+
+def cache(arguments: argparse.Namespace, codec: DiscreteVAE, index: ShardIndex, digest: str) -> None:
+    """Write the codes of every picture of ``index`` into the folder."""
     data = DataConfig(train=arguments.data, image_size=codec.config.image_size, crop=arguments.crop, workers=0,
                       bad_shards=arguments.bad_shards)
     loader = view_batches(data, seed=arguments.seed, batch_size=max(1, arguments.batch_size // arguments.views),

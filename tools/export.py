@@ -10,6 +10,7 @@ config, where a codec or tokenizer has moved.
 """
 
 import argparse
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ def choose_checkpoint(run: Path, wanted: str | None) -> Path:
 @contextmanager
 def written_beside(out: Path) -> Iterator[Path]:
     """An empty folder that becomes ``out`` where all goes well, and is removed where it does not."""
-    temporary = out.with_name(f".{out.name}.tmp")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")      # two at once do not meet
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -71,17 +72,23 @@ def main() -> int:
     if out.exists():
         raise UserError(f"{out} exists; remove it, or give another --out")
     gans.register()
+    import torch
+
     from dalle.tasks import RUNS, TASKS
-    from dalle.training.checkpoint import AVERAGE, SavedPlayer, read_state
+    from dalle.training.checkpoint import AVERAGE, SavedPlayer, read_run_state
+    from dalle.training.companions import check_packed
     from dalle.training.export import export_checkpoint, newest_validation, write_card
     from dalle.training.task import parameter_count
 
     checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
-    state = read_state(checkpoint)
+    state = read_run_state(checkpoint)
     tree = dict(state["config"])
     for override in arguments.overrides:
         apply_override(tree, override)
-    task = TASKS[tree["task"]](validate(tree, RUNS, source=str(checkpoint)))
+    config = validate(tree, RUNS, source=str(checkpoint))
+    torch.manual_seed(config.seed)             # as when it was trained: a companion may be drawn, not loaded
+    task = TASKS[config.task](config)
+    check_packed(str(checkpoint), state, config, task, copies=arguments.run / "model")
     averaged = not arguments.raw and any(SavedPlayer(checkpoint / name).keys(AVERAGE) for name in task.players)
     with written_beside(out) as temporary:
         export_checkpoint(task, checkpoint, temporary, averaged=not arguments.raw)

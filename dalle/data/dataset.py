@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch.utils.data import Dataset
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.data.codes import CachedCodes
 from dalle.data.decode import (
     IN_BAD_SHARD,
@@ -43,21 +43,24 @@ GONE_WITH_SHARD = ("truncated_shard", IN_BAD_SHARD)
 LOG_EVERY = 1000                 # of the bad samples of one reason, the first is logged and then every so many
 
 
-class DataConfig(Section):
+class DataConfig(Section, json_schema_extra=FIXED):
     """What is read and how. ``train``: a folder of shards, a glob, a brace range, or several joined by ``::``.
 
     ``tier``: ``exact`` reads local shards in an order that any resume continues to the sample; ``resampled`` and
     ``sequential`` read them front to back, from URLs too (:mod:`dalle.data.streaming`). Validation is always exact.
     """
 
-    train: str
-    validation: str | None = None
+    train: str = Field(json_schema_extra=FREE)            # by its fingerprint: files may move
+    validation: str | None = Field(None, json_schema_extra=FREE)
     tier: Literal["exact", "resampled", "sequential"] = "exact"
-    bad_shards: BadShards = "refuse"                      # missing or damaged ones: stop, or train without what is lost
-    allow_pipe: bool = False                              # pipe: URLs run a shell command
-    read_timeout: float = Field(30.0, gt=0)               # s of silence from a server or a pipe before another attempt
-    read_retries: int = Field(4, ge=0)                    # in a row: 1, 2, 4, ... s apart
-    shuffle_buffer: int = Field(1000, ge=1)               # samples, as stored, that wait in each worker (resampled)
+    # missing or damaged ones: stop, or train without what is lost
+    bad_shards: BadShards = Field("refuse", json_schema_extra=FREE)
+    allow_pipe: bool = Field(False, json_schema_extra=FREE)            # pipe: URLs run a shell command
+    # s of silence from a server or a pipe before another attempt, and attempts in a row: 1, 2, 4, ... s apart
+    read_timeout: float = Field(30.0, gt=0, json_schema_extra=FREE)
+    read_retries: int = Field(4, ge=0, json_schema_extra=FREE)
+    # samples, as stored, that wait in each worker (resampled)
+    shuffle_buffer: int = Field(1000, ge=1, json_schema_extra=FREE)
     image_size: int = Field(256, ge=1)
     crop: Crop = "center"
     crop_from: float = Field(1.0, ge=1, le=4)             # resize to so many times image_size, then cut at random
@@ -67,16 +70,16 @@ class DataConfig(Section):
     max_pixels: int = Field(MAX_PIXELS, ge=1, le=2 * MAX_PIXELS)
     caption: Literal["random", "first", "none"] = "random"     # none: pictures alone, captions are not read
     num_captions: int = Field(1, ge=1)                    # above 1, batches have so many of each sample as `captions`
-    tokenizer: str | None = None
+    tokenizer: str | None = Field(None, json_schema_extra=FREE)        # by its digest
     text_length: int = Field(256, ge=1)
     bpe_dropout: float = Field(0.1, ge=0, le=1)
     caption_dropout: float = Field(0.0, ge=0, le=1)
-    codes: str | None = None
-    validation_codes: str | None = None
-    workers: int = Field(2, ge=0)
+    codes: str | None = Field(None, json_schema_extra=FREE)            # by the digest of their codec
+    validation_codes: str | None = Field(None, json_schema_extra=FREE)
+    workers: int = Field(2, ge=0, json_schema_extra=FREE)
     lanes: int = Field(64, ge=1)
     window: int = Field(16, ge=1)
-    max_bad_fraction: float = Field(0.1, ge=0, le=1)
+    max_bad_fraction: float = Field(0.1, ge=0, le=1, json_schema_extra=FREE)
 
     @model_validator(mode="before")
     @classmethod

@@ -4,12 +4,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from dalle.config import Section
+from dalle.config import FREE, Section
 
 LEAST = 2
 
 
-class SmallEvaluationConfig(Section):
+class SmallEvaluationConfig(Section, json_schema_extra=FREE):
     """What ``train.evaluate_every`` measures; the captions and real pictures are those of ``data.validation``."""
 
     metrics: tuple[Literal["fid", "kid", "is", "clip", "rprecision", "judge"], ...] = ("fid", "kid")

@@ -16,10 +16,15 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
+# as in ``dalle/config.py``, which models do not import: what a resume may change without harm to the weights
+FIXED, FREE = {"resume": "fixed"}, {"resume": "free"}
+
+
 class ModelConfig(BaseModel):
     """Base of the model configs: immutable, and an unknown field, infinity and NaN are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False,
+                              json_schema_extra=FIXED)
 
 
 class PretrainedModel(nn.Module):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle.models.attention import Attention, AttentionConstants, Backend
-from dalle.models.base import ModelConfig, PretrainedModel
+from dalle.models.base import FREE, ModelConfig, PretrainedModel
 from dalle.models.blocks import (
     Block,
     BlockCache,
@@ -62,13 +62,15 @@ class TransformerArchitecture(ModelConfig):
     bias: bool = True
     sandwich_norm: bool = False
     token_shift: bool = False
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1, json_schema_extra=FREE)
     zero_init_heads: bool = False
     embedding_std: float = Field(default=INITIAL_STD, gt=0, description="first scale of the embeddings")
     embedding_gradient: float = Field(default=1.0, gt=0, le=1,
-                                      description="share of the gradient that reaches the embeddings (CogView: 0.1)")
-    checkpointing: bool = Field(default=False, description="recompute each block in the backward pass")
-    attention_backend: Backend = "auto"
+                                      description="share of the gradient that reaches the embeddings (CogView: 0.1)",
+                                      json_schema_extra=FREE)
+    checkpointing: bool = Field(default=False, description="recompute each block in the backward pass",
+                                json_schema_extra=FREE)
+    attention_backend: Backend = Field(default="auto", json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _fits_together(self):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from dalle.config import Section
+from dalle.config import FREE, Section
 from dalle.errors import UserError
 from dalle.models.transformer import DecodingState, TextToImageTransformer, TransformerConfig, cache_bytes
 
@@ -22,7 +22,7 @@ CPU_CACHE_BYTES = 2 << 30
 PREFILL_ROWS = 4                        # captions run through the model at once
 
 
-class SamplingConfig(Section):
+class SamplingConfig(Section, json_schema_extra=FREE):
     """How the next code is chosen. The defaults are the paper's: the model's own distribution."""
 
     temperature: float = Field(default=1.0, ge=0, description="0 takes the most probable code, and so does all that is "

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.clip import ClipArchitecture, ClipConfig, ClipModel, ClipOutput, contrastive_loss
@@ -28,10 +28,10 @@ RANKS = (1, 5)
 RECONSTRUCTION_STREAM = 0xC11B   # keeps this choice apart from every other use of (seed, position)
 
 
-class ClipLossConfig(Section):
+class ClipLossConfig(Section, json_schema_extra=FREE):
     """Which contrastive loss, and how much of the batch is seen through the codec."""
 
-    kind: Literal["clip", "siglip"] = "clip"
+    kind: Literal["clip", "siglip"] = Field("clip", json_schema_extra=FIXED)         # the models differ by a bias
     reconstructions: float = Field(0.0, ge=0, le=1, description="share of pictures replaced by their reconstruction")
     codec: str | None = Field(None, description="run or model folder of the discrete VAE that reconstructs")
 
@@ -64,6 +64,8 @@ class ClipRun(RunConfig):
 class ClipTask(Task):
     """The contrastive objective of CLIP (arXiv 2103.00020, figure 3) or SigLIP (arXiv 2303.15343, eq. 1)."""
 
+    companion_settings = {"codec": "loss.codec"}
+    unpacked = frozenset({"codec"})
     splits_batch = False    # every pair of the batch is a negative of every other
 
     def __init__(self, config: ClipRun):

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dalle.config import Section
+from dalle.config import FREE, Section
 from dalle.data.loader import train_batches, validation_batches
 from dalle.models.dvae import PIXEL_MARGIN, DiscreteVAE, DVAEConfig, DVAEOutput, map_pixels
 from dalle.models.perceptual import edge_distance
@@ -36,7 +36,7 @@ COLLAPSED_USAGE = 0.15        # a share of codes in use below this is a collapse
 CODES_TO_JUDGE_USAGE = 10     # times the number of codes, before a low share means anything
 
 
-class CosineRamp(Section):
+class CosineRamp(Section, json_schema_extra=FREE):
     """From ``start`` to ``end`` along half a cosine, over a share of the run's updates; constant after that."""
 
     start: float = Field(ge=0)
@@ -48,7 +48,7 @@ class CosineRamp(Section):
         return cosine(step, self.start, self.end, max(self.at_least, round(self.over * total_steps)))
 
 
-class DVAELossConfig(Section):
+class DVAELossConfig(Section, json_schema_extra=FREE):
     """The defaults are the paper's: of 3,000,000 updates, beta takes 5,000 and the temperature 150,000."""
 
     beta: CosineRamp = CosineRamp(start=0.0, end=6.6, over=1 / 600, at_least=500)

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from dalle.config import Section
+from dalle.config import FREE, Section
 from dalle.data.codes import codes_digest
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
@@ -31,6 +31,7 @@ from dalle.models.transformer import (
 )
 from dalle.sampling.decode import SamplingConfig
 from dalle.sampling.generator import TransformerGenerator, file_digest, load_codec, load_tokenizer, model_folder
+from dalle.training.companions import module_digest
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
@@ -41,11 +42,14 @@ PREVIEW_CAPTIONS = ("a red circle", "a blue square above a green star", "a small
 class TransformerModelConfig(TransformerArchitecture):
     """The ``model`` section: an architecture (or a preset and what differs from it); sizes may be left to the codec."""
 
-    preset: str | None = Field(default=None, description="start from this preset's architecture")
-    text_length: int | None = Field(default=None, ge=1, description="from data.text_length")
-    num_text_tokens: int | None = Field(default=None, ge=2, description="from the tokenizer")
-    grid: tuple[PositiveInt, PositiveInt] | None = Field(default=None, description="from the codec")
-    num_codes: int | None = Field(default=None, ge=1, description="from the codec")
+    preset: str | None = Field(default=None, description="start from this preset's architecture",
+                               json_schema_extra=FREE)          # what it stands for is compared
+    # whether these are left out or written down makes no difference: they are those of the companions
+    text_length: int | None = Field(default=None, ge=1, description="from data.text_length", json_schema_extra=FREE)
+    num_text_tokens: int | None = Field(default=None, ge=2, description="from the tokenizer", json_schema_extra=FREE)
+    grid: tuple[PositiveInt, PositiveInt] | None = Field(default=None, description="from the codec",
+                                                         json_schema_extra=FREE)
+    num_codes: int | None = Field(default=None, ge=1, description="from the codec", json_schema_extra=FREE)
 
     @model_validator(mode="before")
     @classmethod
@@ -61,7 +65,7 @@ class TransformerModelConfig(TransformerArchitecture):
         return self.model_dump(include=set(TransformerArchitecture.model_fields))
 
 
-class TransformerLossConfig(Section):
+class TransformerLossConfig(Section, json_schema_extra=FREE):
     """The weights of the two cross-entropies; the paper's are 1/8 and 7/8."""
 
     text_weight: float = Field(default=1 / 8, ge=0)
@@ -69,7 +73,7 @@ class TransformerLossConfig(Section):
     text_pads: bool = Field(default=True, description="whether the pads of empty text slots are targets too")
 
 
-class PreviewConfig(Section):
+class PreviewConfig(Section, json_schema_extra=FREE):
     """The pictures in the log: each caption with ``columns`` seeds, counted from 0."""
 
     captions: tuple[str, ...] = PREVIEW_CAPTIONS
@@ -81,7 +85,7 @@ class TransformerRun(RunConfig):
     """A transformer run: its codec, the model, how it moves and what it is asked."""
 
     task: Literal["transformer"] = "transformer"
-    codec: str = Field(description="run or model folder of the discrete VAE")
+    codec: str = Field(description="run or model folder of the discrete VAE", json_schema_extra=FREE)    # by its digest
     model: TransformerModelConfig = TransformerModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: TransformerLossConfig = TransformerLossConfig()
@@ -102,12 +106,14 @@ class TransformerRun(RunConfig):
 class TransformerTask(Task):
     """Next-token prediction over caption and picture, each kind of token in its own vocabulary."""
 
+    companion_settings = {"codec": "codec"}
+
     def __init__(self, config: TransformerRun):
         self.config = config
         self.tokenizer = load_tokenizer(Path(config.data.tokenizer))
         codec_folder = model_folder(config.codec)
         codec = load_codec(codec_folder, "cpu")
-        check_cached_codes(config, file_digest(codec_folder / WEIGHTS_FILE))
+        check_cached_codes(config, codec, codec_folder)
         model = TextToImageTransformer(resolve_model(config, codec, self.tokenizer))
         self.players = {"transformer": Player(model, config.optimizer)}
         self.frozen = {"codec": codec.requires_grad_(False)}
@@ -191,12 +197,19 @@ class TransformerTask(Task):
         return self.players["transformer"].module
 
 
-def check_cached_codes(config: TransformerRun, codec_digest: str) -> None:
+def check_cached_codes(config: TransformerRun, codec: DiscreteVAE, codec_folder: Path) -> None:
     """``UserError`` when a cache of codes was made with other weights than the codec's: their codes mean nothing."""
-    for folder in filter(None, (config.data.codes, config.data.validation_codes)):
-        if codes_digest(folder) != codec_digest:
+    folders = [folder for folder in (config.data.codes, config.data.validation_codes) if folder]
+    digests = codec_digests(codec, codec_folder) if folders else ()
+    for folder in folders:
+        if codes_digest(folder) not in digests:
             raise UserError(f"the codes in {folder} were made with another codec than {config.codec} holds now; "
                             "delete them and run tools/cache_codes.py again")
+
+
+def codec_digests(codec: DiscreteVAE, folder: Path) -> tuple[str, str]:
+    """What ``codes.json`` may call the codec: its digest or, in caches of older versions, that of its file."""
+    return module_digest(codec), file_digest(folder / WEIGHTS_FILE)
 
 
 def resolve_model(config: TransformerRun, codec: DiscreteVAE, tokenizer: CaptionTokenizer) -> TransformerConfig:

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.metrics.vs import IMAGE_FOLDER, TEXT_FOLDER, TOKENIZER_FOLDER
@@ -23,12 +23,12 @@ from dalle.tasks.clip import full_precision, pooled_recalls
 from dalle.training.gathering import in_global_order
 from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.run import RunConfig
-from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
+from dalle.training.task import Batch, Companion, Loss, Mean, Networks, Phase, Player, Task
 
 INCEPTION = InceptionResNetFeatures.model_type
 
 
-class VSArchitecture(Section):
+class VSArchitecture(Section, json_schema_extra=FIXED):
     """The length of the common space; those of the features follow from their networks."""
 
     embed_dim: int = Field(default=512, ge=1)
@@ -43,7 +43,7 @@ class VSOptimizer(OptimizerConfig):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
 
 
-class VSLossConfig(Section):
+class VSLossConfig(Section, json_schema_extra=FREE):
     """By how much a pair must be nearer than every mismatched one."""
 
     margin: float = Field(default=MARGIN, gt=0)
@@ -57,8 +57,8 @@ class VSRun(RunConfig):
 
     task: Literal["vs"] = "vs"
     image_features: str = Field(description=f"a CLIP's run or model folder, {INCEPTION} (of timm's hub) or "
-                                            f"{INCEPTION}:FILE")
-    text_features: str = Field(description="a CLIP's run or model folder")
+                                            f"{INCEPTION}:FILE", json_schema_extra=FREE)
+    text_features: str = Field(description="a CLIP's run or model folder", json_schema_extra=FREE)
     model: VSArchitecture = VSArchitecture()
     optimizer: VSOptimizer = VSOptimizer()
     loss: VSLossConfig = VSLossConfig()
@@ -77,6 +77,7 @@ class VSRun(RunConfig):
 class VSTask(Task):
     """The bidirectional ranking loss over the pairs of the global batch."""
 
+    companion_settings = {"text": "text_features", "image": "image_features"}
     splits_batch = False    # every pair of the batch is a negative of every other
 
     def __init__(self, config: VSRun):
@@ -91,6 +92,11 @@ class VSTask(Task):
         self.players = {"vs": Player(model, config.optimizer)}
         self.frozen = {"text": text} if same else {"text": text, "image": image}
         self.phases = [Phase("rank", player="vs", loss=self.rank)]
+
+    def companions(self) -> dict[str, Companion]:
+        """Also ``image`` where one network gives both features."""
+        found = super().companions()
+        return {**found, "image": found.get("image", Companion(self.frozen["text"], "image_features"))}
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
         """The frozen features of the whole global batch, in the same order on every process.

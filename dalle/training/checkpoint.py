@@ -15,12 +15,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dalle.config import FIXED, RESUME, resume_rule
 from dalle.errors import UserError
 from dalle.tensor_file import write_synced
 
@@ -34,14 +37,6 @@ STATE_TYPES = {"step": int, "players": list, "config": dict, "data": dict, "excl
 OTHER_SHARDS = ("Other shards, or an index made anew after some were lost, are other data: with the index that knows "
                 "them data.bad_shards=skip goes on without what is lost. ")
 Entries = dict[str, dict[str, Any]]           # file below the checkpoint -> its size and sha256
-
-# What a resume must leave alone: with another of these the weights or the order of the samples would mean nothing.
-# The data's own identity (fingerprints, digests) is compared apart, so that its files may move.
-MUST_MATCH = ("task", "seed", "model", "data", "train.batch_size")
-MAY_CHANGE = ("data.train", "data.validation", "data.tokenizer", "data.codes", "data.validation_codes",
-              "data.workers", "data.max_bad_fraction", "data.bad_shards", "data.on_missing",
-              "data.allow_pipe",
-              "data.read_timeout", "data.read_retries", "data.shuffle_buffer")
 
 
 class CheckpointStore:
@@ -117,9 +112,12 @@ class CheckpointStore:
             shutil.rmtree(doomed, ignore_errors=True)
 
     def clear(self) -> None:
-        """Delete every checkpoint of the run."""
-        if self.folder.is_dir():
-            shutil.rmtree(self.folder)
+        """Delete every checkpoint of the run, the newest last: one that is cut short begins anew again."""
+        self.sweep()
+        for path in reversed(self.all()):
+            self._delete(path)
+        with suppress(OSError):                              # what is no checkpoint stays
+            self.folder.rmdir()
 
     def all(self) -> list[Path]:
         """Published checkpoints, newest first."""
@@ -277,12 +275,14 @@ def read_run_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_resumable(path: Path, saved: Mapping[str, Any], config: Mapping[str, Any], identity: Mapping[str, Any],
+def check_resumable(path: Path, saved: Mapping[str, Any], config: BaseModel, identity: Mapping[str, Any],
                     players: list[str]) -> None:
-    """Raise :class:`UserError`, with the difference shown, when a run may not go on from the checkpoint ``saved``."""
-    if saved["config"].get("task") != config.get("task"):
-        raise UserError(f"{path} is a checkpoint of the task {saved['config'].get('task')!r}, "
-                        f"not {config.get('task')!r}")
+    """Raise :class:`UserError`, with the difference shown, when a run may not go on from the checkpoint ``saved``.
+
+    The data's own ``identity`` (fingerprints, digests) is compared apart from its paths, so that its files may move.
+    """
+    if saved["config"].get("task") != config.task:
+        raise UserError(f"{path} is a checkpoint of the task {saved['config'].get('task')!r}, not {config.task!r}")
     differences = [*different_settings(saved["config"], config),
                    *(f"data {key}: {saved['data'].get(key)!r} -> {value!r}" for key, value in identity.items()
                      if saved["data"].get(key) != value)]
@@ -294,24 +294,20 @@ def check_resumable(path: Path, saved: Mapping[str, Any], config: Mapping[str, A
         raise UserError(f"{path} holds the players {', '.join(saved['players'])}, the task has {', '.join(players)}")
 
 
-def different_settings(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """``key: old -> new`` for every setting that a resume may not change and that has changed."""
-    old, new = dict(flatten(saved)), dict(flatten(config))
-    # a setting that the saved config does not know is newer than it and was not in force
-    return [f"{key}: {old[key]!r} -> {new.get(key)!r}" for key in sorted(old)
-            if old[key] != new.get(key) and is_under(key, MUST_MATCH) and not is_under(key, MAY_CHANGE)]
+def different_settings(saved: Mapping[str, Any], config: BaseModel) -> list[str]:
+    """``key: old -> new`` for every setting that a resume may not change, by its own declaration, and that has."""
+    return [f"{key}: {old!r} -> {new!r}" for key, old, new in sorted(changes(saved, config.model_dump(mode="json")))
+            if resume_rule(type(config), key) == FIXED[RESUME]]
 
 
-def is_under(key: str, roots: tuple[str, ...]) -> bool:
-    return any(key == root or key.startswith(root + ".") for root in roots)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old, new) of the settings that differ; one that ``old`` does not know is newer and was not in force."""
+    for name, value in old.items():
+        other, key = new.get(name), f"{prefix}{name}"
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            yield from changes(value, other, f"{key}.")
+        elif value != other:
+            yield key, value, other
 
 
 def digest(path: Path, came: Callable[[], None] = lambda: None) -> str:

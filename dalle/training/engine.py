@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FREE, Section
 from dalle.errors import UserError
 from dalle.training.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.ema import Average
@@ -39,7 +39,7 @@ MOST_WRITERS = 8      # ranks that share the writing of a checkpoint, spread ove
 Snapshot = dict[str, dict[str, Tensor]]     # section -> key -> tensor on the CPU
 
 
-class EngineConfig(Section):
+class EngineConfig(Section, json_schema_extra=FREE):
     """What the launcher does not say about the backend; DDP or ZeRO, and its stage, come from ``accelerate launch``."""
 
     gradient_dtype: str = Field(default="fp32", pattern="^(fp32|bf16)$", description="what the ranks exchange")

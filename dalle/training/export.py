@@ -1,6 +1,5 @@
 """One portable folder from a checkpoint of any engine: safetensors, config, tokenizer and a card."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import yaml
 
 from dalle.training.checkpoint import AVERAGE, SavedPlayer, read_state, write_json
+from dalle.training.run_log import read_log
 from dalle.training.task import Task
 
 CARD = "README.md"
@@ -56,14 +56,10 @@ def newest_validation(run: Path, step: int) -> dict[str, float]:
     """The last validation in the run's log at or before ``step``; empty where there was none."""
     found: dict[str, float] = {}
     try:
-        lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = read_log(run / "log.jsonl")
     except OSError:
         return found
-    for line in lines:
-        try:
-            entry = dict(json.loads(line))
-        except ValueError:       # torn by a kill
-            continue
+    for entry in lines:
         figures = {key: value for key, value in entry.items()
                    if key.startswith("validation/") and isinstance(value, (int, float))}
         if figures and entry.get("step", step + 1) <= step:

@@ -13,14 +13,14 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from dalle.config import Section
+from dalle.config import FREE, Section
 from dalle.errors import LostProcess, UserError
 from dalle.training.task import Phase
 
 KEYS_SHOWN = 16
 
 
-class SpikeConfig(Section):
+class SpikeConfig(Section, json_schema_extra=FREE):
     """Roll back to the newest checkpoint, and leave out the batch, when a phase's loss jumps."""
 
     zscore: float | None = Field(default=None, gt=0, description="standard deviations above the mean; null: off. Reads "

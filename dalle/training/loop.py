@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from dalle.config import Section, to_yaml
+from dalle.config import FIXED, FREE, Section, to_yaml
 from dalle.errors import EXIT_STOPPED_BY_SIGNAL, UserError
 from dalle.training.checkpoint import (
     FORMAT,
@@ -33,11 +33,21 @@ from dalle.training.checkpoint import (
     unusable,
     write_json,
 )
+from dalle.training.companions import agreed_records, check_companions
 from dalle.training.export import export_checkpoint
 from dalle.training.figures import Figure, Largest, joined_values
 from dalle.training.guards import BatchNumbers, SkipCounter, SpikeConfig, SpikeWatch, lost_processes_named
+from dalle.training.lock import FolderLock
 from dalle.training.meter import Meter, memory_gigabytes, speeds
 from dalle.training.progress import ProgressLine
+from dalle.training.run_folder import (
+    FINISHED_FILE,
+    MODEL_FOLDER,
+    STOP_FILE,
+    begin_anew,
+    exported_step,
+    finished_steps,
+)
 from dalle.training.sample_log import SampleLog
 from dalle.training.saving import SaveFailed, Saver
 from dalle.training.signals import STOP_SIGNALS, StopSignals
@@ -54,15 +64,15 @@ log = logging.getLogger(__name__)
 
 GO_ON, BUDGET_SPENT, SIGNALLED = 0, 1, 2       # what the ranks agree on after every step; the largest wins
 FAILED_SAVES_ALLOWED = 3                       # in a row
-STOP_FILE, FINISHED_FILE = "stop", "finished"  # in the run folder: someone asks to stop; all steps are done
 STOP_FILE_SECONDS = 1.0                        # between two looks
 
 
-class TrainConfig(Section):
+class TrainConfig(Section, json_schema_extra=FREE):
     """How long, how much at once, and how often to look."""
 
     steps: int = Field(default=1000, ge=1, description="optimiser steps of the whole run; the schedules end there")
-    batch_size: int = Field(default=32, ge=1, description="samples a step over all processes")
+    batch_size: int = Field(default=32, ge=1, description="samples a step over all processes",
+                            json_schema_extra=FIXED)
     micro_batch_size: int | None = Field(default=None, ge=1, description="samples at once in a process; null: all")
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = Field(default=False, description="torch.compile the players")
@@ -75,6 +85,8 @@ class TrainConfig(Section):
     save_minutes: float | None = Field(default=None, gt=0, description="save also when so much time has passed")
     async_save: bool = Field(default=True, description="write checkpoints while training goes on")
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept")
+    accept_companions: tuple[str, ...] = Field(default=(), description="go on with another codec, text encoder, ... "
+                                               "than before: names of those that were changed on purpose")
     stop_signals: tuple[str, ...] = Field(default=STOP_SIGNALS, description="save, and end with status 75")
     log_samples: bool = Field(default=False, description="write the samples of every step into sample_log/")
     spike: SpikeConfig = SpikeConfig()
@@ -174,7 +186,7 @@ class Trainer:
 
     ``train_loader(start_step)`` gives an endless iterable of this rank's batches from that step on;
     ``validation_loader()`` a finite one. ``resume`` is "auto" (the newest checkpoint that verifies, or none), "none"
-    (start over: the run's checkpoints are deleted) or a checkpoint's folder. ``stop_after`` ends the run, with a
+    (start over: what the run wrote is deleted) or a checkpoint's folder. ``stop_after`` ends the run, with a
     checkpoint, once so many steps are done, without changing its schedules. ``evaluate(networks, came_forward)``
     gives figures of what the averaged networks make, every ``train.evaluate_every`` steps, and calls ``came_forward()``
     after each part of it, none of which may take longer than ``engine.timeout_minutes``.
@@ -192,6 +204,7 @@ class Trainer:
         self.store = CheckpointStore(self.folder / "checkpoints", config.train.keep_last)
         self.saver = Saver(self.store, engine, list(task.players), self._published)
         self.watchdog = Watchdog(engine.rank)
+        self.lock = FolderLock(self.folder)
         self.done = 0                                  # finished steps
         self.last: dict[str, float] = {}
         self.skips = SkipCounter(config.train.max_skipped)
@@ -208,25 +221,60 @@ class Trainer:
         began = time.monotonic()
         with ExitStack() as closing:
             closing.enter_context(self.watchdog)
+            closing.callback(self.lock.release)
             closing.callback(self._leave)
             closing.callback(self.saver.close)
             closing.enter_context(lost_processes_named(self.engine.rank, self.watchdog))
             signals = closing.enter_context(StopSignals(self.config.train.stop_signals, self.engine.is_main))
-            # not watched: reading the headers of new shards takes as long as it takes
+            # not watched: reading the headers of new shards takes as long as it takes, and so does another's end
             self.engine.together(self._open_folder, only_main=True)
+            self.companions = agreed_records(self.engine, self.task)
             checkpoint = self._choose_checkpoint()
+            if checkpoint is not None:
+                self.engine.together(lambda: self._check(checkpoint), only_main=True)
+            if self.done >= self.last_step:
+                return self._nothing_to_do(checkpoint, began)
             self._open_data()
             closing.callback(self._close_data)
+            if checkpoint is not None:
+                check_resumable(checkpoint, self.saved, self.config, self.identity, list(self.task.players))
             self.engine.prepare(self.task, self.folder)
             if checkpoint is not None:
                 self._load(checkpoint)
-            self._open_output(closing)
+            self._open_output(closing, checkpoint)
             self._announce(checkpoint)
             if checkpoint is None:
                 self._save(required=True)              # a path that cannot be written fails here, not hours later
             signals.begin()
             status = self._loop(signals, began)
         return Summary(status, self.done, self.samples, time.monotonic() - began, self.folder, self.last)
+
+    def _check(self, checkpoint: Path) -> None:
+        """Refuse, before anything is touched, what may not go on from the checkpoint; its data is not open yet."""
+        check_resumable(checkpoint, self.saved, self.config, self.saved["data"], list(self.task.players))
+        check_companions(str(checkpoint), self.saved, self.config.model_dump(mode="json"), self.companions,
+                         copies=self.folder / MODEL_FOLDER, accepted=self.config.train.accept_companions)
+
+    def _nothing_to_do(self, checkpoint: Path | None, began: float) -> Summary:
+        """The end of a start that has no step to make: it opens no data, and writes only what a kill kept from it."""
+        steps, asked = self.config.train.steps, self.last_step
+        if self.done > steps:
+            raise UserError(f"train.steps is {steps}, but {self.folder} has {self.done} steps done: nothing was "
+                            f"changed. Set it to {self.done} or more, or start over with --resume none")
+        finished = self.done == steps
+        if finished and checkpoint is not None:
+            self.engine.together(self._mend_finished, only_main=True)
+        if self.engine.is_main:
+            print(f"{self.folder} is finished, {steps} of {steps} steps are done: nothing to do (a larger train.steps "
+                  "goes on, --resume none starts over)" if finished else
+                  f"{self.folder} has {self.done} of {steps} steps done, and {asked} were asked for: nothing to do",
+                  flush=True)
+        return Summary("finished" if finished else "stopped", self.done, self.samples, time.monotonic() - began,
+                       self.folder)
+
+    def _mend_finished(self) -> None:
+        if {finished_steps(self.folder), exported_step(self.folder)} != {self.done}:
+            self._mark_finished()
 
     def _leave(self) -> None:
         with self._allowed("leaving the process group"):
@@ -501,36 +549,43 @@ class Trainer:
     def _open_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
             stop = self.folder / STOP_FILE
             if stop.exists() and stop.stat().st_mtime < psutil.Process().create_time():
                 stop.unlink()                                         # meant for an earlier start
-            if self.resume == "none":
-                self.store.clear()
-                (self.folder / FINISHED_FILE).unlink(missing_ok=True)
-                shutil.rmtree(self.folder / "sample_log", ignore_errors=True)
             self.store.sweep()
         except OSError as error:
             raise self._not_writable(error) from error
 
-    def _write_config(self) -> None:
+    def _begin(self, checkpoint: Path | None) -> None:
+        """The folder of a run that goes on from ``checkpoint``, or of a new one; and what it is from now on."""
         try:
+            if checkpoint is None:
+                begin_anew(self.folder, self.store, keep_model=self.resume != "none" or self._reads_its_own_model())
+            (self.folder / FINISHED_FILE).unlink(missing_ok=True)
             (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         except OSError as error:
             raise self._not_writable(error) from error
+
+    def _reads_its_own_model(self) -> bool:
+        """Whether a companion's copy in ``model/`` is what the run reads."""
+        inside = (self.folder / MODEL_FOLDER).absolute()
+        return any(isinstance(value, str) and inside in (Path(value).absolute(), *Path(value).absolute().parents)
+                   for value in leaves(self.config.model_dump(mode="json")))
 
     def _not_writable(self, error: OSError) -> UserError:
         return UserError(f"the run folder {self.folder} cannot be written: {error.strerror}; "
                          "set `output` to a folder that can")
 
-    def _open_output(self, closing: ExitStack) -> None:
+    def _open_output(self, closing: ExitStack, checkpoint: Path | None) -> None:
         self.meter = Meter()
         self.progress = ProgressLine(self.config.name, self.done, self.last_step, shown=self.engine.is_main)
         closing.callback(self.progress.close)
-        # not before the checkpoint was accepted: a refused resume leaves the folder as it was
-        self.engine.together(self._write_config, only_main=True)
+        # not before all was accepted: a start that is refused leaves the folder as it was
+        self.engine.together(lambda: self._begin(checkpoint), only_main=True)
         if self.engine.is_main:
             self.trackers = Trackers.of_run(self.folder, self.config.log, self.config.name,
-                                            self.config.model_dump(mode="json"))
+                                            self.config.model_dump(mode="json"), self.done)
             closing.callback(self.trackers.close)
         self.sample_log = None
         if self.config.train.log_samples:
@@ -563,7 +618,7 @@ class Trainer:
             path, faults = newest_that_verifies(self.engine, candidates, self.watchdog.feed)
             self._name_faults(faults, path, is_given)
             if path is None:
-                return None
+                return self._finished_without_checkpoints()
             self.saved = self.engine.together(lambda: self._state_of(path, is_given and not newest), only_main=True)
         self.unexported = path
         self.done = self.saved["step"]
@@ -600,9 +655,15 @@ class Trainer:
             log.warning("going on from %s leaves %s behind: deleted by the next save", path, ", ".join(left))
         return state
 
+    def _finished_without_checkpoints(self) -> None:
+        """A run whose checkpoints were deleted, to make room, when all was done, is as far as it was."""
+        steps = self.engine.together(lambda: finished_steps(self.folder), only_main=True)
+        if 0 < steps < self.last_step:
+            raise UserError(f"{self.folder} has finished {steps} steps and its checkpoints are gone: there is nothing "
+                            "to go on from. --resume none starts over, another `name` begins a run beside it")
+        self.done = steps
+
     def _load(self, checkpoint: Path) -> None:
-        check_resumable(checkpoint, self.saved, self.config.model_dump(mode="json"), self.identity,
-                        list(self.task.players))
         for name in self.task.players:
             try:
                 self.engine.load_player(name, SavedPlayer(checkpoint / name))
@@ -618,6 +679,7 @@ class Trainer:
         """
         state = {"format": FORMAT, "step": self.done, "samples": self.samples, "players": list(self.task.players),
                  "engine": self.engine.kind, "world_size": self.engine.world_size, "data": self.identity,
+                 "companions": self.companions,
                  "excluded_batches": self.numbers.excluded, "rollbacks": self.rollbacks,
                  "usual_losses": self.spikes.state(), "config": self.config.model_dump(mode="json"),
                  "versions": versions()}
@@ -664,7 +726,7 @@ class Trainer:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         export_checkpoint(self.task, checkpoint, temporary)
-        replace_folder(temporary, self.folder / "model")
+        replace_folder(temporary, self.folder / MODEL_FOLDER)
 
     def _mark_finished(self) -> None:
         if self.unexported is not None:      # no step was made since: `model/` may be of an older one
@@ -677,6 +739,16 @@ def record(meter: Meter, task: Task, phase: Phase, figures: dict[str, Tensor | f
     prefix = f"{phase.name}/" if len(task.phases) > 1 else ""
     for name, value in figures.items():
         meter.add(prefix + name, value)
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """Every value in nested mappings and lists."""
+    inner = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else None
+    if inner is None:
+        yield tree
+        return
+    for value in inner:
+        yield from leaves(value)
 
 
 def split(batch: Batch, count: int) -> Iterator[Batch]:

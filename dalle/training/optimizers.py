@@ -7,16 +7,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
+from dalle.errors import UserError
 from dalle.training.schedules import learning_rate_factor
 
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(Section, json_schema_extra=FREE):
     """One player's optimiser, learning-rate schedule, clipping and weight average."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    # the other optimiser's state is none of this one's
+    name: Literal["adamw", "muon"] = Field(default="adamw", json_schema_extra=FIXED)
     lr: float = Field(default=3e-4, gt=0, description="peak learning rate of AdamW")
     betas: Betas = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
@@ -146,7 +148,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 def _matrix_names(module: nn.Module, embeddings: set[int]) -> list[str]:
     if not hasattr(module, "matrix_parameters"):
-        raise ValueError(f"optimizer 'muon' needs {type(module).__name__}.matrix_parameters(); use 'adamw'")
+        raise UserError(f"optimizer.name muon needs {type(module).__name__}.matrix_parameters(), which it does not "
+                        "have; use adamw")
     names = module.matrix_parameters()
     for name in names:
         if id(_parameter(module, name, "matrix_parameters")) in embeddings:

@@ -1,6 +1,5 @@
 """What a run reads and does not make itself: other runs, which can be trained first, and data sets."""
 
-import json
 import os
 import re
 import shlex
@@ -19,8 +18,8 @@ from dalle.data.index import check_shards
 from dalle.data.opening import refuse_absent, shard_urls
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import MissingModel, UserError
-from dalle.training.loop import FINISHED_FILE
 from dalle.training.run import RunConfig
+from dalle.training.run_folder import finished_steps
 from dalle.training.signals import run_to_its_end
 
 SECONDS_BETWEEN_LOOKS = 1.0      # of the processes that wait while the main one trains
@@ -67,14 +66,6 @@ class Prerequisite(NamedTuple):
 
     def describe(self) -> dict[str, str]:
         return {"config": self.path, "folder": str(self.config.folder), "state": self.state, "command": self.command}
-
-
-def finished_steps(folder: Path) -> int:
-    """The steps of a run that reached its end; 0 for one that did not."""
-    try:
-        return int(json.loads((folder / FINISHED_FILE).read_text())["step"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return 0
 
 
 def prerequisites(path: str, config: RunConfig, runs: Mapping[str, type[RunConfig]],

@@ -5,22 +5,23 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.data.loader import DataConfig
 from dalle.training.engine import EngineConfig
 from dalle.training.loop import TrainConfig
 from dalle.training.trackers import LogConfig
 
 
-class RunConfig(Section):
+class RunConfig(Section, json_schema_extra=FIXED):
     """One run: what it is called, its data, and how the loop trains it."""
 
     task: str
-    name: str = Field(min_length=1, description="the run's folder below `output`")
-    output: str = "runs"
+    name: str = Field(min_length=1, description="the run's folder below `output`", json_schema_extra=FREE)
+    output: str = Field(default="runs", json_schema_extra=FREE)
     seed: int = Field(default=0, ge=0)
     prerequisites: tuple[str, ...] = Field(default=(), description="configs of the runs that this one reads; "
-                                           "launch/train.py --with-prerequisites trains them first")
+                                           "launch/train.py --with-prerequisites trains them first",
+                                           json_schema_extra=FREE)
     data: DataConfig
     train: TrainConfig = TrainConfig()
     log: LogConfig = LogConfig()

@@ -6,7 +6,7 @@ averages, checkpoints, trackers and signals. A task never calls ``backward`` or 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -98,6 +98,15 @@ def detached(made: Any) -> Any:
     raise TypeError(f"a phase made a {type(made).__name__} ahead; it is a tensor, or tuples, lists and dicts of them")
 
 
+@dataclass(frozen=True)
+class Companion:
+    """A network of another run that this one reads: a resume or an export with another one is refused."""
+
+    module: nn.Module           # as it was loaded
+    setting: str = ""           # the key of the config that names it
+    made_from: str = ""         # a digest of what else its parts were computed from
+
+
 class Task:
     """The whole of what a new model must say. Subclasses set the attributes in ``__init__``."""
 
@@ -108,6 +117,14 @@ class Task:
     needs_classes: bool = False           # True where `class_id` is read: a sample whose JSON is damaged has none
     tokens_per_sample: int = 0            # for tokens/s in the log; 0 leaves it out
     flops_per_sample: float = 0.0         # training FLOPs of one sample, for the MFU; 0 leaves it out
+    companion_settings: ClassVar[Mapping[str, str]] = {}      # companion -> the key of the config that names it
+    unpacked: ClassVar[frozenset[str]] = frozenset()          # companions that an export takes nothing of
+
+    def companions(self) -> dict[str, Companion]:
+        """The networks from elsewhere by name, which make the run what it is: the frozen ones, unless a task says more.
+        """
+        return {name: Companion(module, self.companion_settings.get(name, name))
+                for name, module in self.frozen.items()}
 
     def check_share(self, samples: int, world_size: int) -> None:
         """Raise :class:`UserError` where no step can be made of so many samples at once in each of the processes."""

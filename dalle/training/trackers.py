@@ -27,7 +27,7 @@ import psutil
 from PIL import Image
 from pydantic import Field
 
-from dalle.config import Section
+from dalle.config import FREE, Section
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ WANDB_INIT_SECONDS = 60
 WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-class LogConfig(Section):
+class LogConfig(Section, json_schema_extra=FREE):
     """Trackers beside the JSONL, which is always written."""
 
     wandb: Literal["online", "offline", "disabled"] = "disabled"
@@ -65,6 +65,8 @@ class Tracker(Protocol):
 
 class JsonlTracker:
     """``log.jsonl``, the log of record: one JSON object a line (a figure that is not finite is null), and PNGs.
+
+    :mod:`dalle.training.run_log` reads it.
 
     What a full disk does not take is kept, to the byte, and written before the next line; half a line that a kill left
     at the end of the file is cut off.
@@ -128,14 +130,21 @@ def cut_torn_line(file: int) -> None:
 
 
 class TensorBoardTracker:
-    """Event files in ``tensorboard/``."""
+    """Event files in ``tensorboard/``. What was shown of the steps after ``done`` is void: they come again."""
 
-    def __init__(self, folder: Path, send_images: bool):
+    def __init__(self, folder: Path, send_images: bool, done: int):
+        self._folder, self._send_images = str(folder / "tensorboard"), send_images
+        self._open(done)
+
+    def _open(self, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer, self._send_images = SummaryWriter(str(folder / "tensorboard")), send_images
+        self._writer = SummaryWriter(self._folder, purge_step=done + 1)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
+        if values.get("event") == "rollback":
+            self._writer.close()
+            self._open(values["to_step"])
         for key, value in values.items():
             if isinstance(value, (int, float)):
                 self._writer.add_scalar(key, value, step)
@@ -319,11 +328,12 @@ class Trackers:
         self._destinations = [Destination("log.jsonl", lambda: JsonlTracker(folder), lossless=True), *others]
 
     @classmethod
-    def of_run(cls, folder: Path, config: LogConfig, name: str, settings: Mapping[str, Any]) -> "Trackers":
-        """The trackers that ``config`` asks for."""
+    def of_run(cls, folder: Path, config: LogConfig, name: str, settings: Mapping[str, Any],
+               done: int = 0) -> "Trackers":
+        """The trackers that ``config`` asks for, of a run that goes on after ``done`` steps."""
         others = []
         if config.tensorboard:
-            others.append(Destination("TensorBoard", lambda: TensorBoardTracker(folder, config.images)))
+            others.append(Destination("TensorBoard", lambda: TensorBoardTracker(folder, config.images, done)))
         if config.wandb != "disabled":
             others.append(Destination("wandb", lambda: WandbTracker(folder, config, name, settings),
                                       abandon=kill_wandb_service))

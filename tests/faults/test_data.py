@@ -841,7 +841,7 @@ def test_changed_config_at_resume_is_refused_or_taken_by_its_class(tmp_path, run
     job = write_job(tmp_path, shards, settings={"steps": 4})
     assert run_here("train", job.config, "--stop-after", 2).status == 0
     before = files_below(job.run), (job.run / "config.yaml").read_text()
-    for change in ("seed=1", "train.batch_size=6", "data.lanes=8", "data.flip=true"):       # must match
+    for change in ("seed=1", "train.batch_size=6", "data.lanes=8", "data.flip=true", "optimizer.name=muon"):
         key, _, value = change.partition("=")
         one_line(run_here("train", job.config, change), f"{key}: ", f"-> {yaml.safe_load(value)!r}")
     other = write_shards(tmp_path / "other", counts=(12,) * 4)

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import gans
-from dalle.config import load_config
+from dalle.config import load_config, resume_rule
 from dalle.data.loader import train_batches
 from dalle.sampling.generator import load_generator
 from dalle.tasks import RUNS, TASKS
 from dalle.training.checkpoint import read_state
+from dalle.training.companions import records_of
 from dalle.training.engine import create_engine
 from dalle.training.optimizers import OptimizerConfig, build_optimizer
 from gans import SYSTEMS
@@ -157,6 +158,19 @@ def test_only_the_weights_of_products_decay(zoo, name, tmp_path):
         optimizer = build_optimizer(player.module, player.optimizer.model_copy(update={"weight_decay": 0.1}))
         assert {id(weight) for group in optimizer.param_groups if group["weight_decay"]
                 for weight in group["params"]} == products
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_companion_is_known_and_named_by_a_setting_whose_path_may_change(zoo, name):
+    config = load_config(zoo.config(name), [], RUNS)
+    torch.manual_seed(config.seed)
+    task = TASKS[name](config)
+    known = task.companions()
+    assert task.frozen.keys() <= known.keys()
+    assert {resume_rule(RUNS[name], companion.setting) for companion in known.values()} <= {"free"}
+    read = {field for field in ("text_encoder", "damsm", "stage1", "gan") if getattr(config, field, None) is not None}
+    assert read <= {companion.setting for companion in known.values()}
+    assert read_state(max((zoo.run(name) / "checkpoints").glob("step_*")))["companions"] == records_of(task)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -12,6 +12,7 @@ import gans.text
 from dalle.data.dataset import DataConfig
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
+from dalle.training.companions import records_of
 from dalle.training.task import Loss
 from gans import layers
 from gans.generator import GANGenerator, Painter, draw_noise, fitted, noise_of_seeds
@@ -401,6 +402,20 @@ def test_standardised_text_has_mean_0_and_deviation_1_over_the_captions():
     torch.testing.assert_close(words.mean(dim=0), torch.zeros(2), atol=1e-4, rtol=0)
     assert not text.words.transpose(1, 2)[~text.mask].any()    # padding is no word
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_standardised_text_is_known_by_its_encoder_and_captions_not_by_rounding():
+    def record(captions, encoder=None, rounding=0.0):
+        task = GANTask()
+        task.frozen = {"text": StandardisedTextEncoder.over(encoder or Uneven(), captions)}
+        task.frozen["text"].sentence_mean += rounding          # as another processor adds it up
+        return records_of(task)["text"]
+
+    other = Uneven()
+    other.scale.data += 1e-6
+    assert record(["a", "bb"]) == record(["a", "bb"], rounding=1e-6)
+    assert record(["a", "bb"])["digest"] not in (record(["a", "b"])["digest"], record(["a", "bb"], other)["digest"])
+    assert record(["a", "bb"])["setting"] == "text_encoder"
 
 
 def test_standardised_text_comes_back_from_its_folder(tmp_path, monkeypatch):

@@ -355,13 +355,13 @@ def test_a_sweep_file_of_a_windows_editor(cluster, capsys):
 def test_the_script_and_the_trainer_speak_of_the_same_things():
     """Bash cannot import the names."""
     from dalle import errors
-    from dalle.training import loop
+    from dalle.training import run_folder
 
     job = (ROOT / "launch/slurm/job.sh").read_text()
     assert f"for code in {errors.EXIT_STOPPED_BY_SIGNAL} {errors.USER_ERROR_STATUS}; do" in job
     assert f"(( status == {errors.USER_ERROR_STATUS} ))" in job
     assert f"status != {errors.EXIT_STOPPED_BY_SIGNAL}" in job
-    assert f'"$run/{loop.FINISHED_FILE}"' in job and f'"$run/{loop.STOP_FILE}"' in job
+    assert f'"$run/{run_folder.FINISHED_FILE}"' in job and f'"$run/{run_folder.STOP_FILE}"' in job
     assert '"$run"/checkpoints/step_' in job
 
 

@@ -11,6 +11,7 @@ from dalle.data.index import ShardIndex
 from dalle.data.loader import DataConfig, validation_batches
 from dalle.errors import UserError
 from dalle.models.dvae import DiscreteVAE
+from dalle.training.lock import FolderLock
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +63,10 @@ def test_a_transformer_refuses_codes_of_another_codec(workshop, cached, commands
         commands["train"](config, f"data.codes={out}", "data.images=false", "data.validation=null")
     (out / "codes.json").write_text(json.dumps(description))
     assert commands["train"](config, f"data.codes={out}", "data.images=false", "data.validation=null") == 0
+
+
+def test_two_at_once_do_not_write_one_folder(cached, commands, tmp_path):
+    _, call = cached
+    with FolderLock(tmp_path), pytest.raises(UserError, match="already running"):
+        commands["cache_codes"](*call[:4], "--out", tmp_path)
+    assert list(tmp_path.iterdir()) == []

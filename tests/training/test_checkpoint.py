@@ -1,9 +1,17 @@
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from pydantic import Field
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from toys import ToyRun
+
+from dalle.config import FIXED, FREE, Section, apply_override
 from dalle.errors import UserError
 from dalle.training.checkpoint import (
     FORMAT,
@@ -16,6 +24,7 @@ from dalle.training.checkpoint import (
     write_json,
     write_tensors,
 )
+from dalle.training.optimizers import OptimizerConfig
 
 
 def save(store: CheckpointStore, step: int, text: str = "weights"):
@@ -92,31 +101,56 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
         read_state(tmp_path)
 
 
-SAVED = {"config": {"task": "toy", "seed": 0, "model": {"dim": 4}, "optimizer": {"lr": 1.0},
-                    "data": {"train": "a", "text_length": 4}, "train": {"batch_size": 8, "steps": 4}},
-         "data": {"fingerprint": "abc"}, "players": ["net"]}
+class Model(Section, json_schema_extra=FIXED):
+    dim: int = 4
+    kind: str = "plain"
+    checkpointing: bool = Field(False, json_schema_extra=FREE)
 
 
-def changed(path: str, value):
-    config = json.loads(json.dumps(SAVED["config"]))
-    *parents, last = path.split(".")
-    node = config
-    for parent in parents:
-        node = node[parent]
-    node[last] = value
-    return config
+class Part(Section, json_schema_extra=FREE):
+    weight: float = 1.0
+    bias: bool = Field(True, json_schema_extra=FIXED)
 
 
-@pytest.mark.parametrize(("path", "value"), [("model.dim", 8), ("seed", 1), ("train.batch_size", 16),
-                                             ("data.text_length", 5)])
-def test_what_must_stay_is_shown_when_it_changes(path, value):
-    with pytest.raises(UserError, match=rf"{path}: .* -> {value}"):
-        check_resumable("c", SAVED, changed(path, value), SAVED["data"], ["net"])
+class Run(ToyRun):
+    model: Model = Model()
+    part: Part | None = Part()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    table: dict[str, int] = {"a": 1}
+    schedule: dict[str, int] = Field({"a": 1}, json_schema_extra=FREE)
 
 
-@pytest.mark.parametrize(("path", "value"), [("train.steps", 9), ("optimizer.lr", 2.0), ("data.train", "moved")])
-def test_what_may_change_passes(path, value):
-    check_resumable("c", SAVED, changed(path, value), SAVED["data"], ["net"])
+IDENTITY = {"fingerprint": "abc"}
+
+
+def saved_by(config: Run | None = None, **changes) -> dict:
+    tree = json.loads((config or Run()).model_dump_json())
+    for key, value in changes.items():
+        apply_override(tree, f"{key.replace('__', '.')}={value}")
+    return {"config": tree, "data": IDENTITY, "players": ["net"]}
+
+
+def changed(*overrides: str) -> Run:
+    tree = Run().model_dump(mode="json")
+    for override in overrides:
+        apply_override(tree, override)
+    return Run.model_validate(tree)
+
+
+@pytest.mark.parametrize("change", ["model.dim=8", "seed=1", "train.batch_size=16", "data.text_length=5",
+                                    "optimizer.name=muon", "part.bias=false", "table.a=2", "data.train=moved"])
+def test_what_must_stay_is_shown_when_it_changes(change):
+    key, _, value = change.partition("=")
+    with pytest.raises(UserError, match=rf"(?i){key}: .* -> '?{value}"):
+        check_resumable("c", saved_by(), changed(change), IDENTITY, ["net"])
+
+
+@pytest.mark.parametrize("change", ["train.steps=9", "optimizer.lr=2.0", "optimizer.clip=0", "optimizer.ema=0.9",
+                                    "optimizer.betas=[0.5,0.9]", "optimizer.schedule=constant", "name=other",
+                                    "model.checkpointing=true", "part.weight=2", "schedule.a=2", "log.tensorboard=true",
+                                    "engine.bucket_elements=7", "train.precision=bf16"])
+def test_what_may_change_passes(change):
+    check_resumable("c", saved_by(), changed(change), IDENTITY, ["net"])
 
 
 @pytest.mark.parametrize(("identity", "players", "message"), [
@@ -125,16 +159,33 @@ def test_what_may_change_passes(path, value):
 ])
 def test_other_data_or_players_are_refused(identity, players, message):
     with pytest.raises(UserError, match=message):
-        check_resumable("c", SAVED, SAVED["config"], identity, players)
+        check_resumable("c", saved_by(), Run(), identity, players)
 
 
 def test_a_setting_that_the_checkpoint_does_not_know_is_no_difference():
-    check_resumable("c", SAVED, changed("data.tier", "exact"), SAVED["data"], ["net"])
+    saved = saved_by()
+    del saved["config"]["model"]["kind"]
+    check_resumable("c", saved, changed("model.kind=fancy"), IDENTITY, ["net"])
+
+
+def test_a_setting_that_this_version_has_no_more_is_no_difference():
+    check_resumable("c", saved_by(model__retired=3, retired=4), Run(), IDENTITY, ["net"])
+
+
+def test_a_whole_section_that_comes_or_goes_is_a_difference_where_it_must_stay():
+    class Deciding(Run):
+        part: Model | None = Model()
+
+    there, gone = Deciding(), Deciding(part=None)
+    for old, new in ((there, gone), (gone, there)):
+        with pytest.raises(UserError, match="part: "):
+            check_resumable("c", saved_by(old), new, IDENTITY, ["net"])
 
 
 def test_another_task_is_refused_by_name():
-    with pytest.raises(UserError, match="of the task 'toy', not 'clip'"):
-        check_resumable("c", SAVED, changed("task", "clip"), SAVED["data"], ["net"])
+    saved = saved_by(task="clip")
+    with pytest.raises(UserError, match="of the task 'clip', not 'toy'"):
+        check_resumable("c", saved, Run(), IDENTITY, ["net"])
 
 
 def test_replacing_a_folder_leaves_only_the_new_one(tmp_path):

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from toys import Block, seeded
 
+from dalle.errors import UserError
 from dalle.training.optimizers import MuonWithAdamW, OptimizerConfig, build_optimizer, set_learning_rate
 
 
@@ -89,7 +90,7 @@ def test_learning_rates_follow_one_factor_and_survive_a_reload():
 
 
 def test_muon_without_matrices_says_what_is_missing():
-    with pytest.raises(ValueError, match="matrix_parameters"):
+    with pytest.raises(UserError, match="matrix_parameters"):
         build_optimizer(Mixed(), OptimizerConfig(name="muon"))
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dalle.config import Section
+from dalle.config import FIXED, FREE, Section
 from dalle.training.engine import EngineConfig
 from dalle.training.loop import TrainConfig
 from dalle.training.optimizers import OptimizerConfig
@@ -18,17 +19,17 @@ from dalle.training.trackers import LogConfig
 BATCH = 8
 
 
-class ToyData(Section):
+class ToyData(Section, json_schema_extra=FIXED):
     train: str = "none"
     text_length: int = 4
 
 
-class ToyRun(Section):
+class ToyRun(Section, json_schema_extra=FIXED):
     """The fields of a run that the loop reads, without the real data section."""
 
     task: Literal["toy"] = "toy"
-    name: str = "toy"
-    output: str = "runs"
+    name: str = Field("toy", json_schema_extra=FREE)
+    output: str = Field("runs", json_schema_extra=FREE)
     seed: int = 0
     model: dict[str, int] = {}
     data: ToyData = ToyData()
