@@ -7,7 +7,6 @@ and ``KEY.json`` (emoji, code points, name, keywords, split).
 
 import hashlib
 import os
-import subprocess
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, features
 
 from dalle.config import Section
+from dalle.data import debian
 from dalle.data.building import LeftOut, Sample, build_dataset, hash_fraction, in_batches, in_order
 from dalle.errors import UserError
 
@@ -77,23 +77,13 @@ def missing_packages() -> list[str]:
 
 
 def install_packages(report=print) -> None:
-    """Install what :func:`missing_packages` names, with apt-get; only root can."""
+    """Install what :func:`missing_packages` names; only root can."""
     missing = missing_packages()
     if not missing:
         return
     if os.geteuid() != 0:
         raise UserError(f"--install needs root; run: {_install_command(sudo=True)}")
-    report(f"installing Debian packages: {' '.join(missing)}")
-    for command in (["apt-get", "update", "-qq"],
-                    ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing]):
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True,
-                           env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
-        except FileNotFoundError:
-            raise UserError(f"there is no apt-get here; install {' and '.join(missing)} in this system's way") from None
-        except subprocess.CalledProcessError as error:
-            reason = (error.stderr or error.stdout or "").strip().splitlines()
-            raise UserError(f"{' '.join(command)} failed: {reason[-1] if reason else error.returncode}") from None
+    debian.install(missing, report)
 
 
 def _install_command(sudo: bool = False) -> str:

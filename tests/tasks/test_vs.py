@@ -79,14 +79,14 @@ def make_batch(count: int) -> dict:
 
 
 def test_it_learns_and_only_the_maps_move(workshop, clip):
-    task = make_task(workshop, clip)
+    task = make_task(workshop, clip, model={"embed_dim": 16})
     networks, batch = BareNetworks(task), make_batch(64)
     frozen = {name: tensor.clone() for name, tensor in task.frozen["text"].state_dict().items()}
     optimizer = build_optimizer(task.players["vs"].module, task.config.optimizer.model_copy(update={"lr": 1e-2}))
     losses = []
     before = task.validate(networks, [batch])
     prepared = task.prepare(batch, networks, 0)
-    for step in range(60):
+    for step in range(300):
         loss = task.rank(networks, prepared, step)
         optimizer.zero_grad()
         loss.total.backward()
@@ -95,7 +95,7 @@ def test_it_learns_and_only_the_maps_move(workshop, clip):
     after = task.validate(networks, [batch])
     assert losses[-1] < 0.5 * losses[0]
     assert after["similarity"].count == 64 and after["similarity"].value > before["similarity"].value
-    assert after["recall@5_in_64"].value > before["recall@5_in_64"].value + 0.1
+    assert after["recall@5_in_64"].value > before["recall@5_in_64"].value + 0.2
     assert all(torch.equal(frozen[name], tensor) for name, tensor in task.frozen["text"].state_dict().items())
 
 
