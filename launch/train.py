@@ -60,8 +60,11 @@ def main() -> int:
     from dalle.training.engine import create_engine
     from dalle.training.loop import Trainer
     from dalle.training.prerequisites import check_data, missing_runs_explained, prerequisites
+    from dalle.training.run_folder import finished_steps
 
-    check_data(config.data)
+    ends_at_once = arguments.resume == "auto" and finished_steps(config.folder) >= config.train.steps
+    if not ends_at_once or arguments.dry_run:
+        check_data(config.data)
     needed = partial(prerequisites, arguments.config, config, RUNS, arguments.overrides)
     if arguments.with_prerequisites:
         status = make_prerequisites(needed(), arguments.dry_run)
@@ -78,7 +81,7 @@ def main() -> int:
         return validation_batches(config.data, batch_size=config.train.batch_size,
                                   limit=config.train.validation_samples, **share)
 
-    if config.data.validation and config.train.validate_every and not arguments.dry_run:
+    if config.data.validation and config.train.validate_every and not (ends_at_once or arguments.dry_run):
         validation_loader().close()            # what the first validation would refuse, hours later
     torch.manual_seed(config.seed)             # the same first weights on every rank and at every start
     evaluate = None

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,11 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSES_SECONDS = 240     # two processes import everything anew, on a machine that may be busy
+
+# what `nohup` and a shell's `&` have ignored would be ignored by the processes of the tests, too
+for ignored in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(ignored) == signal.SIG_IGN:
+        signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 
 @dataclass

@@ -251,6 +251,11 @@ class Engine:
                 for member in self.members.values():
                     member.module.train()
 
+    @contextmanager
+    def whole_networks(self) -> Iterator[None]:
+        """All weights on every rank meanwhile: sampling calls blocks, and reads weights, in no forward of the whole."""
+        yield
+
     # -- between processes
 
     def gather(self, value: Any) -> list[Any]:

@@ -160,6 +160,25 @@ class DeepSpeedEngine(GroupEngine):
             raise UserError("a penalty on gradients cannot be differentiated under ZeRO-3: launch with DDP or ZeRO-1/2")
         return super().penalty_forward_of(name)
 
+    @contextmanager
+    def whole_networks(self) -> Iterator[None]:
+        if self.stage < 3:
+            yield
+            return
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        split = [parameter for member in self.members.values() for parameter in member.module.parameters()
+                 if parameter.ds_status is not ZeroParamStatus.AVAILABLE]
+        kept = [parameter.ds_persist for parameter in split]
+        with gathered(split, None):
+            for parameter in split:
+                parameter.ds_persist = True      # or each block's forward would give its own back
+            try:
+                yield
+            finally:
+                for parameter, persist in zip(split, kept, strict=True):
+                    parameter.ds_persist = persist
+
     # -- state
 
     def whole(self, tensor: Tensor) -> Tensor:

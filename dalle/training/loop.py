@@ -521,7 +521,7 @@ class Trainer:
         where every forward needs them. Each ``came_forward()`` begins the watchdog's time anew, on those that wait too.
         """
         if self.engine.splits_parameters:
-            with self.engine.evaluation(), self.engine.autocast():
+            with self.engine.evaluation(), self.engine.whole_networks(), self.engine.autocast():
                 result = action(self.watchdog.feed)
             self.engine.barrier()
             return result

@@ -84,11 +84,11 @@ def test_ctrl_c_before_the_first_step_ends_at_once_and_a_missing_rank_is_named(t
     """The one process of two that was started waits for the other, and says so."""
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(free_port())}
-    said = tmp_path / "said"
+    said, job = tmp_path / "said", write_job(tmp_path, write_shards(tmp_path / "shards"))
     with open(said, "w") as output:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "launch/train.py"), str(write_job(tmp_path, tmp_path).config)], stdout=output,
-            stderr=output, env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment})
+            [sys.executable, str(ROOT / "launch/train.py"), str(job.config)], stdout=output, stderr=output,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment})
     try:
         wait_until(lambda: "waiting for rank 1 of 2 at 127.0.0.1:" in said.read_text(), process, SECONDS)
         process.send_signal(signal.SIGINT)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_shards import start_command, wait_until, write_job
+from tiny_shards import start_command, wait_until, write_job, write_shards
 from toy_worker import BATCH, FaultyTask, NumberedLoader, Ranks, Toy, keys, positions, start
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -452,7 +452,7 @@ def test_changed_world_size_after_a_kill_has_the_losses_of_the_uninterrupted_run
 
 
 def test_world_size_that_does_not_divide_the_batch_is_refused_with_those_that_do(tmp_path, monkeypatch):
-    job = write_job(tmp_path, tmp_path, settings={"batch_size": 8})
+    job = write_job(tmp_path, write_shards(tmp_path / "shards"), settings={"batch_size": 8})
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
     process = start_command("launch/train.py", job.config)      # the other two never come: it must not wait for them

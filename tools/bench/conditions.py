@@ -64,7 +64,7 @@ def version_of_torch(python: str) -> str:
 
 def passes(condition: Condition, torch: str, arguments: argparse.Namespace) -> bool:
     """One run of pytest, and its line."""
-    log = arguments.logs.absolute() / f"torch-{torch}-{condition.name}.log"
+    log = arguments.logs.absolute() / f"torch-{torch.replace('+', '-')}-{condition.name}.log"
     began = time.monotonic()
     with open(log, "w") as file:
         status = subprocess.run([condition.python, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider",
