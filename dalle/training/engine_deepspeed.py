@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dalle.training.run import RunConfig
 
 NEVER = 10**12
+SAMPLING = -1       # among the numbers of the modules that still need a parameter under ZeRO-3: none of them
 
 
 class DeepSpeedEngine(GroupEngine):
@@ -167,17 +168,15 @@ class DeepSpeedEngine(GroupEngine):
             return
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        split = [parameter for member in self.members.values() for parameter in member.module.parameters()
-                 if parameter.ds_status is not ZeroParamStatus.AVAILABLE]
-        kept = [parameter.ds_persist for parameter in split]
-        with gathered(split, None):
-            for parameter in split:
-                parameter.ds_persist = True      # or each block's forward would give its own back
+        parameters = [parameter for member in self.members.values() for parameter in member.module.parameters()]
+        with gathered([one for one in parameters if one.ds_status is not ZeroParamStatus.AVAILABLE], None):
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.add(SAMPLING)      # or each block's forward would give its own back
             try:
                 yield
             finally:
-                for parameter, persist in zip(split, kept, strict=True):
-                    parameter.ds_persist = persist
+                for parameter in parameters:
+                    parameter.ds_active_sub_modules.discard(SAMPLING)
 
     # -- state
 

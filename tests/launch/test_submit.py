@@ -304,7 +304,7 @@ def test_zero_on_cpu_cores(render):
     (("--nodes", "1", *GPUS, "--mem", "200GB"), "'200GB' is not of the form N[K|M|G|T], such as 200G"),
     (("--nodes", "1", "--gpus-per-node", "8", "--time", "a day"), "HH:MM:SS"),
     (("--nodes", "1", *GPUS, "--signal", "KILL@60"), "USR2@300"),
-    (("--nodes", "1", *GPUS, "--signal", "ALRM@60"), "train.stop_signals"),
+    (("--nodes", "1", *GPUS, "--signal", "USR1@60"), "train.stop_signals"),
     (("--nodes", "1", *GPUS, "--env", "WANDB_API_KEY=abc"), "credential"),
     (("--nodes", "1", *GPUS, "--env", "RANK=0"), "leave it out"),
     (("--nodes", "1", *GPUS, "--env", "a b=1"), "KEY=VALUE"),

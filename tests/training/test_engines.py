@@ -184,8 +184,8 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(out, kind):
 def test_zero3_in_one_process_keeps_an_average_offloaded_or_not(tmp_path):
     """Previews in between read the weights outside of any forward."""
     offload = {"engine": {"offload_parameters": True, "offload_optimizer": True}}
-    jobs = [Job("plain", "zero3", optimizer=EMA, settings={"preview_every": 2}),
-            Job("offloaded", "zero3", optimizer=EMA, settings={"preview_every": 2, **offload})]
+    jobs = [Job("plain", "zero3", "PreviewTask", optimizer=EMA, settings={"preview_every": 2}),
+            Job("offloaded", "zero3", "PreviewTask", optimizer=EMA, settings={"preview_every": 2, **offload})]
     launch(jobs, tmp_path, LAUNCHES["zero"], processes=1)
     train_alone(tmp_path / "alone")
     for job in jobs:

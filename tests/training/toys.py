@@ -108,10 +108,6 @@ class SingleTask(Task):
         return Loss(loss, {"error": loss.detach().sqrt()})
 
     def preview(self, networks, step):
-        """As sampling does: a part is called alone, and weights are read in no forward."""
-        for module in (networks.bare(name) for name in self.players):
-            module.second(torch.zeros(1, 16))
-            assert module.second.weight.shape == (16, 16) and module.scale.shape == (16, 1)
         return {"grey": torch.full((3, 4, 6), 128, dtype=torch.uint8)}
 
     def validate(self, networks, batches):
@@ -125,6 +121,16 @@ class SingleTask(Task):
     def export(self, folder, states):
         for name, state in states.items():
             save_file(state, Path(folder) / f"{name}.safetensors")
+
+
+class PreviewTask(SingleTask):
+    """Its preview does as sampling does: a part is called alone, and weights are read in no forward."""
+
+    def preview(self, networks, step):
+        net = networks.bare("net")
+        net.second(torch.zeros(1, 16))
+        assert net.second.weight.shape == (16, 16) and net.scale.shape == (16, 1)
+        return super().preview(networks, step)
 
 
 class GanTask(SingleTask):
