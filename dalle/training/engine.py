@@ -133,9 +133,9 @@ class Engine:
             module.to(self.device).eval().requires_grad_(False)
         for name, player in task.players.items():
             module = self.place(player.module).train()
-            if self.compile:
-                module.compile()
             trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            if self.compile:
+                compile_for_phases(module, trainable)
             member = Member(name, module, player.optimizer, trainable, build_optimizer(module, player.optimizer))
             self.wrap(member, folder)
             if player.optimizer.ema > 0:
@@ -397,6 +397,18 @@ def state_keys(saved: SavedPlayer) -> dict[str, list[str]]:
         name, _, state = key.rpartition("/")
         found.setdefault(name, []).append(state)
     return found
+
+
+def compile_for_phases(module: nn.Module, trainable: list[nn.Parameter]) -> None:
+    """``module.compile()``, apart for the phases in which it learns and for the others: torch 2.11 does not look again
+    at the ``requires_grad`` of a module's parameters, and would hand on a graph that has no gradient."""
+    def call(learns: bool, *arguments: Any, **named: Any) -> Any:
+        if learns:                   # read, so that what is compiled holds for this answer alone
+            return module._call_impl(*arguments, **named)
+        return module._call_impl(*arguments, **named)
+
+    compiled = torch.compile(call)
+    module._compiled_call_impl = lambda *arguments, **named: compiled(trainable[0].requires_grad, *arguments, **named)
 
 
 def poisoned(loss: Tensor) -> Tensor:
