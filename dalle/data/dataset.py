@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from dalle.config import FIXED, FREE, Section
 from dalle.data.codes import CachedCodes
+from dalle.data.damage import BadShards
 from dalle.data.decode import (
     IN_BAD_SHARD,
     MAX_PIXELS,
@@ -27,8 +28,10 @@ from dalle.data.decode import (
     read_member,
     sample_captions,
 )
-from dalle.data.index import BadShards, ShardIndex, ShardReader, key_text
+from dalle.data.index import ShardIndex
+from dalle.data.members import key_text
 from dalle.data.order import Order, SequentialOrder, sample_rng
+from dalle.data.reader import ShardReader
 from dalle.data.reasons import Tally, remedy
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.data.transforms import Crop, needed_side, to_square

@@ -24,9 +24,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from dalle.data.codes import CachedCodes
+from dalle.data.damage import DAMAGED_SHARD, MISSING_SHARD, REBUILD
 from dalle.data.dataset import Batch, DataConfig, ShardDataset, ViewDataset, sentences
 from dalle.data.decode import IN_BAD_SHARD
-from dalle.data.index import DAMAGED_SHARD, MISSING_SHARD, REBUILD, ShardIndex
+from dalle.data.index import ShardIndex
 from dalle.data.reasons import Tally, remedy
 from dalle.data.streaming import StreamDataset
 from dalle.data.tokenizer import CaptionTokenizer

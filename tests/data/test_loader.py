@@ -20,9 +20,10 @@ from pydantic import ValidationError
 
 from dalle.data.codes import CodesWriter
 from dalle.data.dataset import ShardDataset
-from dalle.data.index import ShardIndex, most_open
+from dalle.data.index import ShardIndex
 from dalle.data.loader import DataConfig, ValidationPositions, train_batches, validation_batches, view_batches
 from dalle.data.order import Order
+from dalle.data.reader import most_open
 from dalle.data.reasons import Tally, remedy
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.data.writer import ShardWriter
