@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("--workers and --samples-per-shard must be at least 1")
     shared = {"out": options.out, "workers": options.workers, "force": options.force}
     if options.command in ("shapes", "shapes-edits"):
-        from dalle.data.shapes import ShapesConfig, make_shapes
+        from dalle.data.shapes.making import ShapesConfig, make_shapes
 
         make_shapes(ShapesConfig(
             count=options.count, validation=options.validation, size=options.size, seed=options.seed,

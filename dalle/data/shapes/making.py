@@ -1,8 +1,8 @@
-"""The `shapes` set: pictures whose every attribute is known, made here, so that nothing is downloaded.
+"""Makes the `shapes` set: its parameters, and its shards from them.
 
-A sample is ``KEY.png``, ``KEY.txt`` (ten captions, the first says everything) and ``KEY.json`` (:meth:`Scene.to_meta`).
-Picture ``i`` of a split depends on the seed, the split and ``i`` only. Validation shows attribute tuples that are never
-in training (5 % of all, by hash).
+A sample is ``KEY.png``, ``KEY.txt`` (ten captions, the first says everything) and ``KEY.json``
+(:meth:`dalle.data.shapes.scene.Scene.to_meta`). Picture ``i`` of a split depends on the seed, the split and ``i`` only.
+Validation shows attribute tuples that are never in training (5 % of all, by hash).
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,11 @@ import numpy as np
 
 from dalle.config import Section
 from dalle.data.building import SPLITS, Sample, build_dataset, in_order
-from dalle.data.shapes_edits import edit_sample
-from dalle.data.shapes_grammar import canonical_caption, captions, parse_caption
-from dalle.data.shapes_render import encode_png, mask, render
-from dalle.data.shapes_scene import MAX_OBJECTS, Scene, SceneObject, make_scene
+from dalle.data.shapes.edits import edit_sample
+from dalle.data.shapes.grammar import captions
+from dalle.data.shapes.render import encode_png, render
+from dalle.data.shapes.scene import MAX_OBJECTS, make_scene
 from dalle.errors import UserError
-
-__all__ = ["Scene", "SceneObject", "ShapesConfig", "canonical_caption", "captions", "make_sample", "make_scene",
-           "make_shapes", "mask", "parse_caption", "render"]
 
 VERSION = 1  # raise it when the same parameters would give other bytes
 CHUNK = 250
