@@ -91,7 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
         make_emoji(EmojiConfig(size=options.size, samples_per_shard=options.samples_per_shard),
                    font=options.font, annotations=options.annotations, **shared)
     else:
-        from dalle.data.folder import FolderConfig, make_folder
+        from dalle.data.folder.entries import FolderConfig
+        from dalle.data.folder.making import make_folder
 
         make_folder(FolderConfig(
             path_column=options.path_column, caption_column=options.caption_column,
