@@ -24,11 +24,12 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dalle.data.damage import MISSING_SHARD, SKIP
-from dalle.data.dataset import Batch, DataConfig, Record, Sample, SampleMaker, sentences
+from dalle.data.dataset import Batch, Record, Sample, SampleMaker, sentences
 from dalle.data.decode import BadSample, decode_captions, meta_captions
 from dalle.data.members import PARTS, key_text, member_runs, why_no_sample
 from dalle.data.opening import LostShard, Patience, ShardStream, refuse_absent, scheme_of, shard_urls, shown
 from dalle.data.reasons import Tally, remedy
+from dalle.data.settings import DataConfig
 from dalle.data.tar import (
     BLOCK,
     LONGEST_EXTENSION_HEADER,

@@ -3,19 +3,24 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import Field
+
 from dalle.config import Section
 
 
 class FolderConfig(Section):
     """Everything that decides the bytes of the set, beside the pictures and captions."""
 
-    path_column: str | None = None
-    caption_column: str | None = None
-    absolute_paths: bool = False
-    resize: int | None = None     # the shorter side of a picture that is above max_size
-    max_size: int | None = None   # the largest shorter side that keeps its own bytes; the other of the two by default
-    validation_fraction: float | None = None     # None: as the source splits, or else VALIDATION_FRACTION
-    samples_per_shard: int = 1_000
+    path_column: str | None = Field(None, description="the table's column of paths; null: known by its name")
+    caption_column: str | None = Field(None, description="the table's column of captions; null: known by its name")
+    absolute_paths: bool = Field(False, description="whether a table may name pictures outside its own folder")
+    resize: int | None = Field(None, description="the shorter side, in pixels, that a picture above max_size is shrunk "
+                                                 "to; null: max_size")
+    max_size: int | None = Field(None, description="the largest shorter side, in pixels, that keeps its own bytes; "
+                                                   "null: resize")
+    validation_fraction: float | None = Field(None, description="share in [0, 1) held out by a hash of the path; null: "
+                                                                "as the source splits, or else 0.05")
+    samples_per_shard: int = Field(1_000, description="samples in each shard but the last of a split")
 
     def largest_side(self) -> int | None:
         return self.max_size or self.resize

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import Field
 
 from dalle.config import Section
 from dalle.data.building import SPLITS, Sample, build_dataset, in_order
@@ -27,13 +28,13 @@ MIN_SIZE, MAX_SIZE = 16, 1024
 class ShapesConfig(Section):
     """Everything that decides the bytes of the set."""
 
-    count: int = 30_000
-    validation: int = 1_000
-    size: int = 64
-    max_objects: int = 2
-    seed: int = 0
-    edits: bool = False
-    samples_per_shard: int = 1_000
+    count: int = Field(30_000, description="training pictures")
+    validation: int = Field(1_000, description="held-out pictures")
+    size: int = Field(64, description="side of a picture, in pixels")
+    max_objects: int = Field(2, description="the most objects in a picture; each number from one on is as frequent")
+    seed: int = Field(0, description="of all that is drawn; another one gives other pictures")
+    edits: bool = Field(False, description="whether samples are (source, instruction, target) triples")
+    samples_per_shard: int = Field(1_000, description="samples in each shard but the last of a split")
 
 
 @dataclass(frozen=True)
