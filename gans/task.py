@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from dalle.config import FIXED, FREE, Section
-from dalle.data.dataset import DataConfig
 from dalle.data.decode import BadSample
 from dalle.data.index import ShardIndex
+from dalle.data.settings import DataConfig
 from dalle.errors import UserError
 from dalle.evaluation.captions import CaptionSource
 from dalle.evaluation.small_config import SmallEvaluationConfig

@@ -61,7 +61,7 @@ def main() -> None:
 
     import torch
 
-    from dalle.data.shapes_grammar import parse_caption
+    from dalle.data.shapes.grammar import parse_caption
     from dalle.metrics.shapes_judge import colour_shape_right
     from dalle.sampling.candidates import sample_and_rerank
     from dalle.sampling.generator import load_generator

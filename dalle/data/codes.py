@@ -14,7 +14,8 @@ from typing import Any, Self
 import numpy as np
 
 from dalle.data.decode import BadSample
-from dalle.data.index import ShardIndex, most_open
+from dalle.data.index import ShardIndex
+from dalle.data.reader import most_open
 from dalle.errors import UserError
 
 DESCRIPTION_FILE = "codes.json"
@@ -73,7 +74,7 @@ class CachedCodes:
                             f"(fingerprint {fingerprint[:8]}, not {index.fingerprint[:8]}); {MAKE}")
         self._names = file_names(index)
         self._counts = index.counts
-        self.max_open, self._most = 128, 0         # as of a :class:`dalle.data.index.ShardReader`
+        self.max_open, self._most = 128, 0         # as of a :class:`dalle.data.reader.ShardReader`
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __getstate__(self) -> dict:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, features
+from pydantic import Field
 
 from dalle.config import Section
 from dalle.data import debian
@@ -35,8 +36,8 @@ MIN_SIZE, MAX_SIZE = 16, 1024
 class EmojiConfig(Section):
     """Everything that decides the bytes of the set, beside the font and the names."""
 
-    size: int = 64
-    samples_per_shard: int = 1_000
+    size: int = Field(64, description="side of a picture, in pixels")
+    samples_per_shard: int = Field(1_000, description="samples in each shard but the last of a split")
 
 
 @dataclass(frozen=True)

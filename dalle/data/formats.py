@@ -1,6 +1,6 @@
 """Which files look like pictures, by name or first bytes, and the formats that only the making of shards reads.
 
-Shards hold what training decodes (:data:`dalle.data.index.IMAGE_EXTENSIONS`); whatever else can be read is converted
+Shards hold what training decodes (:data:`dalle.data.members.IMAGE_EXTENSIONS`); whatever else can be read is converted
 on the way there, so that the formats below are never opened from a shard that came from elsewhere.
 """
 

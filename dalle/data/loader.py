@@ -24,10 +24,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from dalle.data.codes import CachedCodes
-from dalle.data.dataset import Batch, DataConfig, ShardDataset, ViewDataset, sentences
+from dalle.data.damage import DAMAGED_SHARD, MISSING_SHARD, REBUILD
+from dalle.data.dataset import Batch, ShardDataset, ViewDataset, sentences
 from dalle.data.decode import IN_BAD_SHARD
-from dalle.data.index import DAMAGED_SHARD, MISSING_SHARD, REBUILD, ShardIndex
+from dalle.data.index import ShardIndex
 from dalle.data.reasons import Tally, remedy
+from dalle.data.settings import DataConfig
 from dalle.data.streaming import StreamDataset
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.data.workers import death_of, signal_death, start_server, worker_context, worker_start
@@ -94,7 +96,7 @@ class Loader:
     def __init__(self, dataset: ShardDataset | ViewDataset | StreamDataset,
                  positions: Iterable[list[int]] | None = None, *, finite: bool = False, speaks: bool = False):
         config = dataset.config
-        self.index: ShardIndex | None = getattr(dataset, "index", None)
+        self.index: ShardIndex | None = dataset.index
         self.tokenizer: CaptionTokenizer | None = dataset.tokenizer
         self.codes: CachedCodes | None = dataset.codes
         self.samples_per_epoch: int | None = dataset.order.samples_per_epoch if self.index else None

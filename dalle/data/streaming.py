@@ -23,11 +23,13 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dalle.data.dataset import Batch, DataConfig, Record, Sample, SampleMaker, sentences
+from dalle.data.damage import MISSING_SHARD, SKIP
+from dalle.data.dataset import Batch, Record, Sample, SampleMaker, sentences
 from dalle.data.decode import BadSample, decode_captions, meta_captions
-from dalle.data.index import MISSING_SHARD, PARTS, SKIP, key_text, member_runs, why_no_sample
+from dalle.data.members import PARTS, key_text, member_runs, why_no_sample
 from dalle.data.opening import LostShard, Patience, ShardStream, refuse_absent, scheme_of, shard_urls, shown
 from dalle.data.reasons import Tally, remedy
+from dalle.data.settings import DataConfig
 from dalle.data.tar import (
     BLOCK,
     LONGEST_EXTENSION_HEADER,
@@ -134,7 +136,7 @@ def _passed_over(stream: ShardStream, size: int) -> bool:
 
 
 def raw_samples(stream: ShardStream, problems: Tally) -> Iterator[RawSample]:
-    """The samples of one shard, as :func:`dalle.data.index.scan_shard` finds them; ``problems`` counts what is not.
+    """The samples of one shard, as :func:`dalle.data.shard.scan_shard` finds them; ``problems`` counts what is not.
 
     A stream does not wait for what may come: members that lie behind another sample's are not joined to their own, as
     the index does, but counted (``members_apart``).

@@ -8,7 +8,8 @@ from typing import Any, BinaryIO, Self
 
 import webdataset
 
-from dalle.data.index import IMAGE_EXTENSIONS, ShardIndex
+from dalle.data.index import ShardIndex
+from dalle.data.members import IMAGE_EXTENSIONS
 from dalle.errors import UserError
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dalle.data.index import ShardIndex
-from dalle.data.shapes_grammar import parse_caption
+from dalle.data.shapes.grammar import parse_caption
 from dalle.errors import UserError
 from dalle.evaluation.blocks import BlockStore
 from dalle.evaluation.captions import draw_captions, shuffled_positions

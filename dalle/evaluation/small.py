@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dalle.data.index import BadShards, ShardIndex
+from dalle.data.damage import BadShards
+from dalle.data.index import ShardIndex
 from dalle.errors import UserError
 from dalle.evaluation.captions import draw_captions, shuffled_positions
 from dalle.evaluation.figures import distribution_rows, judge_rows, score_rows

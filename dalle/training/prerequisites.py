@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 from dalle.config import load_config, read_yaml
 from dalle.data.codes import codes_digest
-from dalle.data.dataset import DataConfig
 from dalle.data.index import check_shards
 from dalle.data.opening import refuse_absent, shard_urls
+from dalle.data.settings import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import MissingModel, UserError
 from dalle.training.run import RunConfig

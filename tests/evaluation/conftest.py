@@ -17,7 +17,7 @@ from dalle.evaluation.processes import Processes  # noqa: E402
 @pytest.fixture(scope="session")
 def split(tmp_path_factory) -> str:
     """Twenty-four pictures of shapes, 16 pixels, ten captions each."""
-    from dalle.data.shapes import ShapesConfig, make_shapes
+    from dalle.data.shapes.making import ShapesConfig, make_shapes
 
     folder = tmp_path_factory.mktemp("split")
     make_shapes(ShapesConfig(count=4, validation=24, size=16, samples_per_shard=10), folder)

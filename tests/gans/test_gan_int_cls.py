@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dalle.data.dataset import DataConfig
+from dalle.data.settings import DataConfig
 from dalle.errors import UserError
 from dalle.training.engine import Engine
 from dalle.training.loop import TrainConfig

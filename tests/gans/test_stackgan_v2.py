@@ -9,7 +9,7 @@ from bare import BareNetworks, loss_of
 from pydantic import ValidationError
 from torch import nn
 
-from dalle.data.dataset import DataConfig
+from dalle.data.settings import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.clip import ClipConfig, ClipModel

@@ -1,8 +1,8 @@
-"""The `shapes` set: pictures whose every attribute is known, made here, so that nothing is downloaded.
+"""Makes the `shapes` set: its parameters, and its shards from them.
 
-A sample is ``KEY.png``, ``KEY.txt`` (ten captions, the first says everything) and ``KEY.json`` (:meth:`Scene.to_meta`).
-Picture ``i`` of a split depends on the seed, the split and ``i`` only. Validation shows attribute tuples that are never
-in training (5 % of all, by hash).
+A sample is ``KEY.png``, ``KEY.txt`` (ten captions, the first says everything) and ``KEY.json``
+(:meth:`dalle.data.shapes.scene.Scene.to_meta`). Picture ``i`` of a split depends on the seed, the split and ``i`` only.
+Validation shows attribute tuples that are never in training (5 % of all, by hash).
 """
 
 from collections.abc import Iterator
@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import Field
 
 from dalle.config import Section
 from dalle.data.building import SPLITS, Sample, build_dataset, in_order
-from dalle.data.shapes_edits import edit_sample
-from dalle.data.shapes_grammar import canonical_caption, captions, parse_caption
-from dalle.data.shapes_render import encode_png, mask, render
-from dalle.data.shapes_scene import MAX_OBJECTS, Scene, SceneObject, make_scene
+from dalle.data.shapes.edits import edit_sample
+from dalle.data.shapes.grammar import captions
+from dalle.data.shapes.render import encode_png, render
+from dalle.data.shapes.scene import MAX_OBJECTS, make_scene
 from dalle.errors import UserError
-
-__all__ = ["Scene", "SceneObject", "ShapesConfig", "canonical_caption", "captions", "make_sample", "make_scene",
-           "make_shapes", "mask", "parse_caption", "render"]
 
 VERSION = 1  # raise it when the same parameters would give other bytes
 CHUNK = 250
@@ -30,13 +28,13 @@ MIN_SIZE, MAX_SIZE = 16, 1024
 class ShapesConfig(Section):
     """Everything that decides the bytes of the set."""
 
-    count: int = 30_000
-    validation: int = 1_000
-    size: int = 64
-    max_objects: int = 2
-    seed: int = 0
-    edits: bool = False
-    samples_per_shard: int = 1_000
+    count: int = Field(30_000, description="training pictures")
+    validation: int = Field(1_000, description="held-out pictures")
+    size: int = Field(64, description="side of a picture, in pixels")
+    max_objects: int = Field(2, description="the most objects in a picture; each number from one on is as frequent")
+    seed: int = Field(0, description="of all that is drawn; another one gives other pictures")
+    edits: bool = Field(False, description="whether samples are (source, instruction, target) triples")
+    samples_per_shard: int = Field(1_000, description="samples in each shard but the last of a split")
 
 
 @dataclass(frozen=True)

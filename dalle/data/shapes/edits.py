@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from dalle.data.building import Sample
-from dalle.data.shapes_geometry import SHAPES
-from dalle.data.shapes_grammar import canonical_caption
-from dalle.data.shapes_render import encode_png, render
-from dalle.data.shapes_scene import (
+from dalle.data.shapes.geometry import SHAPES
+from dalle.data.shapes.grammar import canonical_caption
+from dalle.data.shapes.render import encode_png, render
+from dalle.data.shapes.scene import (
     COLOURS,
     GROUNDS,
     INVERSE,

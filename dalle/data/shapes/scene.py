@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dalle.data.shapes_geometry import SHAPES, box, outline
+from dalle.data.shapes.geometry import SHAPES, box, outline
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),

@@ -6,8 +6,8 @@ import zlib
 
 import numpy as np
 
-from dalle.data.shapes_geometry import inside
-from dalle.data.shapes_scene import COLOURS, GROUNDS, Scene, SceneObject
+from dalle.data.shapes.geometry import inside
+from dalle.data.shapes.scene import COLOURS, GROUNDS, Scene, SceneObject
 
 SAMPLES = 4  # along each side of a pixel
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dalle.data.shapes_geometry import SHAPES
-from dalle.data.shapes_scene import COLOURS, GROUNDS, PLACES, Draws, Scene
+from dalle.data.shapes.geometry import SHAPES
+from dalle.data.shapes.scene import COLOURS, GROUNDS, PLACES, Draws, Scene
 
 OMIT_SIZE, OMIT_PLACE, OMIT_GROUND = 0.20, 0.10, 0.25
 CAPTIONS_PER_PICTURE = 10
