@@ -367,8 +367,3 @@ def decode_picture(data: bytes, config: DataConfig, crop: Crop) -> Image.Image:
 def image_tensor(squares: list[np.ndarray]) -> torch.Tensor:
     """uint8 [S, S, 3] each -> uint8 [b, 3, S, S], contiguous."""
     return torch.from_numpy(np.ascontiguousarray(np.stack(squares).transpose(0, 3, 1, 2)))
-
-
-def sentences(tally: Tally) -> list[str]:
-    """Its lines, not in columns: "4 empty_image (b.jpg): fetch them again"."""
-    return [" ".join(line.split(maxsplit=1)) for line in tally.lines()]

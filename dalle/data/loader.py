@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from dalle.data.batch import Batch, BatchSource, Fetched
 from dalle.data.codes import CachedCodes
 from dalle.data.damage import DAMAGED_SHARD, MISSING_SHARD, REBUILD
-from dalle.data.dataset import ShardDataset, ViewDataset, sentences
+from dalle.data.dataset import ShardDataset, ViewDataset
 from dalle.data.decode import IN_BAD_SHARD
 from dalle.data.index import ShardIndex
 from dalle.data.reasons import Tally, remedy
@@ -139,8 +139,8 @@ class Loader(BatchSource):
 
     def report(self) -> list[str]:
         """A line for each reason why this rank's samples were left out or used in part so far."""
-        return [*(f"left out: {line}" for line in sentences(self._left_out)),
-                *(f"used in part: {line}" for line in sentences(self._lessened))]
+        return [*(f"left out: {line}" for line in self._left_out.sentences()),
+                *(f"used in part: {line}" for line in self._lessened.sentences())]
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._fetched():
@@ -217,7 +217,7 @@ class Loader(BatchSource):
     def _judge(self) -> None:
         bad = self.skipped.total() - sum(self.skipped[reason] for reason in self._chosen)
         if bad > self._max_bad_fraction * self._seen:
-            reasons = "; ".join(sentences(self._left_out))
+            reasons = "; ".join(self._left_out.sentences())
             raise UserError(f"{bad} of {self._seen} samples in {self._place} cannot be used, above "
                             f"data.max_bad_fraction={self._max_bad_fraction}: {reasons}")
 
@@ -284,7 +284,7 @@ def view_batches(config: DataConfig, *, seed: int, batch_size: int, views: int =
 
 def say_findings(index: ShardIndex) -> None:
     """A line for each reason why members or samples were not indexed."""
-    for line in sentences(index.findings):
+    for line in index.findings.sentences():
         log.warning("in the shards of %s: %s", index.shards[0].folder, line)
     older = next((shard.folder for shard in index.shards if shard.problems and not shard.examples), None)
     if older is not None:

@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dalle.data.batch import Fetched
 from dalle.data.damage import MISSING_SHARD, SKIP
-from dalle.data.dataset import Record, Sample, SampleMaker, sentences
+from dalle.data.dataset import Record, Sample, SampleMaker
 from dalle.data.decode import BadSample, decode_captions, meta_captions
 from dalle.data.members import PARTS, key_text, member_runs, why_no_sample
 from dalle.data.opening import LostShard, Patience, ShardStream, refuse_absent, scheme_of, shard_urls, shown
@@ -295,7 +295,7 @@ class StreamDataset(SampleMaker, IterableDataset):
                                      if reason in LEFT_OUT}, problems.examples))
         if problems.counts and self._logged[stream.url] == 0:
             self._logged[stream.url] += 1
-            for line in sentences(problems):
+            for line in problems.sentences():
                 log.warning("the shard %s: %s", shown(stream.url), line)
         self._barren_in_a_row = 0 if delivered else self._barren_in_a_row + 1
         if not delivered:
