@@ -37,10 +37,10 @@ from dalle.data.tar import (
     REGULAR,
     WITHOUT_PAYLOAD,
     ZEROS,
-    _name,
-    _number,
-    _pax_records,
-    _verify_checksum,
+    header_name,
+    header_number,
+    pax_records,
+    verify_checksum,
 )
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
@@ -87,8 +87,8 @@ def tar_members(stream: ShardStream, problems: Tally) -> Iterator[tuple[bytes, b
             raise DamagedShard("truncated_shard", f"it ends at byte {stream.offset} without an end marker")
         kind = header[156:157]
         try:
-            _verify_checksum(header)
-            size = 0 if kind in WITHOUT_PAYLOAD else pax.get("size", _number(header[124:136]))
+            verify_checksum(header)
+            size = 0 if kind in WITHOUT_PAYLOAD else pax.get("size", header_number(header[124:136]))
             if kind == b"S" or "sparse" in pax:
                 raise ValueError("a sparse member")
             if kind in b"LKxg" and size > LONGEST_EXTENSION_HEADER:
@@ -96,7 +96,7 @@ def tar_members(stream: ShardStream, problems: Tally) -> Iterator[tuple[bytes, b
         except ValueError as error:
             detail = f"{error} at byte {place}" if place else f"no tar ({error}); compressed ones are not read"
             raise DamagedShard("damaged_shard", detail) from None
-        name = pax.get("path") or long_name or _name(header)
+        name = pax.get("path") or long_name or header_name(header)
         try:
             data = _payload(stream, size)
         except DamagedShard:
@@ -106,7 +106,7 @@ def tar_members(stream: ShardStream, problems: Tally) -> Iterator[tuple[bytes, b
         if kind == b"L":
             long_name = data.rstrip(b"\0")
         elif kind == b"x":
-            pax = _pax_records(data)
+            pax = pax_records(data)
         elif kind not in b"Kg":
             if kind in REGULAR:
                 if data is None:
