@@ -33,6 +33,7 @@ from dalle.evaluation.protocol import Protocol, Row
 from dalle.evaluation.references import References, ShardReferences, open_references
 from dalle.evaluation.sources import PROTOCOL as EDITS
 from dalle.evaluation.sources import Sources, edits
+from dalle.files import file_digest
 from dalle.metrics.distributions import Moments
 from dalle.metrics.features import FeatureExtractor, load_extractor, run_name
 from dalle.metrics.judge_report import judge_report
@@ -44,7 +45,6 @@ from dalle.sampling.generator import (
     CODECS,
     EXPORT_FOLDER,
     Generator,
-    file_digest,
     identify,
     load_generator,
     load_model,

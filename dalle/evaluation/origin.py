@@ -1,9 +1,9 @@
 """Which checkpoint an exported model came from, where that is written down."""
 
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from dalle.files import read_json
 from dalle.sampling.generator import EXPORT_FOLDER
 
 SOURCE_FILE = "source.json"      # in an export: {"step": N, "averaged": true}
@@ -27,11 +27,3 @@ def origin_of(folder: Path) -> Origin:
         if state is not None:
             return Origin(state.get("step"), "EMA" if any(path.parent.glob("*/average*")) else "raw")
     return Origin(None, None)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -8,7 +8,6 @@
 A metric's name carries the extractor's (:func:`metric_name`): ``fid-clip:quickstart`` is no FID that others report.
 """
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dalle.errors import MissingModel, UserError
+from dalle.files import file_digest
 from dalle.models.base import CONFIG_FILE, WEIGHTS_FILE
 from dalle.models.clip import ClipModel, OpenClipScorer, first_line, load_open_clip, load_open_clip_folder
 from dalle.models.foreign import ForeignFileError, read_foreign_state
@@ -32,6 +32,7 @@ from dalle.models.inception import (
     torchvision_inception,
     unbiased_logits,
 )
+from dalle.tensor_file import state_digest
 
 BATCH = 64
 RUN_CONFIG = "config.yaml"
@@ -225,21 +226,6 @@ def run_name(folder: Path) -> str:
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         name = run.resolve().name
     return str(name).removesuffix("/clip")
-
-
-def file_digest(path: Path) -> str:
-    """The first 16 hex digits of a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def state_digest(network: nn.Module) -> str:
-    """The same for weights that came from a hub: over the tensors, as their file may lie anywhere."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 LOADERS = {

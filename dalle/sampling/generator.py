@@ -1,6 +1,5 @@
 """What makes pictures from captions, behind one interface; rerank, galleries and judges know only that."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import MissingModel, UserError
+from dalle.files import file_digest
 from dalle.lookup import GENERATORS
 from dalle.models.base import CONFIG_FILE, WEIGHTS_FILE, PretrainedModel, read_description
 from dalle.models.dvae import DiscreteVAE
@@ -342,12 +342,6 @@ def identify(folder: Path, **parts: Path) -> dict[str, Any]:
     identity = {"kind": model_kind(folder), "path": str(folder), "digest": file_digest(folder / WEIGHTS_FILE)}
     identity.update({f"{name}_digest": file_digest(part / WEIGHTS_FILE) for name, part in parts.items()})
     return identity
-
-
-def file_digest(path: Path) -> str:
-    """The first 16 hex digits of a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def shorten(text: str, length: int = 60) -> str:

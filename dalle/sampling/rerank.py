@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
+from dalle.files import file_digest, hub_digest
 from dalle.lookup import RERANKERS
 from dalle.models.clip import (
     LOCAL_FOLDER_CONFIG,
@@ -22,7 +23,6 @@ from dalle.models.clip import (
 )
 from dalle.sampling.generator import (
     cut_warning,
-    file_digest,
     identify,
     load_model,
     load_tokenizer,
@@ -129,7 +129,7 @@ def open_clip_reranker(name: str, spec: str, device: torch.device | str) -> Feat
     try:
         if Path(name).is_dir():
             scorer = load_open_clip_folder(name, device)
-            identity["digest"] = newest_digest(Path(name))
+            identity["digest"] = hub_digest(Path(name))
         else:
             architecture, _, weights = name.partition("/")
             scorer = load_open_clip(architecture, weights or None, device)
@@ -154,12 +154,6 @@ def open_clip_warnings(tokenizer: Any, captions: Sequence[str], what: str) -> li
     """A line for each different caption that an open_clip tokenizer cuts; the marks around a caption count."""
     length, counts = tokenizer.context_length, {caption: count_tokens(tokenizer, caption) for caption in captions}
     return [cut_warning(what, caption, count, length) for caption, count in counts.items() if count > length]
-
-
-def newest_digest(folder: Path) -> str:
-    """The digest of a hub folder's weights (safetensors before others, as they are looked for)."""
-    files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin")), *sorted(folder.glob("*.pth"))]
-    return file_digest(files[0])
 
 
 def rank(scores: Sequence[float], seeds: Sequence[int]) -> list[int]:

@@ -20,6 +20,7 @@ from dalle.data.codes import codes_digest
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.evaluation.small_config import SmallEvaluationConfig
+from dalle.files import file_digest
 from dalle.models.base import WEIGHTS_FILE
 from dalle.models.dvae import DiscreteVAE
 from dalle.models.transformer import (
@@ -30,8 +31,8 @@ from dalle.models.transformer import (
     TransformerConfig,
 )
 from dalle.sampling.decode import SamplingConfig
-from dalle.sampling.generator import TransformerGenerator, file_digest, load_codec, load_tokenizer, model_folder
-from dalle.training.companions import module_digest
+from dalle.sampling.generator import TransformerGenerator, load_codec, load_tokenizer, model_folder
+from dalle.tensor_file import module_digest
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from dalle.training.checkpoint import AVERAGE, SavedPlayer, read_state, write_json
+from dalle.files import write_json
+from dalle.training.checkpoint import AVERAGE, SavedPlayer, read_state
 from dalle.training.run_log import read_log
 from dalle.training.task import Task
 
