@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dalle.errors import UserError
 from dalle.models.base import CONFIG_FILE, PretrainedModel
-from dalle.sampling.generator import OnProgress, fit_picture, identify, load_model, model_kind, to_bytes
+from dalle.pictures import fit_picture, signed_to_bytes, to_bytes, to_signed
+from dalle.sampling.generator import OnProgress, identify, load_model, model_kind
 from gans.text import Text, load_text_encoder
 
 TEXT_FOLDER = "text"       # of an exported generator
@@ -111,7 +112,7 @@ class GANGenerator:
             filled = part + part[-1:] * (size - len(part))
             painted, extra = self._paint([captions[index] for index in filled], [seeds[index] for index in filled],
                                          None if sources is None else sources[filled], truncation)
-            images[part] = to_bytes((painted.float() + 1) / 2)[:len(part)].cpu()
+            images[part] = signed_to_bytes(painted)[:len(part)].cpu()
             if detailed:
                 details += [self._details({name: values[row] for name, values in extra.items()}, captions[index])
                             for row, index in enumerate(part)]
@@ -151,7 +152,7 @@ def draw_noise(source: torch.Generator, count: int, dims: Mapping[str, int], law
 
 def fitted(images: Tensor, size: int) -> Tensor:
     """uint8 [N, 3, H, W] -> float [N, 3, size, size] in [-1, 1]: the centred square, resized."""
-    return to_bytes(torch.stack([fit_picture(image, size) for image in images])).float() / 127.5 - 1
+    return to_signed(to_bytes(torch.stack([fit_picture(image, size) for image in images])))
 
 
 def load_gan(folder: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> GANGenerator:

@@ -142,7 +142,7 @@ def main() -> None:
 
 def painter(generator: Any, arguments: argparse.Namespace, picture: Any) -> tuple[Any, Any]:
     """What paints instead of the generator's own way, if anything, and the picture that it changes, in its size."""
-    from dalle.sampling.generator import fit_picture, to_bytes
+    from dalle.pictures import fit_picture, to_bytes
 
     edits = getattr(generator, "edits", False)
     if picture is None:
@@ -175,9 +175,10 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
     """Load, paint, rank, write."""
     import torch
 
+    from dalle.data.formats import read_picture
     from dalle.sampling.candidates import sample_and_rerank
     from dalle.sampling.gallery import check_folder, write_gallery
-    from dalle.sampling.generator import load_generator, read_picture
+    from dalle.sampling.generator import load_generator
     from dalle.sampling.lettering import missing_letters
     from dalle.sampling.progress import PaintingProgress
     from dalle.sampling.rerank import load_reranker
@@ -186,7 +187,7 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     check_folder(arguments.out, len(prompts), arguments.keep,
                  with_source=arguments.image is not None and arguments.rows is None)
-    picture = read_picture(arguments.image) if arguments.image is not None else None
+    picture = torch.from_numpy(read_picture(arguments.image)) if arguments.image is not None else None
     bf16 = arguments.dtype == "bf16" or (arguments.dtype == "auto" and device.type == "cuda")
     say(f"model: {arguments.model}")
     generator = load_generator(arguments.model, device, torch.bfloat16 if bf16 else torch.float32)

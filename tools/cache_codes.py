@@ -16,6 +16,7 @@ from dalle.data.index import ShardIndex
 from dalle.data.loader import DataConfig, view_batches
 from dalle.errors import UserError, run_command
 from dalle.models.dvae import DiscreteVAE
+from dalle.pictures import to_unit
 from dalle.sampling.generator import load_codec, model_folder
 from dalle.tasks.transformer import codec_digests
 from dalle.training.lock import FolderLock
@@ -79,7 +80,7 @@ def cache(arguments: argparse.Namespace, codec: DiscreteVAE, index: ShardIndex, 
     with CodesWriter(arguments.out, index, codec_digest=digest, num_codes=codec.num_codes, grid=codec.grid,
                      views=arguments.views) as writer:
         for batch in loader:
-            images = batch["image"].flatten(0, 1).to(arguments.device).float() / 255     # [b * views, 3, S, S]
+            images = to_unit(batch["image"].flatten(0, 1).to(arguments.device))     # [b * views, 3, S, S]
             codes = codec.encode(images).view(len(batch["valid"]), arguments.views, -1)
             writer.write(codes.cpu().numpy(), batch["valid"].numpy())
             done += len(codes)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import ImageFilter
 from torch import Tensor
 
 from dalle.evaluation.blocks import Arrays, BlockStore, fill
@@ -16,6 +16,7 @@ from dalle.evaluation.protocol import digest
 from dalle.evaluation.references import References, read_pictures
 from dalle.metrics.features import FeatureExtractor
 from dalle.metrics.vs import VSScorer
+from dalle.pictures import to_pillow
 from dalle.sampling.rerank import FeatureReranker
 
 REFERENCE_BLOCK = 64
@@ -28,7 +29,7 @@ def blurred(images: Tensor, radius: float) -> Tensor:
     if not radius:
         return images
     kernel = ImageFilter.GaussianBlur(radius)
-    soft = [np.array(Image.fromarray(image).filter(kernel)) for image in images.permute(0, 2, 3, 1).numpy()]
+    soft = [np.array(to_pillow(image).filter(kernel)) for image in images]
     return torch.from_numpy(np.stack(soft)).permute(0, 3, 1, 2).contiguous() if soft else images
 
 

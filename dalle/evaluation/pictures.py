@@ -16,8 +16,9 @@ from dalle.evaluation.references import References, read_pictures
 from dalle.evaluation.sources import Sources
 from dalle.metrics.images import psnr, ssim
 from dalle.models.dvae import DiscreteVAE
+from dalle.pictures import to_bytes, to_unit
 from dalle.sampling.candidates import candidate_seed
-from dalle.sampling.generator import Generator, to_bytes
+from dalle.sampling.generator import Generator
 from dalle.sampling.rerank import Reranker, rank
 
 BLOCK_PICTURES = 256     # painted together, in whole captions: what a stop can lose
@@ -122,9 +123,10 @@ class Reconstructed:
         device = next(self.codec.parameters()).device
         for start in range(0, len(originals), CODEC_BATCH):
             part = originals[start:start + CODEC_BATCH]
-            filled = torch.cat([part, part[-1:].expand(CODEC_BATCH - len(part), -1, -1, -1)]).to(device).float() / 255
-            images[start:start + len(part)] = to_bytes(self.codec.decode(self.codec.encode(filled)))[:len(part)].cpu()
-        pairs = (images.float() / 255, originals.float() / 255)
+            filled = torch.cat([part, part[-1:].expand(CODEC_BATCH - len(part), -1, -1, -1)]).to(device)
+            rebuilt = self.codec.decode(self.codec.encode(to_unit(filled)))
+            images[start:start + len(part)] = to_bytes(rebuilt)[:len(part)].cpu()
+        pairs = (to_unit(images), to_unit(originals))
         empty = torch.empty(0)
         return {"images": images.numpy(), "numbers": np.array(good, np.int64), "left_out": np.array(left_out, np.str_),
                 "psnr": (psnr(*pairs) if good else empty).numpy(), "ssim": (ssim(*pairs) if good else empty).numpy()}

@@ -16,7 +16,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 import yaml
-from PIL import Image
 from torch import Tensor, nn
 
 from dalle.errors import MissingModel, UserError
@@ -32,6 +31,7 @@ from dalle.models.inception import (
     torchvision_inception,
     unbiased_logits,
 )
+from dalle.pictures import to_pillow, to_signed
 from dalle.tensor_file import state_digest
 
 BATCH = 64
@@ -140,7 +140,7 @@ def load_torchvision_inception(path: str, device: torch.device | str) -> Network
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
         pixels = F.interpolate(images.float(), (INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True,
                                align_corners=False)
-        features = pooled_features(network, pixels / 127.5 - 1)
+        features = pooled_features(network, to_signed(pixels))
         return features, network.fc(features)
 
     return NetworkExtractor("inception-torchvision", file_digest(Path(path)),
@@ -194,7 +194,7 @@ def load_open_clip_tower(rest: str, device: torch.device | str) -> NetworkExtrac
 
 
 def pillow_pixels(scorer: OpenClipScorer, images: Tensor) -> Tensor:
-    pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in images]
+    pictures = [to_pillow(image) for image in images]
     return torch.stack([scorer.transform(picture) for picture in pictures]).to(scorer.device)
 
 

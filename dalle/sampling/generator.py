@@ -7,8 +7,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -19,6 +17,7 @@ from dalle.lookup import GENERATORS
 from dalle.models.base import CONFIG_FILE, WEIGHTS_FILE, PretrainedModel, read_description
 from dalle.models.dvae import DiscreteVAE
 from dalle.models.transformer import TextToImageTransformer
+from dalle.pictures import fit_picture, to_bytes
 from dalle.sampling.decode import SamplingConfig, sample_codes
 
 EXPORT_FOLDER = "model"    # of a run folder
@@ -305,36 +304,6 @@ def equal_groups(captions: Sequence[str]) -> list[list[list[int]]]:
     for indices in by_caption.values():
         by_size.setdefault(len(indices), []).append(indices)
     return list(by_size.values())
-
-
-def to_bytes(pixels: Tensor) -> Tensor:
-    """float in [0, 1] -> uint8, rounded."""
-    return (pixels.float() * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def fit_picture(image: Tensor, size: int) -> Tensor:
-    """uint8 [3, H, W] -> float [3, size, size] in [0, 1]: shorter side resized (antialiased), centre kept."""
-    height, width = image.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[None, :, top : top + side, left : left + side].float() / 255
-    if side == size:
-        return square[0]
-    return F.interpolate(square, (size, size), mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
-
-
-def read_picture(path: str | Path) -> Tensor:
-    """An image file as uint8 [3, H, W]; ``UserError`` when it is missing or cannot be read."""
-    from dalle.data.decode import BadSample
-    from dalle.data.formats import decode_any
-
-    try:
-        picture: Image.Image = decode_any(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read the picture {path}: {error.strerror or error}") from error
-    except BadSample as error:
-        raise UserError(f"{path} is not a picture that can be read: {error}") from error
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
 def identify(folder: Path, **parts: Path) -> dict[str, Any]:

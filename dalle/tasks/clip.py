@@ -17,6 +17,7 @@ from dalle.config import FIXED, FREE, Section
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.clip import ClipArchitecture, ClipConfig, ClipModel, ClipOutput, contrastive_loss
+from dalle.pictures import to_bytes, to_unit
 from dalle.sampling.generator import load_codec, model_folder
 from dalle.training.gathering import of_everyone
 from dalle.training.optimizers import OptimizerConfig
@@ -99,9 +100,8 @@ class ClipTask(Task):
             return batch
         images = batch["image"].clone()
         codec = networks.bare("codec")
-        codes = batch["codes"][chosen] if "codes" in batch else codec.encode(images[chosen].float() / 255)
-        pixels = codec.decode(codes).float()
-        images[chosen] = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+        codes = batch["codes"][chosen] if "codes" in batch else codec.encode(to_unit(images[chosen]))
+        images[chosen] = to_bytes(codec.decode(codes))
         return {**batch, "image": images}
 
     def contrast(self, networks: Networks, batch: Batch, step: int) -> Loss:

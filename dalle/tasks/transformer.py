@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from dalle.config import FREE, Section
 from dalle.data.codes import codes_digest
@@ -30,6 +29,7 @@ from dalle.models.transformer import (
     TransformerArchitecture,
     TransformerConfig,
 )
+from dalle.pictures import grid, to_unit
 from dalle.sampling.decode import SamplingConfig
 from dalle.sampling.generator import TransformerGenerator, load_codec, load_tokenizer, model_folder
 from dalle.tensor_file import module_digest
@@ -130,7 +130,7 @@ class TransformerTask(Task):
         if "codes" in batch:
             return batch
         codec = networks.bare("codec")
-        return {**batch, "codes": codec.encode(batch["image"].float() / 255)}
+        return {**batch, "codes": codec.encode(to_unit(batch["image"]))}
 
     def next_token_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
         """text_weight * CE_text + image_weight * CE_image, each a mean over its kind of slots.
@@ -181,7 +181,7 @@ class TransformerTask(Task):
         seeds = list(range(settings.columns)) * len(settings.captions)
         images = self.generator(networks).generate(captions, seeds, **settings.sampling.model_dump())
         model.train(was_training)
-        return {"samples": make_grid(images, nrow=settings.columns, padding=2)}
+        return {"samples": grid(images, settings.columns)}
 
     def generator(self, networks: Networks) -> TransformerGenerator:
         """What paints with the networks as they are now; sets them to evaluation mode."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dalle.data.formats import read_picture
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
@@ -18,7 +19,6 @@ from dalle.sampling.generator import (
     load_generator,
     load_tokenizer,
     lost_warnings,
-    read_picture,
     sampling_config,
 )
 
