@@ -117,7 +117,7 @@ def main() -> int:
                 failed.append(system)
                 continue
             path.write_text(json.dumps(asdict(row), indent=2) + "\n")
-            print(one_line(row), flush=True)
+            print(summary(row), flush=True)
     found = [Row(**json.loads(path.read_text())) for path in sorted(rows.glob("*.json"))]
     if not found:
         raise UserError(f"{rows} holds no row yet: run without --table")
@@ -312,7 +312,7 @@ def human(row: Row) -> str:
     return f"{sum(row.parameters.values()):,}" if row.parameters else "-"
 
 
-def one_line(row: Row) -> str:
+def summary(row: Row) -> str:
     what = "colour" if COLOUR in row.figures else "R-precision"
     return f"{row.system}: {what} {merit(row):.3f} after {row.steps} steps, {row.seconds / 60:.1f} minutes"
 

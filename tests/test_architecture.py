@@ -13,7 +13,8 @@ SHARED = {"dalle.files", "dalle.pictures", "dalle.words", "dalle.tensor_file", "
 # folder -> the project's own packages that its files may import
 ALLOWED = {
     "dalle/models": {"dalle.models", "dalle.tensor_file"},
-    "dalle/data": {"dalle.data", "dalle.config", "dalle.errors", "dalle.text_file", "dalle.files"},
+    "dalle/data": {"dalle.data", "dalle.config", "dalle.errors", "dalle.text_file", "dalle.files",
+                   "dalle.words"},
     "dalle/metrics": {"dalle.metrics", "dalle.data", "dalle.models", "dalle.errors", *SHARED},
     "dalle/training": {"dalle.training", "dalle.text_file", "dalle.data", "dalle.config", "dalle.errors", *SHARED},
     "dalle/sampling": {"dalle.sampling", "dalle.models", "dalle.data", "dalle.metrics", "dalle.config", "dalle.errors",

@@ -17,6 +17,7 @@ import numpy as np
 from dalle.errors import UserError
 from dalle.evaluation.processes import Processes
 from dalle.files import json_text, replacing
+from dalle.words import duration
 
 MANIFEST = "manifest.json"
 SECONDS_BETWEEN_LINES = 10      # where the progress is no live line
@@ -129,9 +130,3 @@ class Progress:
     def _line(self, text: str, last: bool) -> None:
         print(f"\r\x1b[K{text}" if self.live else text, end="" if self.live and not last else "\n", file=sys.stderr,
               flush=True)
-
-
-def duration(seconds: float) -> str:
-    """``seconds`` as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

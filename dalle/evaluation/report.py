@@ -10,6 +10,7 @@ from dalle.evaluation.job import Results
 from dalle.evaluation.plots import PLOTS, draw_plots
 from dalle.evaluation.protocol import Protocol, Row, differences
 from dalle.files import json_text, replacing
+from dalle.words import cell
 
 RESULTS, TABLE = "results.json", "results.md"
 FORMAT = 1
@@ -88,10 +89,6 @@ def figure(row: Row) -> str:
     """The value with its error, where it has one."""
     value = f"{row.value:.4g}"
     return value if row.error is None else f"{value} ± {row.error:.2g}"
-
-
-def cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
 
 
 # -- several files ----------------------------------------------------------------------------------------------------

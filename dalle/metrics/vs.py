@@ -16,6 +16,7 @@ from dalle.errors import UserError
 from dalle.models.base import PretrainedModel, read_description
 from dalle.models.clip import ClipModel
 from dalle.models.vs import InceptionResNetFeatures, VSModel
+from dalle.words import one_line
 
 # The parts of an exported VS model. A CLIP that gives both kinds of features is saved once, as the text's.
 IMAGE_FOLDER, TEXT_FOLDER, TOKENIZER_FOLDER = "image", "text", "tokenizer"
@@ -82,4 +83,4 @@ def load_part(folder: Path, kinds: dict[str, type[PretrainedModel]]) -> Pretrain
             raise UserError(f"{folder} holds a {kind!r} model, not {' or '.join(map(repr, kinds))}")
         return kinds[kind].from_pretrained(folder)
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"cannot load {folder}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot load {folder}: {one_line(error)}") from error

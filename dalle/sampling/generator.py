@@ -19,6 +19,7 @@ from dalle.models.dvae import DiscreteVAE
 from dalle.models.transformer import TextToImageTransformer
 from dalle.pictures import fit_picture, to_bytes
 from dalle.sampling.decode import SamplingConfig, sample_codes
+from dalle.words import one_line, shorten
 
 EXPORT_FOLDER = "model"    # of a run folder
 EXPORT = "python tools/export.py RUN --out FOLDER"
@@ -311,11 +312,3 @@ def identify(folder: Path, **parts: Path) -> dict[str, Any]:
     identity = {"kind": model_kind(folder), "path": str(folder), "digest": file_digest(folder / WEIGHTS_FILE)}
     identity.update({f"{name}_digest": file_digest(part / WEIGHTS_FILE) for name, part in parts.items()})
     return identity
-
-
-def shorten(text: str, length: int = 60) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
