@@ -24,7 +24,7 @@ from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.models.precision import at_least_single
 from dalle.pictures import grid, to_bytes, to_signed
-from dalle.sampling.generator import load_model, model_folder, model_kind
+from dalle.store import load_model, model_folder, model_kind
 from dalle.training.gathering import of_everyone
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.task import Batch, Companion, Loss, Mean, Networks, Phase, Player

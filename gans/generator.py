@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dalle.errors import UserError
 from dalle.models.base import CONFIG_FILE, PretrainedModel
 from dalle.pictures import fit_picture, signed_to_bytes, to_bytes, to_signed
-from dalle.sampling.generator import OnProgress, identify, load_model, model_kind
+from dalle.store import OnProgress, identify, load_model, model_kind
 from gans.text import Text, load_text_encoder
 
 TEXT_FOLDER = "text"       # of an exported generator
@@ -56,12 +56,14 @@ class GANGenerator:
     noise is multiplied (below 1: safer and less varied).
     """
 
+    precision: ClassVar[str] = "fp32"      # whatever type was asked for
+    completes: ClassVar[bool] = False
+
     def __init__(self, network: Painter, text_encoder: nn.Module | None, identity: dict[str, Any] | None = None):
         self.network, self.text_encoder = network.eval(), text_encoder
         self.identity = identity or {"kind": network.model_type}
         self.image_size: int = network.config.image_size
         self.edits: bool = network.edits
-        self.precision = "fp32"      # whatever type was asked for
 
     def caption_warnings(self, captions: Sequence[str]) -> list[str]:
         """A line for every caption that the text encoder cannot read whole."""

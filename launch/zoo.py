@@ -243,14 +243,13 @@ def painting_speed(run: Path, data: str) -> float:
 
     from dalle.data.index import ShardIndex
     from dalle.evaluation.captions import draw_captions
-    from dalle.sampling.generator import load_generator
+    from dalle.store import load_generator
 
     gans.register()
     generator = load_generator(run)
     captions = [one.caption for one in draw_captions(ShardIndex.load(data), TIMED_PICTURES, 0)[0]]
     size = generator.image_size
-    options = {"sources": torch.zeros(len(captions), 3, size, size, dtype=torch.uint8)} \
-        if getattr(generator, "edits", False) else {}
+    options = {"sources": torch.zeros(len(captions), 3, size, size, dtype=torch.uint8)} if generator.edits else {}
     speeds = []
     for _ in range(TIMED_ROUNDS):
         began = time.perf_counter()

@@ -15,11 +15,11 @@ from dalle.evaluation.protocol import digest
 from dalle.evaluation.references import References, read_pictures
 from dalle.evaluation.sources import Sources
 from dalle.metrics.images import psnr, ssim
-from dalle.models.dvae import DiscreteVAE
+from dalle.models.codec import Codec
 from dalle.pictures import to_bytes, to_unit
 from dalle.sampling.candidates import candidate_seed
-from dalle.sampling.generator import Generator
 from dalle.sampling.rerank import Reranker, rank
+from dalle.store import Generator
 
 BLOCK_PICTURES = 256     # painted together, in whole captions: what a stop can lose
 BLOCK_CAPTIONS = 64      # at most
@@ -96,7 +96,7 @@ def best_of_prefixes(scores: Sequence[float], seeds: Sequence[int], candidates: 
 class Reconstructed:
     """Pictures of the references after a codec, with their PSNR and SSIM against the originals, in 8 bits both."""
 
-    def __init__(self, folder: Path, references: References, numbers: Sequence[int], codec: DiscreteVAE,
+    def __init__(self, folder: Path, references: References, numbers: Sequence[int], codec: Codec,
                  manifest: dict[str, Any]):
         self.references, self.numbers, self.codec = references, list(numbers), codec
         whole = {**manifest, "fingerprint": references.fingerprint, "numbers": digest({"numbers": self.numbers})}

@@ -32,11 +32,11 @@ from dalle.models.inception import (
     unbiased_logits,
 )
 from dalle.pictures import to_pillow, to_signed
+from dalle.store import EXPORT_FOLDER, find_model
 from dalle.tensor_file import state_digest
 
 BATCH = 64
 RUN_CONFIG = "config.yaml"
-RUN_MODEL = "model"
 
 OFFLINE = "without a network, use a CLIP trained here: clip:RUN_OR_FOLDER"
 PUBLISHED = {
@@ -200,10 +200,10 @@ def pillow_pixels(scorer: OpenClipScorer, images: Tensor) -> Tensor:
 
 def load_own_clip(path: str, device: torch.device | str) -> NetworkExtractor:
     """A CLIP trained here; its features are unit vectors, as its loss trained them."""
-    folder = next((folder for folder in (Path(path) / RUN_MODEL, Path(path)) if (folder / CONFIG_FILE).is_file()), None)
+    folder = find_model(path)
     if folder is None:
-        raise MissingModel(f"clip:{path}: neither {RUN_MODEL}/{CONFIG_FILE} nor {CONFIG_FILE} is in {path}; give the "
-                           "run folder of a trained CLIP (launch/train.py configs/quickstart/clip.yaml makes one)",
+        raise MissingModel(f"clip:{path}: neither {EXPORT_FOLDER}/{CONFIG_FILE} nor {CONFIG_FILE} is in {path}; give "
+                           "the run folder of a trained CLIP (launch/train.py configs/quickstart/clip.yaml makes one)",
                            path)
     try:
         model = ClipModel.from_pretrained(folder, device).float()
@@ -220,7 +220,7 @@ def load_own_clip(path: str, device: torch.device | str) -> NetworkExtractor:
 
 def run_name(folder: Path) -> str:
     """``quickstart`` for the model of the run ``quickstart/clip``, by its config or else by its folder."""
-    run = folder.parent if folder.name == RUN_MODEL else folder
+    run = folder.parent if folder.name == EXPORT_FOLDER else folder
     try:
         name = yaml.safe_load((run / RUN_CONFIG).read_text(encoding="utf-8"))["name"]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):

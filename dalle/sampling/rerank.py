@@ -11,7 +11,6 @@ from torch import Tensor
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.files import file_digest, hub_digest
-from dalle.lookup import RERANKERS
 from dalle.models.clip import (
     LOCAL_FOLDER_CONFIG,
     ClipModel,
@@ -21,12 +20,13 @@ from dalle.models.clip import (
     load_open_clip,
     load_open_clip_folder,
 )
-from dalle.sampling.generator import (
-    cut_warning,
+from dalle.sampling.caption_warnings import cut_warning, lost_warnings
+from dalle.store import (
+    RERANKERS,
+    TOKENIZER_FOLDER,
     identify,
     load_model,
     load_tokenizer,
-    lost_warnings,
     model_folder,
     model_kind,
 )
@@ -98,7 +98,7 @@ def clip_reranker(model: ClipModel, tokenizer: CaptionTokenizer, identity: dict[
 def load_clip_reranker(folder: Path, device: torch.device | str) -> FeatureReranker:
     """A CLIP's model folder, with its tokenizer."""
     model = load_model(ClipModel, folder, device)
-    return clip_reranker(model, load_tokenizer(folder / "tokenizer"), identify(folder))
+    return clip_reranker(model, load_tokenizer(folder / TOKENIZER_FOLDER), identify(folder))
 
 
 def load_reranker(spec: str, device: torch.device | str = "cpu") -> Reranker:

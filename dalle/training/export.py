@@ -7,13 +7,13 @@ from typing import Any
 import yaml
 
 from dalle.files import write_json
+from dalle.store import SOURCE_FILE
 from dalle.training.checkpoint import AVERAGE, SavedPlayer, read_state
 from dalle.training.run_log import read_log
 from dalle.training.task import Task
 from dalle.words import cell
 
 CARD = "README.md"
-SOURCE_FILE = "source.json"      # read by dalle/evaluation/origin.py
 
 
 def export_checkpoint(task: Task, checkpoint: Path, folder: Path, averaged: bool = True) -> None:

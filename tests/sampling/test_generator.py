@@ -12,15 +12,9 @@ from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
-from dalle.sampling.generator import (
-    GENERATORS,
-    TransformerGenerator,
-    equal_groups,
-    load_generator,
-    load_tokenizer,
-    lost_warnings,
-    sampling_config,
-)
+from dalle.sampling.caption_warnings import lost_warnings
+from dalle.sampling.generator import TransformerGenerator, equal_groups, sampling_config
+from dalle.store import GENERATORS, load_generator, load_tokenizer
 
 CODEC = {
     "image_size": 32,

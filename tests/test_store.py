@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dalle.evaluation.origin import Origin, origin_of
+from dalle.store import Origin, origin_of
 
 
 def test_an_export_tells_its_checkpoint_or_the_run_does(tmp_path):
