@@ -26,7 +26,7 @@ from dalle.evaluation.extraction import (
 )
 from dalle.evaluation.figures import CHOICES, distribution_rows, diversity_rows, judge_rows, score_rows, vs_row
 from dalle.evaluation.job import DISTRIBUTION, OF_CAPTIONS, OF_CODECS, Job, Results, check
-from dalle.evaluation.pictures import Painted, Reconstructed
+from dalle.evaluation.pictures import PaintedCaptions, Reconstructed
 from dalle.evaluation.processes import Processes
 from dalle.evaluation.protocol import Protocol, Row
 from dalle.evaluation.references import References, ShardReferences, open_references
@@ -114,7 +114,7 @@ def evaluate_generator(job: Job, generator: Generator, reranker: Reranker | None
     ranker = {} if reranker is None else {"ranker": name_of(job.rerank, reranker.identity),
                                           "ranker_digest": reranker.identity.get("digest")}
     protocols = [replace(base, candidates=count, **(ranker if count > 1 else {})) for count in job.candidates]
-    painted = Painted(job.out, drawn, job.candidates, generator, reranker, job.seed, job.options, {
+    painted = PaintedCaptions(job.out, drawn, job.candidates, generator, reranker, job.seed, job.options, {
         "model": what_it_is(generator.identity), "ranker": what_it_is(reranker.identity) if reranker else None,
         "precision": generator.precision}, sources)
     painted.paint(processes)
@@ -157,7 +157,7 @@ def evaluate_generator(job: Job, generator: Generator, reranker: Reranker | None
     return results
 
 
-def add_scores(results: Results, job: Job, metrics: Sequence[str], painted: Painted, pairs: BlockStore,
+def add_scores(results: Results, job: Job, metrics: Sequence[str], painted: PaintedCaptions, pairs: BlockStore,
                protocols: Sequence[Protocol], clip: dict[str, Any], ranker: dict[str, Any] | None, say: Say) -> None:
     """CLIP score and R-precision; a CLIP does not judge what it has chosen itself."""
     name = name_of(judge_spec(job, metrics), clip)

@@ -26,7 +26,7 @@ BLOCK_CAPTIONS = 64      # at most
 CODEC_BATCH = 16         # always filled up, so that no reconstruction depends on its company
 
 
-class Painted:
+class PaintedCaptions:
     """A picture for each caption and each N of ``candidates``: the best of the caption's first N by the ranker.
 
     ``max(candidates)`` are painted once and every N takes its prefix. Only the pictures that are the best of some N are
