@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle.models.base import ModelConfig, PretrainedModel
+from dalle.models.base import ModelConfig
+from dalle.models.codec import Codec, CodecConfig
 from dalle.models.precision import at_least_single
 from dalle.models.quantizers import (
     FSQConfig,
@@ -66,7 +67,7 @@ class CompactNetworkConfig(ModelConfig):
 NetworkConfig = Annotated[OpenAINetworkConfig | CompactNetworkConfig, Field(discriminator="kind")]
 
 
-class DVAEConfig(ModelConfig):
+class DVAEConfig(CodecConfig):
     """``preset`` names an entry of :data:`PRESETS`; the other keys given beside it replace its values."""
 
     image_size: int = Field(256, ge=1)
@@ -116,7 +117,7 @@ class DVAEOutput(NamedTuple):
     codes: Tensor                 # int64 [B, h*w]: the hard choices
 
 
-class DiscreteVAE(PretrainedModel):
+class DiscreteVAE(Codec):
     """Pictures on [0, 1] -> codes -> pictures on [0, 1]; ``forward`` is the training path through the quantiser."""
 
     model_type = "dvae"
