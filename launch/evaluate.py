@@ -101,7 +101,7 @@ def main() -> None:
     for name in ("model", "data"):
         if getattr(arguments, name) is None:
             raise UserError(f"--{name} is missing: --model RUN --data VALIDATION_SHARDS, or --compare A.json B.json")
-    from dalle.training.slurm import adopt_slurm
+    from dalle.training.engines.slurm import adopt_slurm
 
     gans.register()
     adopt_slurm()

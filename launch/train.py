@@ -57,7 +57,7 @@ def main() -> int:
     from dalle.data.loader import train_batches, validation_batches
     from dalle.data.workers import start_server
     from dalle.training.allocator import keep_freed_memory
-    from dalle.training.engine import create_engine
+    from dalle.training.engines.launching import create_engine
     from dalle.training.loop import Trainer
     from dalle.training.prerequisites import check_data, missing_runs_explained, prerequisites
     from dalle.training.run_folder import finished_steps
@@ -107,8 +107,8 @@ def main() -> int:
 
 def make_prerequisites(needed, dry_run: bool) -> int | None:
     """Train what is not finished; the status to end with at once, or None to go on."""
+    from dalle.training.engines.slurm import adopt_slurm
     from dalle.training.prerequisites import say, train_prerequisites
-    from dalle.training.slurm import adopt_slurm
 
     adopt_slurm()
     is_main = os.environ.get("RANK", "0") == "0"

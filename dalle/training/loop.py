@@ -5,21 +5,19 @@ import logging
 import platform
 import secrets
 import shutil
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import psutil
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 
-from dalle.config import FIXED, FREE, Section, to_yaml
+from dalle.config import to_yaml
 from dalle.errors import EXIT_STOPPED_BY_SIGNAL, UserError
 from dalle.training.checkpoint import (
     FORMAT,
@@ -34,12 +32,14 @@ from dalle.training.checkpoint import (
     write_json,
 )
 from dalle.training.companions import agreed_records, check_companions
+from dalle.training.engines.base import Engine, Outcome
 from dalle.training.export import export_checkpoint
 from dalle.training.figures import Figure, Largest, joined_values
-from dalle.training.guards import BatchNumbers, SkipCounter, SpikeConfig, SpikeWatch, lost_processes_named
+from dalle.training.guards import BatchNumbers, SkipCounter, SpikeWatch, lost_processes_named
 from dalle.training.lock import FolderLock
 from dalle.training.meter import Meter, memory_gigabytes, speeds
 from dalle.training.progress import ProgressLine
+from dalle.training.run import RunConfig
 from dalle.training.run_folder import (
     FINISHED_FILE,
     MODEL_FOLDER,
@@ -50,57 +50,17 @@ from dalle.training.run_folder import (
 )
 from dalle.training.sample_log import SampleLog
 from dalle.training.saving import SaveFailed, Saver
-from dalle.training.signals import STOP_SIGNALS, StopSignals
+from dalle.training.signals import StopSignals
 from dalle.training.task import Batch, Networks, Phase, Task, detached
 from dalle.training.trackers import Trackers
 from dalle.training.verifying import newest_that_verifies
 from dalle.training.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    from dalle.training.engine import Engine, Outcome
-    from dalle.training.run import RunConfig
 
 log = logging.getLogger(__name__)
 
 GO_ON, BUDGET_SPENT, SIGNALLED = 0, 1, 2       # what the ranks agree on after every step; the largest wins
 FAILED_SAVES_ALLOWED = 3                       # in a row
 STOP_FILE_SECONDS = 1.0                        # between two looks
-
-
-class TrainConfig(Section, json_schema_extra=FREE):
-    """How long, how much at once, and how often to look."""
-
-    steps: int = Field(default=1000, ge=1, description="optimiser steps of the whole run; the schedules end there")
-    batch_size: int = Field(default=32, ge=1, description="samples a step over all processes",
-                            json_schema_extra=FIXED)
-    micro_batch_size: int | None = Field(default=None, ge=1, description="samples at once in a process; null: all")
-    precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = Field(default=False, description="torch.compile the players")
-    log_every: int = Field(default=10, ge=1)
-    validate_every: int = Field(default=0, ge=0, description="0: never")
-    validation_samples: int | None = Field(default=None, ge=1, description="null: all")
-    preview_every: int = Field(default=0, ge=0, description="0: never")
-    evaluate_every: int = Field(default=0, ge=0, description="0: never; what is measured: `evaluation`")
-    save_every: int = Field(default=500, ge=0, description="steps; 0: at the end only")
-    save_minutes: float | None = Field(default=None, gt=0, description="save also when so much time has passed")
-    async_save: bool = Field(default=True, description="write checkpoints while training goes on")
-    keep_last: int = Field(default=2, ge=1, description="checkpoints kept")
-    accept_companions: tuple[str, ...] = Field(default=(), description="go on with another codec, text encoder, ... "
-                                               "than before: names of those that were changed on purpose")
-    stop_signals: tuple[str, ...] = Field(default=STOP_SIGNALS, description="save, and end with status 75")
-    log_samples: bool = Field(default=False, description="write the samples of every step into sample_log/")
-    spike: SpikeConfig = SpikeConfig()
-    max_skipped: int = Field(default=20, ge=1, description="non-finite steps of a phase in a row before the run stops")
-    minutes: float | None = Field(default=None, gt=0, description="stop, with a checkpoint and status 75, when "
-                                  "they are over")
-
-    @field_validator("stop_signals")
-    @classmethod
-    def _known_signals(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [name for name in names if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP")]
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is not a signal that can be handled; SIGTERM and SIGUSR2 are usual")
-        return names
 
 
 @dataclass
@@ -125,10 +85,10 @@ class Played:
 
     phase: Phase
     losses: list[Tensor]
-    outcome: "Outcome"
+    outcome: Outcome
 
 
-def train_step(engine: "Engine", task: Task, batch: Batch, step: int, config: "RunConfig", meter: Meter) \
+def train_step(engine: Engine, task: Task, batch: Batch, step: int, config: RunConfig, meter: Meter) \
         -> list["Played"]:
     """One step on this rank's share of the batch: every phase that is due, over all micro-batches, moves its player."""
     count = engine.accumulation
@@ -168,7 +128,7 @@ def train_step(engine: "Engine", task: Task, batch: Batch, step: int, config: "R
     return played
 
 
-def make_ahead(engine: "Engine", phase: Phase, micro_batches: list[Batch], step: int, config: "RunConfig") \
+def make_ahead(engine: Engine, phase: Phase, micro_batches: list[Batch], step: int, config: RunConfig) \
         -> list[Batch]:
     """What ``phase`` makes before the step's phases, of each micro-batch; with its graph where the phase is due."""
     engine.begin_phase(phase, step, config.train.steps)
@@ -192,7 +152,7 @@ class Trainer:
     after each part of it, none of which may take longer than ``engine.timeout_minutes``.
     """
 
-    def __init__(self, task: Task, config: "RunConfig", engine: "Engine",
+    def __init__(self, task: Task, config: RunConfig, engine: Engine,
                  train_loader: Callable[[int], Iterable[Batch]],
                  validation_loader: Callable[[], Iterable[Batch]] | None = None, *,
                  resume: str = "auto", stop_after: int | None = None,
@@ -770,7 +730,7 @@ def seed_random(*key: int | str) -> None:
         torch.cuda.manual_seed_all(seed)
 
 
-def in_step(engine: "Engine", batches: Iterable[Batch]) -> Iterator[Batch]:
+def in_step(engine: Engine, batches: Iterable[Batch]) -> Iterator[Batch]:
     """``batches``; where every forward needs all ranks, only as many as the rank with the fewest has."""
     if not engine.evaluates_in_step:
         yield from batches

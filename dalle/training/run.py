@@ -7,9 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dalle.config import FIXED, FREE, Section
 from dalle.data.loader import DataConfig
-from dalle.training.engine import EngineConfig
-from dalle.training.loop import TrainConfig
-from dalle.training.trackers import LogConfig
+from dalle.training.settings import EngineConfig, LogConfig, TrainConfig
 
 
 class RunConfig(Section, json_schema_extra=FIXED):

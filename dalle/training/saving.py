@@ -15,12 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dalle.training.checkpoint import STATE, CheckpointStore, Entries, write_json, write_tensors
-
-if TYPE_CHECKING:
-    from dalle.training.engine import Engine, Snapshot
+from dalle.training.engines.base import Engine, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ class Saver:
     ``publish(checkpoint)`` runs on rank 0 after a checkpoint is in its place (the export).
     """
 
-    def __init__(self, store: CheckpointStore, engine: "Engine", players: list[str], publish: Callable[[Path], None]):
+    def __init__(self, store: CheckpointStore, engine: Engine, players: list[str], publish: Callable[[Path], None]):
         self.store, self.engine, self.players, self.publish = store, engine, players, publish
         self.stage, self.step = IDLE, 0
         self.failures = 0                               # in a row
@@ -122,7 +120,7 @@ class Saver:
         self._thread = threading.Thread(target=guarded, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _write(self, snapshots: "dict[str, Snapshot]") -> None:
+    def _write(self, snapshots: dict[str, Snapshot]) -> None:
         self._entries = {}
         for name, snapshot in snapshots.items():
             for section, tensors in snapshot.items():

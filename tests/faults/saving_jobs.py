@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from dalle.training import checkpoint, saving
 from dalle.training.checkpoint import CheckpointStore, find_fault
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.optimizers import OptimizerConfig
 

@@ -30,7 +30,7 @@ from toys import SingleTask, ToyLoader, toy_run
 from dalle.errors import EXIT_STOPPED_BY_SIGNAL, run_command
 from dalle.training import checkpoint, loop, saving
 from dalle.training.checkpoint import CheckpointStore, find_fault
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.loop import FAILED_SAVES_ALLOWED, Trainer
 from dalle.training.optimizers import OptimizerConfig
 

@@ -23,7 +23,7 @@ from launching import ROOT, free_port
 from toys import BATCH
 
 from dalle.errors import USER_ERROR_STATUS, UserError, run_command
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.task import Loss
 

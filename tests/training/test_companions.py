@@ -15,7 +15,7 @@ from toys import GanTask, ToyLoader, toy_run
 from dalle.errors import UserError
 from dalle.training.checkpoint import CheckpointStore, read_state
 from dalle.training.companions import agreed_records, module_digest, records_of
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.task import Companion
 

@@ -15,7 +15,7 @@ from toys import SingleTask, toy_run
 
 from dalle.training import saving
 from dalle.training.checkpoint import FORMAT, CheckpointStore, find_fault
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.saving import COMMITTING, IDLE, WRITING, SaveFailed, Saver
 
 STATE = {"format": FORMAT, "step": 3}

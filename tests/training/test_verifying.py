@@ -19,7 +19,7 @@ from toys import SingleTask, ToyLoader, toy_run
 
 from dalle.training import checkpoint, verifying
 from dalle.training.checkpoint import FORMAT, CheckpointStore, find_fault, write_json, write_tensors
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.verifying import find_fault_together, newest_that_verifies

@@ -13,9 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toys import toy_run
 
 from dalle.errors import UserError
-from dalle.training.engine import EngineConfig
-from dalle.training.engine_deepspeed import DeepSpeedEngine, launched_zero
-from dalle.training.loop import TrainConfig
+from dalle.training.engines.zero import DeepSpeedEngine, launched_zero
+from dalle.training.settings import EngineConfig, TrainConfig
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "launch" / "engines" / "zero3_offload.json"
 

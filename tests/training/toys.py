@@ -10,11 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dalle.config import FIXED, FREE, Section
-from dalle.training.engine import EngineConfig
-from dalle.training.loop import TrainConfig
 from dalle.training.optimizers import OptimizerConfig
+from dalle.training.settings import EngineConfig, LogConfig, TrainConfig
 from dalle.training.task import Loss, Mean, Phase, Player, Task
-from dalle.training.trackers import LogConfig
 
 BATCH = 8
 

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
 from dalle.tasks.transformer import TransformerRun, TransformerTask
 from dalle.training.allocator import keep_freed_memory
-from dalle.training.engine import Engine
+from dalle.training.engines.base import Engine
 from dalle.training.loop import Summary, Trainer
 from dalle.training.saving import SaveFailed
 from dalle.training.task import Batch, Phase, Player, parameter_count

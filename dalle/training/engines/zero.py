@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,12 @@ from dalle.errors import UserError
 from dalle.text_file import read_text_file
 from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.ema import Average, full_access
-from dalle.training.engine import Member, Outcome, launched_size, poisoned, state_keys, wants_cpu
-from dalle.training.engine_ddp import GroupEngine
-from dalle.training.launcher_settings import check_deepspeed_file
+from dalle.training.engines.base import Member, Outcome, poisoned, state_keys
+from dalle.training.engines.environment import launched_size, wants_cpu
+from dalle.training.engines.group import GroupEngine
+from dalle.training.engines.launcher_settings import check_deepspeed_file
+from dalle.training.run import RunConfig
 from dalle.training.task import Task
-
-if TYPE_CHECKING:
-    from dalle.training.run import RunConfig
 
 NEVER = 10**12
 SAMPLING = -1       # among the numbers of the modules that still need a parameter under ZeRO-3: none of them
@@ -37,7 +36,7 @@ class DeepSpeedEngine(GroupEngine):
     """Optimiser state (1), gradients (2) and parameters (3) split over the ranks."""
 
     @classmethod
-    def start(cls, config: "RunConfig") -> "DeepSpeedEngine":
+    def start(cls, config: RunConfig) -> "DeepSpeedEngine":
         zero = launched_zero(config)
         stage = zero["stage"]
         on_cpu = wants_cpu()
@@ -261,7 +260,7 @@ class DeepSpeedEngine(GroupEngine):
         return flat[size * self.rank:size * (self.rank + 1)].to(self.device)
 
 
-def launched_zero(config: "RunConfig") -> dict[str, Any]:
+def launched_zero(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's ``zero_optimization`` as the launcher's files have it: its own JSON, or accelerate's YAML."""
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if path:
@@ -276,7 +275,7 @@ def launched_zero(config: "RunConfig") -> dict[str, Any]:
     return zero
 
 
-def read_deepspeed_file(path: Path, config: "RunConfig") -> dict[str, Any]:
+def read_deepspeed_file(path: Path, config: RunConfig) -> dict[str, Any]:
     """The ``zero_optimization`` section of a DeepSpeed JSON, without what it leaves to be guessed; the rest of the file
     must say what ``config`` says."""
     try:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,12 +26,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dalle.errors import UserError
 from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.ema import Average
-from dalle.training.engine import Member, Outcome, fill_gradients, is_set, launched_size, state_keys, wants_cpu
-from dalle.training.engine_ddp import GroupEngine, average_gradients
+from dalle.training.engines.base import Member, Outcome, fill_gradients, state_keys
+from dalle.training.engines.environment import is_set, launched_size, wants_cpu
+from dalle.training.engines.group import GroupEngine, average_gradients
+from dalle.training.run import RunConfig
 from dalle.training.task import Task
-
-if TYPE_CHECKING:
-    from dalle.training.run import RunConfig
 
 
 class FSDPEngine(GroupEngine):
@@ -41,7 +40,7 @@ class FSDPEngine(GroupEngine):
     splits_parameters = True
 
     @classmethod
-    def start(cls, config: "RunConfig") -> "FSDPEngine":
+    def start(cls, config: RunConfig) -> "FSDPEngine":
         from accelerate import PartialState
 
         if os.environ.get("FSDP_VERSION", "2") != "2":
