@@ -90,7 +90,7 @@ def main() -> int:
         if config.train.evaluate_every and not arguments.dry_run:
             evaluate = small_evaluation(task, config, engine.device)
     if arguments.dry_run:
-        if engine.is_main:
+        if engine.is_rank0:
             print_plan(task, config, needed())
         return 0
     share["needs_classes"] = task.needs_classes
@@ -111,12 +111,12 @@ def make_prerequisites(needed, dry_run: bool) -> int | None:
     from dalle.training.prerequisites import say, train_prerequisites
 
     adopt_slurm()
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_rank0 = os.environ.get("RANK", "0") == "0"
     if not dry_run:
-        return train_prerequisites(needed, [sys.executable, __file__], is_main, say) or None
+        return train_prerequisites(needed, [sys.executable, __file__], is_rank0, say) or None
     if all(one.state == "finished" for one in needed):
         return None
-    if is_main:      # the task cannot be built before they are there
+    if is_rank0:      # the task cannot be built before they are there
         print(json.dumps({"prerequisites": [one.describe() for one in needed]}, indent=2))
     return 0
 

@@ -22,7 +22,7 @@ from dalle.data.loader import train_batches, validation_batches
 from dalle.models.dvae import PIXEL_MARGIN, DiscreteVAE, DVAEConfig, DVAEOutput, map_pixels
 from dalle.models.perceptual import edge_distance
 from dalle.models.quantizers import FSQConfig
-from dalle.training.figures import Counts, Figure, Largest, Mean, Perplexity, Used
+from dalle.training.figures import Counts, Figure, Max, Mean, Perplexity, Used
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.schedules import cosine
@@ -122,7 +122,7 @@ class DVAETask(Task):
             kl = kl_to_uniform(log_q)
             total = total + weights.beta.at(step, total_steps) * kl.mean() / values
             parts["kl_per_position"] = kl.detach().mean() / output.codes.shape[1]
-            parts["max_logit"] = Largest(output.code_logits.detach().abs().max())
+            parts["max_logit"] = Max(output.code_logits.detach().abs().max())
             if weights.even_usage > 0:
                 unevenness = uneven_usage(log_q)
                 total = total + weights.even_usage * output.codes.shape[1] * unevenness / values

@@ -56,7 +56,7 @@ class Saver:
                                        for section in snapshot.values() for tensor in section.values()))
         self.step, self._state = step, dict(state)
         try:
-            self.engine.together(lambda: self._open(step, sum(sizes)), only_main=True)
+            self.engine.together(lambda: self._open(step, sum(sizes)), only_rank0=True)
         except OSError as error:
             self.failures += 1
             raise SaveFailed(*error.args) from error
@@ -84,7 +84,7 @@ class Saver:
             parts = self.engine.gather(self._entries)
             entries = {name: entry for part in parts for name, entry in part.items()}
             self.stage = COMMITTING
-            if self.engine.is_main:
+            if self.engine.is_rank0:
                 self._run(lambda: self._commit(entries))
             return
         self.stage, self._thread, self.failures = IDLE, None, 0
@@ -94,7 +94,7 @@ class Saver:
         while self.stage != IDLE:
             if self._thread is not None:
                 self._thread.join()
-            busy, failed = self.engine.largest(int(self.busy), int(self.failed))
+            busy, failed = self.engine.all_reduce_max(int(self.busy), int(self.failed))
             self.advance(bool(busy), bool(failed))
 
     def close(self) -> None:
@@ -141,6 +141,6 @@ class Saver:
         first = next(text for text in errors if text is not None)
         self.stage, self._thread, self._error = IDLE, None, None
         self.failures += 1
-        if self.engine.is_main:
+        if self.engine.is_rank0:
             self.store.discard(self.step)
         raise SaveFailed(first)

@@ -29,7 +29,7 @@ def find_fault_together(engine: Engine, path: Path, feed: Callable[[], None]) ->
 
     Every rank must ask, and all get the same answer. ``feed()`` is called whenever a rank has come forward.
     """
-    entries = engine.together(lambda: _listed(path), only_main=True)
+    entries = engine.together(lambda: _listed(path), only_rank0=True)
     if isinstance(entries, str):
         return entries
     mine = sorted(entries, key=lambda name: entries[name]["size"], reverse=True)[engine.rank::engine.world_size]
@@ -39,7 +39,7 @@ def find_fault_together(engine: Engine, path: Path, feed: Callable[[], None]) ->
         busy = 1
         while busy:
             wait(work, SECONDS_BETWEEN_LOOKS)
-            busy, came = engine.largest(int(not all(one.done() for one in work)), int(bool(hashed)))
+            busy, came = engine.all_reduce_max(int(not all(one.done() for one in work)), int(bool(hashed)))
             if came:
                 hashed.clear()
                 feed()

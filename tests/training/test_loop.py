@@ -18,8 +18,9 @@ from toys import GanTask, NanOnOneRank, OftenPaintsOnceTask, OftenTask, PaintsOn
 
 from dalle.errors import UserError
 from dalle.training.engines.launching import create_engine
-from dalle.training.loop import Trainer, seed_random, split
+from dalle.training.loop import Trainer, split
 from dalle.training.optimizers import OptimizerConfig
+from dalle.training.randomness import seed_random
 from dalle.training.settings import split_batch
 from dalle.training.task import Loss, detached
 

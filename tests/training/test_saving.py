@@ -34,7 +34,7 @@ class WithAnotherRank:
         others = {dict: self.entries, int: 1000, type(None): self.error, str: self.error}
         return [value, others.get(type(value))]
 
-    def largest(self, busy, failed):
+    def all_reduce_max(self, busy, failed):
         return max(busy, self.busy), max(failed, int(self.error is not None))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dalle.errors import UserError
 from dalle.training.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, SavedPlayer
-from dalle.training.ema import Average
+from dalle.training.ema import EMA
 from dalle.training.optimizers import OptimizerConfig, build_optimizer, optimizer_parts, set_learning_rate
 from dalle.training.run import RunConfig
 from dalle.training.settings import split_batch
@@ -38,7 +38,7 @@ class Member:
     settings: OptimizerConfig
     trainable: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
-    average: Average | None = None
+    ema: EMA | None = None
     wrapper: Any = None       # what DDP or DeepSpeed put around the module
     is_open: bool = True      # whether ``trainable`` has requires_grad on
 
@@ -75,9 +75,9 @@ class EngineNetworks:
             raise KeyError(f"unknown network {name!r}; known: {', '.join(sorted(self._modules))}")
         return self._modules[name]
 
-    def mean(self, value: Tensor) -> Tensor:
+    def all_reduce_mean(self, value: Tensor) -> Tensor:
         """``value`` averaged over the ranks, without gradient; every rank must ask."""
-        return self._engine.mean(value)
+        return self._engine.all_reduce_mean(value)
 
 
 class Engine:
@@ -98,7 +98,7 @@ class Engine:
         self._pinned: dict[str, Tensor] = {}
 
     @property
-    def is_main(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     # -- before the first step
@@ -116,7 +116,7 @@ class Engine:
             member = Member(name, module, player.optimizer, trainable, build_optimizer(module, player.optimizer))
             self.wrap(member, folder)
             if player.optimizer.ema > 0:
-                member.average = self.build_average(member)
+                member.ema = self.build_ema(member)
             self.members[name] = member
         modules = {**task.frozen, **{name: member.module for name, member in self.members.items()}}
         self.networks = EngineNetworks(self, modules)
@@ -138,8 +138,8 @@ class Engine:
     def wrap(self, member: Member, folder: Path) -> None:
         """Put the backend's wrapper around the member's module."""
 
-    def build_average(self, member: Member) -> Average:
-        return Average(member.module, member.settings.ema, member.settings.ema_every, warmup=member.settings.ema_warmup)
+    def build_ema(self, member: Member) -> EMA:
+        return EMA(member.module, member.settings.ema, member.settings.ema_every, warmup=member.settings.ema_warmup)
 
     # -- one phase
 
@@ -208,19 +208,19 @@ class Engine:
 
         return eager
 
-    def update_averages(self, step: int) -> None:
+    def update_ema(self, step: int) -> None:
         """Take the weights after ``step`` finished steps into the averages."""
         for member in self.members.values():
-            if member.average is not None:
-                member.average.update(step)
+            if member.ema is not None:
+                member.ema.update(step)
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Averaged weights where there are any, evaluation mode, no gradient."""
         with torch.no_grad(), ExitStack() as applied:
             for member in self.members.values():
-                if member.average is not None:
-                    applied.enter_context(member.average.applied())
+                if member.ema is not None:
+                    applied.enter_context(member.ema.applied())
                 member.module.eval()
             try:
                 yield
@@ -239,11 +239,11 @@ class Engine:
         """Every rank's ``value``, in rank order, on every rank."""
         return [value]
 
-    def largest(self, *values: int) -> tuple[int, ...]:
+    def all_reduce_max(self, *values: int) -> tuple[int, ...]:
         """The largest over the ranks of each of some small integers: one cheap agreement a step."""
         return values
 
-    def mean(self, value: Tensor) -> Tensor:
+    def all_reduce_mean(self, value: Tensor) -> Tensor:
         return value.detach()
 
     def share_buffers(self) -> None:
@@ -252,23 +252,23 @@ class Engine:
     def barrier(self) -> None:
         """Wait for all ranks."""
 
-    def together(self, action: Callable[[], Any], only_main: bool = False) -> Any:
-        """Run ``action`` (on rank 0 alone with ``only_main``); where it fails for one rank it fails for all.
+    def together(self, action: Callable[[], Any], only_rank0: bool = False) -> Any:
+        """Run ``action`` (on rank 0 alone with ``only_rank0``); where it fails for one rank it fails for all.
 
-        Returns this rank's result, or rank 0's with ``only_main``. A :class:`UserError` or ``OSError`` of any rank is
+        Returns this rank's result, or rank 0's with ``only_rank0``. A :class:`UserError` or ``OSError`` of any rank is
         raised on each, so that none is left waiting in a collective.
         """
         result, error = None, None
-        if self.is_main or not only_main:
+        if self.is_rank0 or not only_rank0:
             try:
                 result = action()
             except (UserError, OSError) as caught:
                 error = caught
-        answers = self.gather((result if only_main else None, error))
+        answers = self.gather((result if only_rank0 else None, error))
         for _, failure in answers:
             if failure is not None:
                 raise error or failure
-        return answers[0][0] if only_main else result
+        return answers[0][0] if only_rank0 else result
 
     def close(self) -> None:
         """Leave the process group."""
@@ -293,8 +293,8 @@ class Engine:
             shares[writer] += tensor.nbytes
             if writer == self.rank:
                 copies[section][key] = self.host_copy(f"{name}/{section}/{key}", tensor)
-        if member.average is not None and member.average.is_split:
-            copies[AVERAGE] = {key: value.to("cpu", copy=True) for key, value in member.average.state_dict().items()}
+        if member.ema is not None and member.ema.is_split:
+            copies[AVERAGE] = {key: value.to("cpu", copy=True) for key, value in member.ema.state_dict().items()}
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return copies
@@ -314,8 +314,8 @@ class Engine:
         for name, parameter in member.named_trainable():
             for key, value in self.optimizer_state(member, parameter).items():
                 yield OPTIMIZER, f"{name}/{key}", value.detach()
-        if member.average is not None and not member.average.is_split:
-            for key, value in member.average.state_dict().items():
+        if member.ema is not None and not member.ema.is_split:
+            for key, value in member.ema.state_dict().items():
                 yield AVERAGE, key, self.whole(value).detach()
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -341,10 +341,10 @@ class Engine:
         member = self.members[name]
         self.load_weights(member, saved)
         self.load_optimizer(member, saved)
-        if member.average is not None and saved.keys(AVERAGE):
-            member.average.load_state_dict({key: saved.tensor(AVERAGE, key) for key in member.average.names})
-        elif member.average is not None:      # one switched on at a resume starts at the weights
-            member.average = self.build_average(member)
+        if member.ema is not None and saved.keys(AVERAGE):
+            member.ema.load_state_dict({key: saved.tensor(AVERAGE, key) for key in member.ema.names})
+        elif member.ema is not None:      # one switched on at a resume starts at the weights
+            member.ema = self.build_ema(member)
 
     def load_weights(self, member: Member, saved: SavedPlayer) -> None:
         member.module.load_state_dict(saved.section(WEIGHTS))

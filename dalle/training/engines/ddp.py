@@ -86,4 +86,4 @@ class DistributedEngine(GroupEngine):
         average_gradients(member.trainable, self.world_size, self.options.gradient_dtype)
         if self.phase.name not in self.hooks_suffice:
             hinders = missing or self.went_around or not went_through
-            self.hooks_suffice[self.phase.name] = not self.largest(int(hinders))[0]
+            self.hooks_suffice[self.phase.name] = not self.all_reduce_max(int(hinders))[0]

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dalle.errors import UserError
 from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
-from dalle.training.ema import Average
+from dalle.training.ema import EMA
 from dalle.training.engines.base import Member, Outcome, fill_gradients, state_keys
 from dalle.training.engines.environment import is_set, launched_size, wants_cpu
 from dalle.training.engines.group import GroupEngine, average_gradients
@@ -86,8 +86,8 @@ class FSDPEngine(GroupEngine):
         for group, members in zip(member.optimizer.param_groups, groups, strict=True):
             group["params"] = [member.wrapper.rows[name] for name in members]
 
-    def build_average(self, member: Member) -> Average:
-        return AverageOfRows(member.wrapper, member.settings.ema, member.settings.ema_every, member.settings.ema_warmup)
+    def build_ema(self, member: Member) -> EMA:
+        return ShardedEMA(member.wrapper, member.settings.ema, member.settings.ema_every, member.settings.ema_warmup)
 
     # -- one phase
 
@@ -205,7 +205,7 @@ class Rows:
                 self.rows[name].grad = None if parameter.grad is None else own_rows(parameter.grad)
 
 
-class AverageOfRows(Average):
+class ShardedEMA(EMA):
     """An average of which each rank keeps its own rows."""
 
     def __init__(self, rows: Rows, decay: float, every: int, warmup: bool):

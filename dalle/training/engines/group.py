@@ -31,12 +31,12 @@ class GroupEngine(Engine):
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def largest(self, *values: int) -> tuple[int, ...]:
+    def all_reduce_max(self, *values: int) -> tuple[int, ...]:
         box = torch.tensor(values)
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
         return tuple(box.tolist())
 
-    def mean(self, value: Tensor) -> Tensor:
+    def all_reduce_mean(self, value: Tensor) -> Tensor:
         value = value.detach().clone()
         dist.all_reduce(value)
         return value / self.world_size
@@ -49,7 +49,7 @@ class GroupEngine(Engine):
                 dist.broadcast(buffer, 0)
 
     def barrier(self) -> None:
-        self.largest(0)
+        self.all_reduce_max(0)
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dalle.errors import UserError
 from dalle.text_file import read_text_file
 from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
-from dalle.training.ema import Average, full_access
+from dalle.training.ema import EMA, full_access
 from dalle.training.engines.base import Member, Outcome, poisoned, state_keys
 from dalle.training.engines.environment import launched_size, wants_cpu
 from dalle.training.engines.group import GroupEngine
@@ -86,7 +86,7 @@ class DeepSpeedEngine(GroupEngine):
         import deepspeed
 
         settings = self.settings(member)
-        if self.is_main:
+        if self.is_rank0:
             (folder / f"deepspeed_{member.name}.json").write_text(json.dumps(settings, indent=2) + "\n")
         for parameter in member.module.parameters():
             # flattened anyway; DeepSpeed refuses channels_last, even in 1x1 convolutions, which `contiguous()` leaves
@@ -121,10 +121,10 @@ class DeepSpeedEngine(GroupEngine):
             "steps_per_print": NEVER, "wall_clock_breakdown": False,
         }
 
-    def build_average(self, member: Member) -> Average:
+    def build_ema(self, member: Member) -> EMA:
         owners = self.world_size if self.stage == 3 else 1
         offloads = "offload_param" in self.settings(member)["zero_optimization"]
-        return Average(member.module, member.settings.ema, member.settings.ema_every, warmup=member.settings.ema_warmup,
+        return EMA(member.module, member.settings.ema, member.settings.ema_every, warmup=member.settings.ema_warmup,
                        access=self.access, rank=self.rank, owners=owners,
                        device=torch.device("cpu") if offloads else None)
 
