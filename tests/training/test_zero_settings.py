@@ -36,8 +36,7 @@ def launched(monkeypatch):
 def settings(zero: dict, **options: bool) -> dict:
     """DeepSpeed's ``zero_optimization`` of an engine on the CPU that was launched with ``zero``."""
     config = SimpleNamespace(engine=EngineConfig(**options), train=TrainConfig(batch_size=4))
-    engine = DeepSpeedEngine(config, torch.device("cpu"), 0, 2)
-    engine.zero, engine.stage = zero, zero["stage"]
+    engine = DeepSpeedEngine(config, torch.device("cpu"), 0, 2, zero)
     return engine.settings(SimpleNamespace(settings=SimpleNamespace(clip=1.0)))["zero_optimization"]
 
 

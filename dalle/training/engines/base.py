@@ -95,6 +95,7 @@ class Engine:
                                                           world_size)
         self.members: dict[str, Member] = {}
         self.active: Member | None = None
+        self.networks = EngineNetworks(self, {})      # those of a task, from :meth:`prepare` on
         self._pinned: dict[str, Tensor] = {}
 
     @property

@@ -41,18 +41,23 @@ class DistributedEngine(GroupEngine):
             raise UserError(f"the launcher started {launched_size()} processes, accelerate sees "
                             f"{accelerator.num_processes} ({accelerator.distributed_type.value}): check its settings")
         device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device    # not "cpu:0"
-        engine = cls(config, device, accelerator.process_index, accelerator.num_processes)
-        engine.accelerator = accelerator
+        engine = cls(config, device, accelerator)
         engine.open_control_group()
         return engine
+
+    def __init__(self, config: RunConfig, device: torch.device, accelerator: Any):
+        super().__init__(config, device, accelerator.process_index, accelerator.num_processes)
+        self.accelerator = accelerator
+        self.phase: Phase | None = None
+        self.hooked = self.went_around = False
+        self.hooks_suffice: dict[str, bool] = {}    # by phase, known after its first run
+        self.through: set[str] = set()              # phases with a forward through the wrapper, before their exchange
 
     def wrap(self, member: Member, folder: Path) -> None:
         with warnings.catch_warnings():
             # newer torch renames the option, older torch knows only this name
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             member.wrapper = self.accelerator.prepare_model(member.module)
-        self.hooks_suffice: dict[str, bool] = {}    # by phase, known after its first run
-        self.through: set[str] = set()              # phases with a forward through the wrapper, before their exchange
 
     def begin_phase(self, phase: Phase, step: int, steps: int) -> None:
         super().begin_phase(phase, step, steps)

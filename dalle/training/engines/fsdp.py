@@ -56,9 +56,13 @@ class FSDPEngine(GroupEngine):
         device = torch.device("cpu") if on_cpu else state.device
         engine = cls(config, device, state.process_index, launched_size())
         engine.open_control_group()
-        engine.compile_blocks, engine.compile = engine.compile, False    # see `compile_forwards`
         engine.mesh = init_device_mesh(device.type, (engine.world_size,), mesh_dim_names=("shard",))
         return engine
+
+    def __init__(self, config: RunConfig, device: torch.device, rank: int, world_size: int):
+        super().__init__(config, device, rank, world_size)
+        self.compile_blocks, self.compile = self.compile, False    # see `compile_forwards`
+        self.mesh: DeviceMesh | None = None
 
     # -- before the first step
 

@@ -12,12 +12,17 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from dalle.errors import UserError
 from dalle.training.engines.base import Engine
 from dalle.training.engines.environment import launched_size
+from dalle.training.run import RunConfig
 
 BUCKET_BYTES = 25 * 2**20
 
 
 class GroupEngine(Engine):
     """What DDP and DeepSpeed share: a process group, and a CPU group for agreements that need no accelerator."""
+
+    def __init__(self, config: RunConfig, device: torch.device, rank: int, world_size: int):
+        super().__init__(config, device, rank, world_size)
+        self.control: dist.ProcessGroup | None = None
 
     def open_control_group(self) -> None:
         if dist.get_world_size() != launched_size():

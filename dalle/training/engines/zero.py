@@ -38,7 +38,6 @@ class DeepSpeedEngine(GroupEngine):
     @classmethod
     def start(cls, config: RunConfig) -> "DeepSpeedEngine":
         zero = launched_zero(config)
-        stage = zero["stage"]
         on_cpu = wants_cpu()
         if on_cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"      # read when deepspeed is first imported
@@ -53,12 +52,15 @@ class DeepSpeedEngine(GroupEngine):
         device = torch.device("cpu") if on_cpu else torch.device("cuda", local)
         if not on_cpu:
             torch.cuda.set_device(device)
-        engine = cls(config, device, int(os.environ.get("RANK", "0")), launched_size())
-        engine.zero = zero
-        engine.stage, engine.kind = stage, f"zero{stage}"
-        engine.splits_parameters = engine.evaluates_in_step = stage == 3
+        engine = cls(config, device, int(os.environ.get("RANK", "0")), launched_size(), zero)
         engine.open_control_group()
         return engine
+
+    def __init__(self, config: RunConfig, device: torch.device, rank: int, world_size: int, zero: dict[str, Any]):
+        super().__init__(config, device, rank, world_size)
+        self.zero, self.stage = zero, zero["stage"]
+        self.kind = f"zero{self.stage}"
+        self.splits_parameters = self.evaluates_in_step = self.stage == 3
 
     # -- before the first step
 
