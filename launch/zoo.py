@@ -178,7 +178,7 @@ def train(config: Path, arguments: argparse.Namespace, row: Row) -> Path:
     if arguments.measure:
         return loaded.folder
     status = train_prerequisites(prerequisites(str(config), loaded, RUNS),
-                                 [sys.executable, str(ROOT / "launch/train.py")], is_main=True, say=print)
+                                 [sys.executable, str(ROOT / "launch/train.py")], is_rank0=True, say=print)
     if status:
         raise UserError(f"a prerequisite of {config} ended with status {status}")
     before = children_seconds()

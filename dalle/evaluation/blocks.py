@@ -96,7 +96,7 @@ def fill(store: BlockStore, make: Callable[[int], Arrays], processes: Processes,
         return [block for block in range(store.count) if block not in done]
 
     todo = processes.from_main(missing)
-    progress = Progress(store, what, len(todo)) if processes.is_main and todo else None
+    progress = Progress(store, what, len(todo)) if processes.is_rank0 and todo else None
     for block in todo[processes.rank::processes.size]:
         store.write(block, make(block))
         if progress is not None:

@@ -70,7 +70,7 @@ def evaluate(job: Job, processes: Processes, say: Say) -> Results | None:
         results = evaluate_generator(job, generator, reranker, origin_of(folder), processes, say)
     families = list(dict.fromkeys(row.family for row in results.rows))
     results.rows.sort(key=lambda row: families.index(row.family))
-    return results if processes.is_main else None
+    return results if processes.is_rank0 else None
 
 
 # -- generators -------------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def evaluate_generator(job: Job, generator: Generator, reranker: Reranker | None
                                      blur, processes)
             made = extract(job.out, painted.digest, painted.store.count, painted.images, extractor, blur, processes,
                            "the pictures")
-            if processes.is_main:
+            if processes.is_rank0:
                 results.unreadable = left_out_of(real)
                 truth = torch.from_numpy(real.all("features"))
                 moments = Moments.of(truth)
@@ -135,21 +135,21 @@ def evaluate_generator(job: Job, generator: Generator, reranker: Reranker | None
                                                       extractor, own, job.allow_few)
     if clip is not None:
         pairs = extract_pairs(job.out, painted, clip, processes)
-        if processes.is_main:
+        if processes.is_rank0:
             add_scores(results, job, metrics, painted, pairs, protocols, clip.identity,
                        reranker.identity if reranker else None, say)
     if vs is not None:
         cosines = extract_cosines(job.out, painted, vs, vs_digest, processes)
-        if processes.is_main:
+        if processes.is_rank0:
             for column, protocol in enumerate(protocols):
                 values = torch.from_numpy(chosen(cosines, "cosines", painted.slots(column)))
                 results.rows.append(vs_row(values, replace(protocol, judge=vs_name, judge_digest=vs_digest)))
-    if "msssim" in metrics and processes.is_main:
+    if "msssim" in metrics and processes.is_rank0:
         real = similarity_of_real(ShardReferences(job.data, index), drawn, alike, generator.image_size)
         for column, protocol in enumerate(protocols):
             made = similarity_of_painted(painted.store, painted.slots(column), alike)
             results.rows += diversity_rows(made, real, generator.image_size, protocol)
-    if "judge" in metrics and processes.is_main:
+    if "judge" in metrics and processes.is_rank0:
         for column, protocol in enumerate(protocols):
             images = chosen(painted.store, "images", painted.slots(column))
             results.judge[protocol.candidates] = judge_report(images, captions)
@@ -211,7 +211,7 @@ def evaluate_codec(job: Job, folder: Path, processes: Processes, say: Say) -> Re
     features = {blur: {what: extract(job.out, f"{made.digest} {what}", made.store.count, images, extractor, blur,
                                      processes, f"the {what}") for what, images in sources.items()}
                 for blur in job.blur if extractor is not None}
-    if not processes.is_main:
+    if not processes.is_rank0:
         return results
     results.unreadable = left_out_of(made.store)
     count = len(made.store.all("numbers"))

@@ -23,7 +23,7 @@ from dalle.models.dvae import PIXEL_MARGIN, DiscreteVAE, DVAEConfig, DVAEOutput,
 from dalle.models.perceptual import edge_distance
 from dalle.models.quantizers import FSQConfig
 from dalle.pictures import side_by_side, to_bytes, to_unit
-from dalle.training.figures import Counts, Figure, Largest, Mean, Perplexity, Used
+from dalle.training.figures import Counts, Figure, Max, Mean, Perplexity, Used
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.schedules import cosine
@@ -123,7 +123,7 @@ class DVAETask(Task):
             kl = kl_to_uniform(log_q)
             total = total + weights.beta.at(step, total_steps) * kl.mean() / values
             parts["kl_per_position"] = kl.detach().mean() / output.codes.shape[1]
-            parts["max_logit"] = Largest(output.code_logits.detach().abs().max())
+            parts["max_logit"] = Max(output.code_logits.detach().abs().max())
             if weights.even_usage > 0:
                 unevenness = uneven_usage(log_q)
                 total = total + weights.even_usage * output.codes.shape[1] * unevenness / values

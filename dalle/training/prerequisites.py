@@ -110,14 +110,14 @@ def is_shared(key: str, value: str, prerequisite: RunConfig) -> bool:
     return name not in OF_THE_MODEL
 
 
-def train_prerequisites(needed: Sequence[Prerequisite], command: Sequence[str], is_main: bool,
+def train_prerequisites(needed: Sequence[Prerequisite], command: Sequence[str], is_rank0: bool,
                         say: Callable[[str], None]) -> int:
     """Train what is missing or unfinished, in order, each by ``command`` and its config; the first status but 0, or 0.
 
     Of several processes the main one does it and the others wait; where it fails, their launcher ends them.
     """
     for one in needed:
-        if not is_main:
+        if not is_rank0:
             while one.state != "finished":
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         elif one.state != "finished":

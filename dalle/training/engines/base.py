@@ -1,55 +1,32 @@
 """The engine: how losses become steps on one process, under DDP or DeepSpeed. Loop and tasks see only this.
 
-``engine*.py`` are the only files that know accelerate and deepspeed. What goes through a wrapper and what through the
-bare module differs from backend to backend, and the wrong choice is sometimes silent; here it is made once, and the
-parity tests hold every backend against plain torch.
+The files of this folder are the only ones that know accelerate and deepspeed. What goes through a wrapper and what
+through the bare module differs from backend to backend, and the wrong choice is sometimes silent; here it is made once,
+and the parity tests hold every backend against plain torch.
 
 Three rules are the same everywhere. A parameter that a phase gave no gradient counts as having gradient zero. A
 non-finite loss or gradient on any rank skips the player's step on all of them. In a phase only its player is trainable.
 """
 
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
-import psutil
 import torch
-import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor, nn
 
-from dalle.config import FREE, Section
 from dalle.errors import UserError
 from dalle.training.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, SavedPlayer
-from dalle.training.ema import Average
-from dalle.training.launcher_settings import check_launcher
-from dalle.training.meeting import meet
+from dalle.training.ema import EMA
 from dalle.training.optimizers import OptimizerConfig, build_optimizer, optimizer_parts, set_learning_rate
-from dalle.training.slurm import adopt_slurm
+from dalle.training.run import RunConfig
+from dalle.training.settings import split_batch
 from dalle.training.task import Batch, Phase, Task
-
-if TYPE_CHECKING:
-    from dalle.training.run import RunConfig
 
 MOST_WRITERS = 8      # ranks that share the writing of a checkpoint, spread over the job
 Snapshot = dict[str, dict[str, Tensor]]     # section -> key -> tensor on the CPU
-
-
-class EngineConfig(Section, json_schema_extra=FREE):
-    """What the launcher does not say about the backend; DDP or ZeRO, and its stage, come from ``accelerate launch``."""
-
-    gradient_dtype: str = Field(default="fp32", pattern="^(fp32|bf16)$", description="what the ranks exchange")
-    offload_optimizer: bool = Field(default=False, description="ZeRO: optimiser state in host memory")
-    offload_parameters: bool = Field(default=False, description="ZeRO-3: parameters in host memory")
-    bucket_elements: int = Field(default=50_000_000, ge=1, description="ZeRO: elements exchanged at once")
-    allow_zero3_players: bool = Field(default=False, description="ZeRO-3 for a task of several players")
-    timeout_minutes: float = Field(default=10, gt=0, description="a first step, a batch of validation, a preview or "
-                                   "a save that takes longer ends the run as hung")
-    step_timeout_minutes: float = Field(default=5, gt=0, description="the same for every later step")
 
 
 @dataclass
@@ -61,7 +38,7 @@ class Member:
     settings: OptimizerConfig
     trainable: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
-    average: Average | None = None
+    ema: EMA | None = None
     wrapper: Any = None       # what DDP or DeepSpeed put around the module
     is_open: bool = True      # whether ``trainable`` has requires_grad on
 
@@ -98,9 +75,9 @@ class EngineNetworks:
             raise KeyError(f"unknown network {name!r}; known: {', '.join(sorted(self._modules))}")
         return self._modules[name]
 
-    def mean(self, value: Tensor) -> Tensor:
+    def all_reduce_mean(self, value: Tensor) -> Tensor:
         """``value`` averaged over the ranks, without gradient; every rank must ask."""
-        return self._engine.mean(value)
+        return self._engine.all_reduce_mean(value)
 
 
 class Engine:
@@ -110,7 +87,7 @@ class Engine:
     splits_parameters = False       # `evaluation` is a collective: every rank enters it, for previews, too
     evaluates_in_step = False       # and so is each forward in it
 
-    def __init__(self, config: "RunConfig", device: torch.device, rank: int = 0, world_size: int = 1):
+    def __init__(self, config: RunConfig, device: torch.device, rank: int = 0, world_size: int = 1):
         self.device, self.rank, self.world_size = device, rank, world_size
         self.options, self.compile = config.engine, config.train.compile
         self.bf16 = config.train.precision == "bf16"
@@ -118,10 +95,11 @@ class Engine:
                                                           world_size)
         self.members: dict[str, Member] = {}
         self.active: Member | None = None
+        self.networks = EngineNetworks(self, {})      # those of a task, from :meth:`prepare` on
         self._pinned: dict[str, Tensor] = {}
 
     @property
-    def is_main(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     # -- before the first step
@@ -139,7 +117,7 @@ class Engine:
             member = Member(name, module, player.optimizer, trainable, build_optimizer(module, player.optimizer))
             self.wrap(member, folder)
             if player.optimizer.ema > 0:
-                member.average = self.build_average(member)
+                member.ema = self.build_ema(member)
             self.members[name] = member
         modules = {**task.frozen, **{name: member.module for name, member in self.members.items()}}
         self.networks = EngineNetworks(self, modules)
@@ -161,8 +139,8 @@ class Engine:
     def wrap(self, member: Member, folder: Path) -> None:
         """Put the backend's wrapper around the member's module."""
 
-    def build_average(self, member: Member) -> Average:
-        return Average(member.module, member.settings.ema, member.settings.ema_every, warmup=member.settings.ema_warmup)
+    def build_ema(self, member: Member) -> EMA:
+        return EMA(member.module, member.settings.ema, member.settings.ema_every, warmup=member.settings.ema_warmup)
 
     # -- one phase
 
@@ -231,19 +209,19 @@ class Engine:
 
         return eager
 
-    def update_averages(self, step: int) -> None:
+    def update_ema(self, step: int) -> None:
         """Take the weights after ``step`` finished steps into the averages."""
         for member in self.members.values():
-            if member.average is not None:
-                member.average.update(step)
+            if member.ema is not None:
+                member.ema.update(step)
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Averaged weights where there are any, evaluation mode, no gradient."""
         with torch.no_grad(), ExitStack() as applied:
             for member in self.members.values():
-                if member.average is not None:
-                    applied.enter_context(member.average.applied())
+                if member.ema is not None:
+                    applied.enter_context(member.ema.applied())
                 member.module.eval()
             try:
                 yield
@@ -262,11 +240,11 @@ class Engine:
         """Every rank's ``value``, in rank order, on every rank."""
         return [value]
 
-    def largest(self, *values: int) -> tuple[int, ...]:
+    def all_reduce_max(self, *values: int) -> tuple[int, ...]:
         """The largest over the ranks of each of some small integers: one cheap agreement a step."""
         return values
 
-    def mean(self, value: Tensor) -> Tensor:
+    def all_reduce_mean(self, value: Tensor) -> Tensor:
         return value.detach()
 
     def share_buffers(self) -> None:
@@ -275,23 +253,23 @@ class Engine:
     def barrier(self) -> None:
         """Wait for all ranks."""
 
-    def together(self, action: Callable[[], Any], only_main: bool = False) -> Any:
-        """Run ``action`` (on rank 0 alone with ``only_main``); where it fails for one rank it fails for all.
+    def together(self, action: Callable[[], Any], only_rank0: bool = False) -> Any:
+        """Run ``action`` (on rank 0 alone with ``only_rank0``); where it fails for one rank it fails for all.
 
-        Returns this rank's result, or rank 0's with ``only_main``. A :class:`UserError` or ``OSError`` of any rank is
+        Returns this rank's result, or rank 0's with ``only_rank0``. A :class:`UserError` or ``OSError`` of any rank is
         raised on each, so that none is left waiting in a collective.
         """
         result, error = None, None
-        if self.is_main or not only_main:
+        if self.is_rank0 or not only_rank0:
             try:
                 result = action()
             except (UserError, OSError) as caught:
                 error = caught
-        answers = self.gather((result if only_main else None, error))
+        answers = self.gather((result if only_rank0 else None, error))
         for _, failure in answers:
             if failure is not None:
                 raise error or failure
-        return answers[0][0] if only_main else result
+        return answers[0][0] if only_rank0 else result
 
     def close(self) -> None:
         """Leave the process group."""
@@ -316,8 +294,8 @@ class Engine:
             shares[writer] += tensor.nbytes
             if writer == self.rank:
                 copies[section][key] = self.host_copy(f"{name}/{section}/{key}", tensor)
-        if member.average is not None and member.average.is_split:
-            copies[AVERAGE] = {key: value.to("cpu", copy=True) for key, value in member.average.state_dict().items()}
+        if member.ema is not None and member.ema.is_split:
+            copies[AVERAGE] = {key: value.to("cpu", copy=True) for key, value in member.ema.state_dict().items()}
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return copies
@@ -337,8 +315,8 @@ class Engine:
         for name, parameter in member.named_trainable():
             for key, value in self.optimizer_state(member, parameter).items():
                 yield OPTIMIZER, f"{name}/{key}", value.detach()
-        if member.average is not None and not member.average.is_split:
-            for key, value in member.average.state_dict().items():
+        if member.ema is not None and not member.ema.is_split:
+            for key, value in member.ema.state_dict().items():
                 yield AVERAGE, key, self.whole(value).detach()
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -364,10 +342,10 @@ class Engine:
         member = self.members[name]
         self.load_weights(member, saved)
         self.load_optimizer(member, saved)
-        if member.average is not None and saved.keys(AVERAGE):
-            member.average.load_state_dict({key: saved.tensor(AVERAGE, key) for key in member.average.names})
-        elif member.average is not None:      # one switched on at a resume starts at the weights
-            member.average = self.build_average(member)
+        if member.ema is not None and saved.keys(AVERAGE):
+            member.ema.load_state_dict({key: saved.tensor(AVERAGE, key) for key in member.ema.names})
+        elif member.ema is not None:      # one switched on at a resume starts at the weights
+            member.ema = self.build_ema(member)
 
     def load_weights(self, member: Member, saved: SavedPlayer) -> None:
         member.module.load_state_dict(saved.section(WEIGHTS))
@@ -422,99 +400,3 @@ def fill_gradients(parameters: list[nn.Parameter]) -> bool:
     for parameter in missing:
         parameter.grad = torch.zeros_like(parameter)
     return bool(missing)
-
-
-def split_batch(batch_size: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
-    """(samples a process, micro-batches a step) of a global batch; :class:`UserError` where they do not divide."""
-    if batch_size % world_size:
-        legal = [number for number in range(1, batch_size + 1) if batch_size % number == 0]
-        raise UserError(f"train.batch_size {batch_size} does not divide over {world_size} processes; "
-                        f"it does over {', '.join(map(str, legal))}")
-    local = batch_size // world_size
-    micro = local if micro_batch_size is None else min(micro_batch_size, local)
-    if local % micro:
-        raise UserError(f"train.micro_batch_size {micro} does not divide the {local} samples of each process "
-                        f"(train.batch_size {batch_size} over {world_size})")
-    return local, local // micro
-
-
-def launched_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_set(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
-
-
-def wants_cpu() -> bool:
-    return is_set("ACCELERATE_USE_CPU") or os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
-
-
-def asked_for_more_processes() -> bool:
-    """Whether this is the one process that ``accelerate launch --num_processes N`` starts where there is no GPU.
-
-    Without a GPU and without ``--multi_gpu``, accelerate prepares the environment of N processes, then starts one.
-    """
-    return ("ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
-            and "WORLD_SIZE" not in os.environ)
-
-
-def relaunch() -> NoReturn:
-    """Become torchrun with as many processes as ``accelerate launch`` was asked for; its command line says how many."""
-    asked = asked_processes(psutil.Process().parent().cmdline())
-    if asked is None:
-        raise UserError("accelerate launch started one process where several were asked for: on CPU cores give it "
-                        "--config_file launch/engines/ddp.yaml --num_processes N")
-    print(f"accelerate launch starts one process where there is no GPU; starting {asked} with torchrun", flush=True)
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)      # torchrun finds a free port of its own
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                              str(asked), *sys.argv])
-
-
-def asked_processes(command: list[str]) -> int | None:
-    """The value of ``--num_processes`` in a launcher's command line."""
-    for word, following in zip(command, [*command[1:], ""], strict=True):
-        option, equals, value = word.replace("-", "_").partition("=")
-        if option == "__num_processes":
-            number = value if equals else following
-            return int(number) if number.isdecimal() else None
-    return None
-
-
-def create_engine(config: "RunConfig") -> Engine:
-    """The engine that the launcher's environment asks for; before loaders and networks, since it knows the rank."""
-    adopt_slurm()
-    if launched_size() > 1:      # refused here, before the processes wait for one another
-        split_batch(config.train.batch_size, config.train.micro_batch_size, launched_size())
-    check_launcher(config, launched_size())
-    meeting_point = meet_others(config)
-    engine = start_engine(config)
-    del meeting_point      # kept open until the process group was there
-    return engine
-
-
-def meet_others(config: "RunConfig") -> Any:
-    """Wait for all processes of the job; what is returned keeps the place open where they meet."""
-    if launched_size() == 1 or dist.is_initialized():
-        return None
-    return meet(int(os.environ["RANK"]), launched_size(), 60 * config.engine.timeout_minutes)
-
-
-def start_engine(config: "RunConfig") -> Engine:
-    if is_set("ACCELERATE_USE_DEEPSPEED"):
-        from dalle.training.engine_deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine.start(config)
-    if asked_for_more_processes():
-        relaunch()
-    if is_set("ACCELERATE_USE_FSDP"):
-        from dalle.training.engine_fsdp import FSDPEngine
-
-        return FSDPEngine.start(config)
-    if launched_size() > 1:
-        from dalle.training.engine_ddp import DistributedEngine
-
-        return DistributedEngine.start(config)
-    return Engine(config, torch.device("cpu") if wants_cpu() else torch.device("cuda", 0))

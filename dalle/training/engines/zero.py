@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from dalle.errors import UserError
 from dalle.text_file import read_text_file
 from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
-from dalle.training.ema import Average, full_access
-from dalle.training.engine import Member, Outcome, launched_size, poisoned, state_keys, wants_cpu
-from dalle.training.engine_ddp import GroupEngine
-from dalle.training.launcher_settings import check_deepspeed_file
+from dalle.training.ema import EMA, full_access
+from dalle.training.engines.base import Member, Outcome, poisoned, state_keys
+from dalle.training.engines.environment import launched_size, wants_cpu
+from dalle.training.engines.group import GroupEngine
+from dalle.training.engines.launcher_settings import check_deepspeed_file
+from dalle.training.run import RunConfig
 from dalle.training.task import Task
-
-if TYPE_CHECKING:
-    from dalle.training.run import RunConfig
 
 NEVER = 10**12
 SAMPLING = -1       # among the numbers of the modules that still need a parameter under ZeRO-3: none of them
@@ -37,9 +36,8 @@ class DeepSpeedEngine(GroupEngine):
     """Optimiser state (1), gradients (2) and parameters (3) split over the ranks."""
 
     @classmethod
-    def start(cls, config: "RunConfig") -> "DeepSpeedEngine":
+    def start(cls, config: RunConfig) -> "DeepSpeedEngine":
         zero = launched_zero(config)
-        stage = zero["stage"]
         on_cpu = wants_cpu()
         if on_cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"      # read when deepspeed is first imported
@@ -54,12 +52,15 @@ class DeepSpeedEngine(GroupEngine):
         device = torch.device("cpu") if on_cpu else torch.device("cuda", local)
         if not on_cpu:
             torch.cuda.set_device(device)
-        engine = cls(config, device, int(os.environ.get("RANK", "0")), launched_size())
-        engine.zero = zero
-        engine.stage, engine.kind = stage, f"zero{stage}"
-        engine.splits_parameters = engine.evaluates_in_step = stage == 3
+        engine = cls(config, device, int(os.environ.get("RANK", "0")), launched_size(), zero)
         engine.open_control_group()
         return engine
+
+    def __init__(self, config: RunConfig, device: torch.device, rank: int, world_size: int, zero: dict[str, Any]):
+        super().__init__(config, device, rank, world_size)
+        self.zero, self.stage = zero, zero["stage"]
+        self.kind = f"zero{self.stage}"
+        self.splits_parameters = self.evaluates_in_step = self.stage == 3
 
     # -- before the first step
 
@@ -87,7 +88,7 @@ class DeepSpeedEngine(GroupEngine):
         import deepspeed
 
         settings = self.settings(member)
-        if self.is_main:
+        if self.is_rank0:
             (folder / f"deepspeed_{member.name}.json").write_text(json.dumps(settings, indent=2) + "\n")
         for parameter in member.module.parameters():
             # flattened anyway; DeepSpeed refuses channels_last, even in 1x1 convolutions, which `contiguous()` leaves
@@ -122,10 +123,10 @@ class DeepSpeedEngine(GroupEngine):
             "steps_per_print": NEVER, "wall_clock_breakdown": False,
         }
 
-    def build_average(self, member: Member) -> Average:
+    def build_ema(self, member: Member) -> EMA:
         owners = self.world_size if self.stage == 3 else 1
         offloads = "offload_param" in self.settings(member)["zero_optimization"]
-        return Average(member.module, member.settings.ema, member.settings.ema_every, warmup=member.settings.ema_warmup,
+        return EMA(member.module, member.settings.ema, member.settings.ema_every, warmup=member.settings.ema_warmup,
                        access=self.access, rank=self.rank, owners=owners,
                        device=torch.device("cpu") if offloads else None)
 
@@ -261,7 +262,7 @@ class DeepSpeedEngine(GroupEngine):
         return flat[size * self.rank:size * (self.rank + 1)].to(self.device)
 
 
-def launched_zero(config: "RunConfig") -> dict[str, Any]:
+def launched_zero(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's ``zero_optimization`` as the launcher's files have it: its own JSON, or accelerate's YAML."""
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if path:
@@ -276,7 +277,7 @@ def launched_zero(config: "RunConfig") -> dict[str, Any]:
     return zero
 
 
-def read_deepspeed_file(path: Path, config: "RunConfig") -> dict[str, Any]:
+def read_deepspeed_file(path: Path, config: RunConfig) -> dict[str, Any]:
     """The ``zero_optimization`` section of a DeepSpeed JSON, without what it leaves to be guessed; the rest of the file
     must say what ``config`` says."""
     try:

@@ -1,73 +1,19 @@
 """Several processes, each with the whole of every player: DDP through accelerate."""
 
-import os
-import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from dalle.errors import UserError
-from dalle.training.engine import Engine, Member, fill_gradients, launched_size, wants_cpu
+from dalle.training.engines.base import Member, fill_gradients
+from dalle.training.engines.environment import launched_size, wants_cpu
+from dalle.training.engines.group import GroupEngine, average_gradients
+from dalle.training.run import RunConfig
 from dalle.training.task import Phase
-
-if TYPE_CHECKING:
-    from dalle.training.run import RunConfig
-
-BUCKET_BYTES = 25 * 2**20
-
-
-class GroupEngine(Engine):
-    """What DDP and DeepSpeed share: a process group, and a CPU group for agreements that need no accelerator."""
-
-    def open_control_group(self) -> None:
-        if dist.get_world_size() != launched_size():
-            raise UserError(f"the launcher started {launched_size()} processes but the process group has "
-                            f"{dist.get_world_size()}: check the launcher's settings")
-        # gloo: agreeing on a signal every step must not wait for the accelerator
-        self.control = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-
-    def gather(self, value: Any) -> list[Any]:
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
-
-    def largest(self, *values: int) -> tuple[int, ...]:
-        box = torch.tensor(values)
-        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
-        return tuple(box.tolist())
-
-    def mean(self, value: Tensor) -> Tensor:
-        value = value.detach().clone()
-        dist.all_reduce(value)
-        return value / self.world_size
-
-    def share_buffers(self) -> None:
-        """Each rank's BatchNorm sees its own samples, so without ``sync_batch_norm`` the statistics drift apart. Those
-        of rank 0 count, as under DDP, which broadcasts them in each forward: in training nothing reads them."""
-        for member in self.members.values():
-            for buffer in saved_buffers(member.module):
-                dist.broadcast(buffer, 0)
-
-    def barrier(self) -> None:
-        self.largest(0)
-
-    def close(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    def leave(self, status: int) -> int:
-        """End the process at once: an ordinary exit destroys C++ statics under threads that gloo leaves behind, and
-        about one finished run in ten is aborted there."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
 
 class DistributedEngine(GroupEngine):
@@ -82,7 +28,7 @@ class DistributedEngine(GroupEngine):
     kind = "ddp"
 
     @classmethod
-    def start(cls, config: "RunConfig") -> "DistributedEngine":
+    def start(cls, config: RunConfig) -> "DistributedEngine":
         from accelerate import Accelerator
         from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -95,18 +41,23 @@ class DistributedEngine(GroupEngine):
             raise UserError(f"the launcher started {launched_size()} processes, accelerate sees "
                             f"{accelerator.num_processes} ({accelerator.distributed_type.value}): check its settings")
         device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device    # not "cpu:0"
-        engine = cls(config, device, accelerator.process_index, accelerator.num_processes)
-        engine.accelerator = accelerator
+        engine = cls(config, device, accelerator)
         engine.open_control_group()
         return engine
+
+    def __init__(self, config: RunConfig, device: torch.device, accelerator: Any):
+        super().__init__(config, device, accelerator.process_index, accelerator.num_processes)
+        self.accelerator = accelerator
+        self.phase: Phase | None = None
+        self.hooked = self.went_around = False
+        self.hooks_suffice: dict[str, bool] = {}    # by phase, known after its first run
+        self.through: set[str] = set()              # phases with a forward through the wrapper, before their exchange
 
     def wrap(self, member: Member, folder: Path) -> None:
         with warnings.catch_warnings():
             # newer torch renames the option, older torch knows only this name
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             member.wrapper = self.accelerator.prepare_model(member.module)
-        self.hooks_suffice: dict[str, bool] = {}    # by phase, known after its first run
-        self.through: set[str] = set()              # phases with a forward through the wrapper, before their exchange
 
     def begin_phase(self, phase: Phase, step: int, steps: int) -> None:
         super().begin_phase(phase, step, steps)
@@ -140,25 +91,4 @@ class DistributedEngine(GroupEngine):
         average_gradients(member.trainable, self.world_size, self.options.gradient_dtype)
         if self.phase.name not in self.hooks_suffice:
             hinders = missing or self.went_around or not went_through
-            self.hooks_suffice[self.phase.name] = not self.largest(int(hinders))[0]
-
-
-def saved_buffers(module: nn.Module) -> list[Tensor]:
-    """The buffers of ``module`` that its checkpoint has, in the same order on all ranks."""
-    return [value for value in module.state_dict(keep_vars=True).values() if not isinstance(value, nn.Parameter)]
-
-
-def average_gradients(parameters: list[nn.Parameter], world_size: int, dtype: str) -> None:
-    """Replace every gradient by its mean over the ranks, a bucket at a time."""
-    bucket: list[Tensor] = []
-    size = 0
-    for index, parameter in enumerate(parameters):
-        bucket.append(parameter.grad)
-        size += parameter.grad.numel() * parameter.grad.element_size()
-        if size >= BUCKET_BYTES or index + 1 == len(parameters):
-            flat = _flatten_dense_tensors(bucket) / world_size
-            flat = flat.bfloat16() if dtype == "bf16" else flat
-            dist.all_reduce(flat)
-            flat = flat.to(bucket[0].dtype)
-            torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
-            bucket, size = [], 0
+            self.hooks_suffice[self.phase.name] = not self.all_reduce_max(int(hinders))[0]

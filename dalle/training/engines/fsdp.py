@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,13 +25,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dalle.errors import UserError
 from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
-from dalle.training.ema import Average
-from dalle.training.engine import Member, Outcome, fill_gradients, is_set, launched_size, state_keys, wants_cpu
-from dalle.training.engine_ddp import GroupEngine, average_gradients
+from dalle.training.ema import EMA
+from dalle.training.engines.base import Member, Outcome, fill_gradients, state_keys
+from dalle.training.engines.environment import is_set, launched_size, wants_cpu
+from dalle.training.engines.group import GroupEngine, average_gradients
+from dalle.training.run import RunConfig
 from dalle.training.task import Task
-
-if TYPE_CHECKING:
-    from dalle.training.run import RunConfig
 
 
 class FSDPEngine(GroupEngine):
@@ -41,7 +40,7 @@ class FSDPEngine(GroupEngine):
     splits_parameters = True
 
     @classmethod
-    def start(cls, config: "RunConfig") -> "FSDPEngine":
+    def start(cls, config: RunConfig) -> "FSDPEngine":
         from accelerate import PartialState
 
         if os.environ.get("FSDP_VERSION", "2") != "2":
@@ -57,9 +56,13 @@ class FSDPEngine(GroupEngine):
         device = torch.device("cpu") if on_cpu else state.device
         engine = cls(config, device, state.process_index, launched_size())
         engine.open_control_group()
-        engine.compile_blocks, engine.compile = engine.compile, False    # see `compile_forwards`
         engine.mesh = init_device_mesh(device.type, (engine.world_size,), mesh_dim_names=("shard",))
         return engine
+
+    def __init__(self, config: RunConfig, device: torch.device, rank: int, world_size: int):
+        super().__init__(config, device, rank, world_size)
+        self.compile_blocks, self.compile = self.compile, False    # see `compile_forwards`
+        self.mesh: DeviceMesh | None = None
 
     # -- before the first step
 
@@ -87,8 +90,8 @@ class FSDPEngine(GroupEngine):
         for group, members in zip(member.optimizer.param_groups, groups, strict=True):
             group["params"] = [member.wrapper.rows[name] for name in members]
 
-    def build_average(self, member: Member) -> Average:
-        return AverageOfRows(member.wrapper, member.settings.ema, member.settings.ema_every, member.settings.ema_warmup)
+    def build_ema(self, member: Member) -> EMA:
+        return ShardedEMA(member.wrapper, member.settings.ema, member.settings.ema_every, member.settings.ema_warmup)
 
     # -- one phase
 
@@ -206,7 +209,7 @@ class Rows:
                 self.rows[name].grad = None if parameter.grad is None else own_rows(parameter.grad)
 
 
-class AverageOfRows(Average):
+class ShardedEMA(EMA):
     """An average of which each rank keeps its own rows."""
 
     def __init__(self, rows: Rows, decay: float, every: int, warmup: bool):

@@ -6,14 +6,12 @@ refused with the key to use; what it says alike, or leaves at the launcher's def
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dalle.config import Section
 from dalle.errors import UserError
 from dalle.training.optimizers import OptimizerConfig
-
-if TYPE_CHECKING:
-    from dalle.training.run import RunConfig
+from dalle.training.run import RunConfig
 
 UNSET = (None, "", "none", "no", "false", "auto")
 ELSEWHERE = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config"}
@@ -24,7 +22,7 @@ DEEPSPEED_KEYS = ("zero_optimization", "fp16", "bf16", "gradient_clipping", "gra
 class Wanted:
     """What the run's config says, to hold a launcher's words against."""
 
-    def __init__(self, config: "RunConfig", world_size: int):
+    def __init__(self, config: RunConfig, world_size: int):
         train = config.train
         self.precision, self.compile, self.batch = train.precision, train.compile, train.batch_size
         self.world_size, self.local = world_size, train.batch_size // world_size
@@ -67,7 +65,7 @@ def clips(config: Section, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield from clips(value, f"{prefix}{name}.")
 
 
-def check_launcher(config: "RunConfig", world_size: int, environment: Mapping[str, str] = os.environ) -> None:
+def check_launcher(config: RunConfig, world_size: int, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse, in one line, what ``accelerate launch`` was told and the run's config does not say."""
     wanted = Wanted(config, world_size)
 
@@ -96,7 +94,7 @@ def check_launcher(config: "RunConfig", world_size: int, environment: Mapping[st
                         "set it to true, or launch with launch/engines/zero2.yaml")
 
 
-def check_deepspeed_file(path: str, tree: Mapping[str, Any], config: "RunConfig", world_size: int) -> None:
+def check_deepspeed_file(path: str, tree: Mapping[str, Any], config: RunConfig, world_size: int) -> None:
     """Refuse, in one line, what a DeepSpeed JSON says about the run beside its ``zero_optimization``."""
     wanted, name = Wanted(config, world_size), f"{path}:"
     others = sorted(set(tree) - set(DEEPSPEED_KEYS))
