@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -25,11 +25,11 @@ from PIL import Image
 from pydantic import Field, PositiveFloat, TypeAdapter, ValidationError, model_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dalle.models.clip_towers  # noqa: F401  (its names become known to timm, and so to `timm_model_name`)
 from dalle.models.base import ModelConfig, PretrainedModel
+from dalle.models.kernels import kernels_for
 
 MAX_LOG_SCALE = math.log(100)   # arXiv 2103.00020, section 2.5: logits are never scaled by more than 100
 CLIP_LOG_SCALE = math.log(1 / 0.07)
@@ -128,12 +128,12 @@ class ClipModel(PretrainedModel):
         """[B, 3, H, W], uint8 or float in [0, 1] -> L2-normalised features [B, E]."""
         pixels = fit_to_square(images, self.image_size, self.image_mean.dtype)
         pixels = (pixels - self.image_mean) / self.image_std
-        with _fast_attention(images.device):
+        with kernels_for(images.device).tower_attention():
             return _normalised(self.towers.encode_image(pixels))
 
     def encode_text(self, text: Tensor) -> Tensor:
         """[B, T] caption ids -> L2-normalised features [B, E]."""
-        with _fast_attention(text.device):
+        with kernels_for(text.device).tower_attention():
             return _normalised(self.towers.encode_text(self.wrap_captions(text)))
 
     def wrap_captions(self, text: Tensor) -> Tensor:
@@ -308,11 +308,6 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def _normalised(features: Tensor) -> Tensor:
     return F.normalize(features.to(_wide(features)), dim=-1)
-
-
-def _fast_attention(device: torch.device) -> AbstractContextManager:
-    # The fused kernel's bf16 backward on a CPU costs more than the whole rest of a small block; plain matmuls do not.
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 class OpenClipScorer(nn.Module):
