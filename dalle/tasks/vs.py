@@ -17,9 +17,10 @@ from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.metrics.vs import IMAGE_FOLDER, TEXT_FOLDER, TOKENIZER_FOLDER
 from dalle.models.clip import ClipModel, first_line
+from dalle.models.precision import full_precision
 from dalle.models.vs import MARGIN, InceptionResNetFeatures, VSConfig, VSModel, vs_ranking_loss
 from dalle.sampling.generator import load_model, load_tokenizer, model_folder, model_kind
-from dalle.tasks.clip import full_precision, pooled_recalls
+from dalle.tasks.clip import pooled_recalls
 from dalle.training.gathering import in_global_order
 from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.run import RunConfig
