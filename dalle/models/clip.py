@@ -59,13 +59,17 @@ class ClipArchitecture(ModelConfig):
     fields of open_clip's ``CLIPVisionCfg`` and ``CLIPTextCfg`` (vocabulary and context length are set for them).
     """
 
-    architecture: str | None = None
-    embed_dim: int = Field(64, ge=1)
-    vision: dict[str, Any] | None = None
-    text: dict[str, Any] | None = None
-    image_size: int | None = Field(None, ge=1)    # None: what the tower's own config says
-    image_mean: tuple[PixelMean, PixelMean, PixelMean] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.26862954, 0.26130258, 0.27577711)
+    architecture: str | None = Field(None, description="name of an open_clip model config, in place of vision and text")
+    embed_dim: int = Field(64, ge=1, description="length of the features that pictures and captions share; an "
+                           "architecture has its own")
+    vision: dict[str, Any] | None = Field(None, description="the image tower: fields of open_clip's CLIPVisionCfg")
+    text: dict[str, Any] | None = Field(None, description="the text tower: fields of open_clip's CLIPTextCfg")
+    image_size: int | None = Field(None, ge=1, description="side that pictures are resized to, in pixels; the tower's "
+                                   "own where it is not given")
+    image_mean: tuple[PixelMean, PixelMean, PixelMean] = Field(
+        (0.48145466, 0.4578275, 0.40821073), description="subtracted from red, green and blue in [0, 1]")
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
+        (0.26862954, 0.26130258, 0.27577711), description="what red, green and blue are then divided by")
 
     @model_validator(mode="after")
     def _one_source_of_towers(self) -> "ClipArchitecture":
@@ -83,11 +87,11 @@ class ClipArchitecture(ModelConfig):
 
 
 class ClipConfig(ClipArchitecture):
-    """The whole model: ``num_text_tokens`` is V, id 0 included; ``siglip`` starts scale and bias as SigLIP does."""
+    """The whole model: its towers, and what the tokenizer and the loss say."""
 
-    text_length: int = Field(ge=1)
-    num_text_tokens: int = Field(ge=2)
-    siglip: bool = False
+    text_length: int = Field(ge=1, description="longest caption, in tokens")
+    num_text_tokens: int = Field(ge=2, description="the tokenizer's vocabulary V, id 0 ('unfilled') included")
+    siglip: bool = Field(False, description="whether scale and bias start as SigLIP's; CLIP has no bias")
 
 
 class ClipOutput(NamedTuple):

@@ -37,31 +37,41 @@ INITIAL_STD = 0.02
 class TransformerArchitecture(ModelConfig):
     """Everything about a transformer that does not follow from its codec and its tokenizer."""
 
-    dim: int = Field(default=512, ge=1)
-    depth: int = Field(default=12, ge=1)
-    heads: int = Field(default=8, ge=1)
+    dim: int = Field(default=512, ge=1, description="features of a slot")
+    depth: int = Field(default=12, ge=1, description="blocks, one upon the other")
+    heads: int = Field(default=8, ge=1, description="attention heads of a block")
     head_dim: int | None = Field(default=None, ge=1, description="width of a head; dim / heads where it is not given")
-    layout: Literal["bos", "boi"] = "bos"
-    attention: Literal["dalle", "full", "row", "column", "conv"] | tuple[PatternName, ...] = "dalle"
-    conv_kernel: int = Field(default=11, ge=1)
-    conv_mode: ConvMode = "flat"
-    norm: NormName = "layernorm"
-    mlp: MlpName = "gelu_tanh"
+    layout: Literal["bos", "boi"] = Field(default="bos", description="where the start token stands: before the text "
+                                          "(bos) or before the picture (boi)")
+    attention: Literal["dalle", "full", "row", "column", "conv"] | tuple[PatternName, ...] = Field(
+        default="dalle", description="which earlier image slots a slot sees: one pattern for all blocks, a sequence "
+        "that is repeated, or the paper's order of row, column and conv (dalle)")
+    conv_kernel: int = Field(default=11, ge=1, description="side of the window of conv, in image slots; odd")
+    conv_mode: ConvMode = Field(default="flat", description="the window of conv at a row's ends: runs on into the next "
+                                "row (flat), is cut off (clamp), comes in on the other side (torus)")
+    norm: NormName = Field(default="layernorm", description="norm before each half of a block and before the heads")
+    mlp: MlpName = Field(default="gelu_tanh", description="activation of the feed-forward half; swiglu and geglu are "
+                         "gated")
     mlp_ratio: float = Field(default=4.0, gt=0, description="hidden width / dim; rounded up to a multiple of 8")
-    positions: Literal["learned", "rotary"] = "learned"
-    qk_norm: bool = False
-    bias: bool = True
-    sandwich_norm: bool = False
-    token_shift: bool = False
-    dropout: float = Field(default=0.0, ge=0, lt=1, json_schema_extra=FREE)
-    zero_init_heads: bool = False
+    positions: Literal["learned", "rotary"] = Field(
+        default="learned", description="how a slot knows its place: vectors added to the embeddings, or turned queries "
+        "and keys")
+    qk_norm: bool = Field(default=False, description="RMS norm of each head's queries and keys")
+    bias: bool = Field(default=True, description="whether layers and norms of the blocks have biases")
+    sandwich_norm: bool = Field(default=False, description="a second norm at the end of each half of a block (CogView)")
+    token_shift: bool = Field(default=False, description="take a quarter of the features from the slot before, and one "
+                              "from the slot above, ahead of each half of a block")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="share of features dropped, of the embeddings and of "
+                           "each half of a block", json_schema_extra=FREE)
+    zero_init_heads: bool = Field(default=False, description="start with heads of zeros: every token equally likely")
     embedding_std: float = Field(default=INITIAL_STD, gt=0, description="first scale of the embeddings")
     embedding_gradient: float = Field(default=1.0, gt=0, le=1,
                                       description="share of the gradient that reaches the embeddings (CogView: 0.1)",
                                       json_schema_extra=FREE)
     checkpointing: bool = Field(default=False, description="recompute each block in the backward pass",
                                 json_schema_extra=FREE)
-    attention_backend: Backend = Field(default="auto", json_schema_extra=FREE)
+    attention_backend: Backend = Field(default="auto", description="form of attention; auto: by device, pattern "
+                                       "and length", json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -89,10 +99,10 @@ class TransformerArchitecture(ModelConfig):
 class TransformerConfig(TransformerArchitecture):
     """A whole transformer: its architecture, and what its codec and its tokenizer say."""
 
-    text_length: int = Field(ge=1)
+    text_length: int = Field(ge=1, description="text slots, in tokens")
     num_text_tokens: int = Field(ge=2, description="the tokenizer's vocabulary V, id 0 ('unfilled') included")
     grid: tuple[PositiveInt, PositiveInt] = Field(description="rows and columns of image codes")
-    num_codes: int = Field(ge=1)
+    num_codes: int = Field(ge=1, description="codes of the codec")
 
     @property
     def num_image_slots(self) -> int:

@@ -32,7 +32,9 @@ RECONSTRUCTION_STREAM = 0xC11B   # keeps this choice apart from every other use 
 class ClipLossConfig(Section, json_schema_extra=FREE):
     """Which contrastive loss, and how much of the batch is seen through the codec."""
 
-    kind: Literal["clip", "siglip"] = Field("clip", json_schema_extra=FIXED)         # the models differ by a bias
+    kind: Literal["clip", "siglip"] = Field(        # the models differ by a bias
+        "clip", description="clip: each pair against all others of the batch by a softmax; siglip: each by itself, by "
+        "a sigmoid", json_schema_extra=FIXED)
     reconstructions: float = Field(0.0, ge=0, le=1, description="share of pictures replaced by their reconstruction")
     codec: str | None = Field(None, description="run or model folder of the discrete VAE that reconstructs")
 
@@ -46,10 +48,10 @@ class ClipLossConfig(Section, json_schema_extra=FREE):
 class ClipRun(RunConfig):
     """A CLIP run: the towers, how they move and what they are asked."""
 
-    task: Literal["clip"] = "clip"
-    model: ClipArchitecture
-    optimizer: OptimizerConfig = OptimizerConfig()
-    loss: ClipLossConfig = ClipLossConfig()
+    task: Literal["clip"] = Field("clip", description="what is trained: a CLIP or SigLIP")
+    model: ClipArchitecture = Field(description="the two towers")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how their weights move")
+    loss: ClipLossConfig = Field(ClipLossConfig(), description="what they are asked")
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> "ClipRun":

@@ -68,29 +68,31 @@ class TransformerModelConfig(TransformerArchitecture):
 class TransformerLossConfig(Section, json_schema_extra=FREE):
     """The weights of the two cross-entropies; the paper's are 1/8 and 7/8."""
 
-    text_weight: float = Field(default=1 / 8, ge=0)
-    image_weight: float = Field(default=7 / 8, ge=0)
+    text_weight: float = Field(default=1 / 8, ge=0, description="factor on the mean cross-entropy of text tokens")
+    image_weight: float = Field(default=7 / 8, ge=0, description="factor on the mean cross-entropy of image tokens")
     text_pads: bool = Field(default=True, description="whether the pads of empty text slots are targets too")
 
 
 class PreviewConfig(Section, json_schema_extra=FREE):
     """The pictures in the log: each caption with ``columns`` seeds, counted from 0."""
 
-    captions: tuple[str, ...] = PREVIEW_CAPTIONS
-    columns: int = Field(default=4, ge=1)
-    sampling: SamplingConfig = SamplingConfig()
+    captions: tuple[str, ...] = Field(default=PREVIEW_CAPTIONS, description="one a row; none turns previews off")
+    columns: int = Field(default=4, ge=1, description="pictures of each caption")
+    sampling: SamplingConfig = Field(default=SamplingConfig(), description="how their codes are chosen")
 
 
 class TransformerRun(RunConfig):
     """A transformer run: its codec, the model, how it moves and what it is asked."""
 
-    task: Literal["transformer"] = "transformer"
+    task: Literal["transformer"] = Field(default="transformer", description="what is trained: a transformer over "
+                                         "captions and the codes of their pictures")
     codec: str = Field(description="run or model folder of the discrete VAE", json_schema_extra=FREE)    # by its digest
-    model: TransformerModelConfig = TransformerModelConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    loss: TransformerLossConfig = TransformerLossConfig()
-    preview: PreviewConfig = PreviewConfig()
-    evaluation: SmallEvaluationConfig = SmallEvaluationConfig()
+    model: TransformerModelConfig = Field(default=TransformerModelConfig(), description="the network")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="how its weights move")
+    loss: TransformerLossConfig = Field(default=TransformerLossConfig(), description="what it is asked")
+    preview: PreviewConfig = Field(default=PreviewConfig(), description="pictures for the log")
+    evaluation: SmallEvaluationConfig = Field(default=SmallEvaluationConfig(), description="a small evaluation on the "
+                                              "validation set")
 
     @model_validator(mode="after")
     def _data_has_what_is_needed(self) -> "TransformerRun":

@@ -32,22 +32,23 @@ INCEPTION = InceptionResNetFeatures.model_type
 class VSArchitecture(Section, json_schema_extra=FIXED):
     """The length of the common space; those of the features follow from their networks."""
 
-    embed_dim: int = Field(default=512, ge=1)
+    embed_dim: int = Field(default=512, ge=1, description="dimensions of the common space")
 
 
 class VSOptimizer(OptimizerConfig):
     """The paper's: Adam at a constant rate, without clipping."""
 
-    lr: float = Field(default=2e-4, gt=0)
-    betas: Betas = (0.5, 0.999)
-    clip: float = Field(default=0.0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr: float = Field(default=2e-4, gt=0, description="peak learning rate of Adam")
+    betas: Betas = Field(default=(0.5, 0.999), description="decay of Adam's means of the gradient and of its square")
+    clip: float = Field(default=0.0, ge=0, description="largest norm of the gradient; 0 turns clipping off")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="how the learning rate falls after the warm-up")
 
 
 class VSLossConfig(Section, json_schema_extra=FREE):
     """By how much a pair must be nearer than every mismatched one."""
 
-    margin: float = Field(default=MARGIN, gt=0)
+    margin: float = Field(default=MARGIN, gt=0, description="in cosine similarity")
 
 
 class VSRun(RunConfig):
@@ -56,13 +57,13 @@ class VSRun(RunConfig):
     The paper trained on the test pictures, too: ``data.train`` takes both splits, as ``TRAIN::TEST``.
     """
 
-    task: Literal["vs"] = "vs"
+    task: Literal["vs"] = Field(default="vs", description="what is trained: a VS similarity")
     image_features: str = Field(description=f"a CLIP's run or model folder, {INCEPTION} (of timm's hub) or "
                                             f"{INCEPTION}:FILE", json_schema_extra=FREE)
     text_features: str = Field(description="a CLIP's run or model folder", json_schema_extra=FREE)
-    model: VSArchitecture = VSArchitecture()
-    optimizer: VSOptimizer = VSOptimizer()
-    loss: VSLossConfig = VSLossConfig()
+    model: VSArchitecture = Field(default=VSArchitecture(), description="the two maps")
+    optimizer: VSOptimizer = Field(default=VSOptimizer(), description="how their weights move")
+    loss: VSLossConfig = Field(default=VSLossConfig(), description="what they are asked")
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> "VSRun":
