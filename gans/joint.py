@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dalle.models.base import FREE, ModelConfig, PretrainedModel
 from dalle.models.precision import at_least_single, full_precision
+from dalle.pictures import to_signed
 from dalle.tasks.clip import pooled_recalls
 from dalle.training.gathering import in_global_order_with_gradient
 from dalle.training.run import RunConfig
@@ -103,7 +104,7 @@ class JointTask(Task):
 
     def look(self, batch: Batch, networks: Networks) -> Tensor:
         """The pictures of a loaded batch as ``embed_images`` takes them."""
-        pictures = batch["image"].float() / 127.5 - 1
+        pictures = to_signed(batch["image"])
         if "trunk" not in self.frozen:
             return pictures
         with full_precision(pictures.device):

@@ -63,8 +63,8 @@ def make_emoji(config: EmojiConfig, out: Path, font: Path | None = None, annotat
     files = [annotations / name for name in ANNOTATION_FILES]
     _check_sources(font, files)
     named = read_annotations(files)
-    recipe = {"kind": "emoji", "version": VERSION, **config.model_dump(), "font": _digest(font),
-              "annotations": [_digest(file) for file in files]}
+    recipe = {"kind": "emoji", "version": VERSION, **config.model_dump(), "font": _digest_of_source(font),
+              "annotations": [_digest_of_source(file) for file in files]}
     return build_dataset(out, recipe, lambda: _samples(named, font, config.size, workers), total=len(named),
                          samples_per_shard=config.samples_per_shard, force=force, report=report)
 
@@ -99,7 +99,8 @@ def _check_sources(font: Path, files: list[Path]) -> None:
                         f"(there is no {absent[0]}); run: {command} (or, as root, give --install)")
 
 
-def _digest(path: Path) -> str:
+def _digest_of_source(path: Path) -> str:
+    """As ``dataset.json`` keeps it; another one would say that the set was made of other files."""
     return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 

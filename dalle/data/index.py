@@ -21,13 +21,14 @@ from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from dalle.data.reasons import Tally, printable
 from dalle.data.tar import Member, TarWalk
 from dalle.errors import UserError
+from dalle.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +230,8 @@ class ShardIndex:
             target.mkdir(exist_ok=True)
             for number in numbers:
                 rows = self.members(number)
-                _replace(target / f"{self.shards[number].stem}.npy", lambda file, rows=rows: np.save(file, rows))
+                with replacing(target / f"{self.shards[number].stem}.npy") as file:
+                    np.save(file, rows)
             _write_table(target, [self.shards[number] for number in numbers])
         except OSError as error:
             raise UserError(f"the index cannot be written into {target}: {error.strerror}; "
@@ -240,7 +242,8 @@ def _write_table(target: Path, shards: Sequence[ShardInfo]) -> None:
     table = {"version": VERSION, "fingerprint": ShardIndex(shards).fingerprint,
              "shards": [_table_row(shard) for shard in shards]}
     text = json.dumps(table, indent=0 if len(shards) < 1000 else None) + "\n"
-    _replace(target / TABLE_FILE, lambda file: file.write(text.encode()))
+    with replacing(target / TABLE_FILE) as file:
+        file.write(text.encode())
 
 
 def _table_row(shard: ShardInfo) -> dict[str, object]:
@@ -655,14 +658,6 @@ def _by_folder(shards: Sequence[ShardInfo]) -> dict[str, list[int]]:
     for number, shard in enumerate(shards):
         folders.setdefault(shard.folder, []).append(number)
     return folders
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write ``path`` beside its place and rename, so that several ranks may do it at once."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(draft, "wb") as file:
-        write(file)
-    os.replace(draft, path)
 
 
 @dataclass

@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 
 from dalle.errors import UserError
+from dalle.words import one_line
 
 DELIMITERS = ",\t;|"
 HEADER_BYTES = 1 << 20       # a header is shorter
@@ -53,7 +54,7 @@ def open_table(path: Path) -> Table:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"the table {path} cannot be read: {' '.join(str(error).split())}")
+    return UserError(f"the table {path} cannot be read: {one_line(error)}")
 
 
 def _check_names(path: Path, columns: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle.models.base import ModelConfig, PretrainedModel
+from dalle.models.codec import Codec, CodecConfig
 from dalle.models.dvae_networks import (
     CompactNetworkConfig,
     NetworkConfig,
@@ -27,7 +27,7 @@ from dalle.models.quantizers import FSQConfig, GumbelConfig, Quantizer, Quantize
 PIXEL_MARGIN = 0.1    # e of the pixel map
 
 
-class DVAEConfig(ModelConfig):
+class DVAEConfig(CodecConfig):
     """``preset`` names an entry of :data:`PRESETS`; the other keys given beside it replace its values."""
 
     image_size: int = Field(256, ge=1, description="side of the pictures, in pixels")
@@ -77,7 +77,7 @@ class DVAEOutput(NamedTuple):
     codes: Tensor                 # int64 [B, h*w]: the hard choices
 
 
-class DiscreteVAE(PretrainedModel):
+class DiscreteVAE(Codec):
     """Pictures on [0, 1] -> codes -> pictures on [0, 1]; ``forward`` is the training path through the quantiser."""
 
     model_type = "dvae"

@@ -26,13 +26,15 @@ PREFILL_ROWS = 4                        # captions run through the model at once
 class SamplingConfig(Section, json_schema_extra=FREE):
     """How the next code is chosen. The defaults are the paper's: the model's own distribution."""
 
-    temperature: float = Field(default=1.0, ge=0, description="0 takes the most probable code, and so does all that is "
-                               "near enough to 0")
-    top_k: int | None = Field(default=None, ge=1, description="so many of the most probable codes; of equal ones the "
-                              "lower come first")
-    top_p: float | None = Field(default=None, gt=0, le=1, description="the fewest most probable codes of so much mass")
+    temperature: float = Field(default=1.0, ge=0, description="what logits are divided by; 0 takes the most probable "
+                               "code, and so does all that is near enough to 0")
+    top_k: int | None = Field(default=None, ge=1, description="codes to choose among, the most probable; of equal "
+                              "ones the lower come first; null: all")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="probability in (0, 1] that the fewest most "
+                                "probable codes must hold to be chosen among; null: all")
     guidance: float = Field(default=1.0, ge=0, le=10_000,      # far beyond use, and far from an overflow
-                            description="logits = u + guidance (c - u); 1 is off (arXiv 2406.06525)")
+                            description="scale of classifier-free guidance, from the logits u without the caption to c "
+                            "with it: u + guidance (c - u); 1 is off (arXiv 2406.06525)")
 
     @property
     def streams(self) -> int:

@@ -1,6 +1,6 @@
 """Training CLIP or SigLIP on captioned pictures: one player, one phase, a loss that couples the whole global batch.
 
-Half of the pictures may be replaced by their dVAE reconstruction, so that the model learns to judge what a transformer
+Half of the pictures may be replaced by a codec's reconstruction, so that the model learns to judge what a transformer
 will paint: pictures out of the codec's decoder, not photographs.
 """
 
@@ -18,7 +18,8 @@ from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.clip import ClipArchitecture, ClipConfig, ClipModel, ClipOutput, contrastive_loss
 from dalle.models.precision import full_precision
-from dalle.sampling.generator import load_codec, model_folder
+from dalle.pictures import to_bytes, to_unit
+from dalle.store import TOKENIZER_FOLDER, load_codec, model_folder
 from dalle.training.gathering import of_everyone
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
@@ -36,12 +37,12 @@ class ClipLossConfig(Section, json_schema_extra=FREE):
         "clip", description="clip: each pair against all others of the batch by a softmax; siglip: each by itself, by "
         "a sigmoid", json_schema_extra=FIXED)
     reconstructions: float = Field(0.0, ge=0, le=1, description="share of pictures replaced by their reconstruction")
-    codec: str | None = Field(None, description="run or model folder of the discrete VAE that reconstructs")
+    codec: str | None = Field(None, description="run or model folder of the codec that reconstructs")
 
     @model_validator(mode="after")
     def _codec_is_given(self) -> "ClipLossConfig":
         if self.reconstructions > 0 and self.codec is None:
-            raise ValueError("reconstructions need a codec: set loss.codec to a discrete VAE's run folder")
+            raise ValueError("reconstructions need a codec: set loss.codec to the run folder of one")
         return self
 
 
@@ -102,9 +103,8 @@ class ClipTask(Task):
             return batch
         images = batch["image"].clone()
         codec = networks.bare("codec")
-        codes = batch["codes"][chosen] if "codes" in batch else codec.encode(images[chosen].float() / 255)
-        pixels = codec.decode(codes).float()
-        images[chosen] = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+        codes = batch["codes"][chosen] if "codes" in batch else codec.encode(to_unit(images[chosen]))
+        images[chosen] = to_bytes(codec.decode(codes))
         return {**batch, "image": images}
 
     def contrast(self, networks: Networks, batch: Batch, step: int) -> Loss:
@@ -133,7 +133,7 @@ class ClipTask(Task):
     def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:
         """``config.json``, ``model.safetensors`` and ``tokenizer/``: all that a reranker needs."""
         self.players["clip"].module.save_pretrained(folder, states["clip"])
-        self.tokenizer.save(Path(folder) / "tokenizer")
+        self.tokenizer.save(Path(folder) / TOKENIZER_FOLDER)
 
 
 def pooled_recalls(pairs: Sequence[tuple[Tensor, Tensor]], world_size: int = 1) -> dict[str, Mean]:

@@ -22,6 +22,7 @@ from dalle.data.loader import train_batches, validation_batches
 from dalle.models.dvae import PIXEL_MARGIN, DiscreteVAE, DVAEConfig, DVAEOutput, map_pixels
 from dalle.models.perceptual import edge_distance
 from dalle.models.quantizers import FSQConfig
+from dalle.pictures import side_by_side, to_bytes, to_unit
 from dalle.training.figures import Counts, Figure, Largest, Mean, Perplexity, Used
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
@@ -103,7 +104,7 @@ class DVAETask(Task):
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
         """Pictures to float on [0, 1]."""
-        return {**batch, "image": batch["image"].float() / 255}
+        return {**batch, "image": to_unit(batch["image"])}
 
     def reconstruct(self, networks: Networks, batch: Batch, step: int) -> Loss:
         """The bound on one micro-batch, in nats per value of the picture, and the parts it is made of."""
@@ -144,7 +145,7 @@ class DVAETask(Task):
         if self.preview_images is None:
             self.preview_images = self._first_pictures()
         images = self.preview_images.to(next(model.parameters()).device)
-        rebuilt = model.decode(model.encode(images.float() / 255))
+        rebuilt = model.decode(model.encode(to_unit(images)))
         return {"reconstruction": torch.cat([side_by_side(images), side_by_side(to_bytes(rebuilt))], dim=1)}
 
     @torch.no_grad()
@@ -154,7 +155,7 @@ class DVAETask(Task):
         psnr, gap = Mean(), Mean()
         usage = CodeUsage(self.num_codes, window=None)
         for batch in batches:
-            images = batch["image"].float() / 255
+            images = to_unit(batch["image"])
             codes = model.encode(images)
             usage.add(codes)
             hard = peak_signal_to_noise(model.decode(codes), images)
@@ -275,12 +276,3 @@ class CodeUsage:
 def peak_signal_to_noise(images: Tensor, others: Tensor) -> Tensor:
     """PSNR in dB of each picture on [0, 1]: [B]. Equal pictures give 100, so that a mean stays finite."""
     return -10 * (images - others).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    return (images * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def side_by_side(images: Tensor) -> Tensor:
-    """[N, 3, H, W] -> [3, H, N*W]."""
-    return torch.cat(list(images), dim=2)

@@ -13,15 +13,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from dalle.config import FREE, Section
 from dalle.data.codes import codes_digest
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.evaluation.small_config import SmallEvaluationConfig
-from dalle.models.base import WEIGHTS_FILE
-from dalle.models.dvae import DiscreteVAE
+from dalle.models.codec import Codec
 from dalle.models.transformer import (
     IGNORED_TARGET,
     PRESETS,
@@ -29,9 +27,17 @@ from dalle.models.transformer import (
     TransformerArchitecture,
     TransformerConfig,
 )
+from dalle.pictures import grid, to_unit
 from dalle.sampling.decode import SamplingConfig
-from dalle.sampling.generator import TransformerGenerator, file_digest, load_codec, load_tokenizer, model_folder
-from dalle.training.companions import module_digest
+from dalle.sampling.generator import TransformerGenerator
+from dalle.store import (
+    CODEC_FOLDER,
+    TOKENIZER_FOLDER,
+    codec_digests,
+    load_codec,
+    load_tokenizer,
+    model_folder,
+)
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
@@ -86,7 +92,7 @@ class TransformerRun(RunConfig):
 
     task: Literal["transformer"] = Field(default="transformer", description="what is trained: a transformer over "
                                          "captions and the codes of their pictures")
-    codec: str = Field(description="run or model folder of the discrete VAE", json_schema_extra=FREE)    # by its digest
+    codec: str = Field(description="run or model folder of the codec", json_schema_extra=FREE)    # by its digest
     model: TransformerModelConfig = Field(default=TransformerModelConfig(), description="the network")
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="how its weights move")
     loss: TransformerLossConfig = Field(default=TransformerLossConfig(), description="what it is asked")
@@ -131,7 +137,7 @@ class TransformerTask(Task):
         if "codes" in batch:
             return batch
         codec = networks.bare("codec")
-        return {**batch, "codes": codec.encode(batch["image"].float() / 255)}
+        return {**batch, "codes": codec.encode(to_unit(batch["image"]))}
 
     def next_token_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
         """text_weight * CE_text + image_weight * CE_image, each a mean over its kind of slots.
@@ -182,7 +188,7 @@ class TransformerTask(Task):
         seeds = list(range(settings.columns)) * len(settings.captions)
         images = self.generator(networks).generate(captions, seeds, **settings.sampling.model_dump())
         model.train(was_training)
-        return {"samples": make_grid(images, nrow=settings.columns, padding=2)}
+        return {"samples": grid(images, settings.columns)}
 
     def generator(self, networks: Networks) -> TransformerGenerator:
         """What paints with the networks as they are now; sets them to evaluation mode."""
@@ -191,15 +197,15 @@ class TransformerTask(Task):
     def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:
         """The transformer, ``tokenizer/`` and ``codec/``: all that sampling needs."""
         self._model.save_pretrained(folder, states["transformer"])
-        self.tokenizer.save(Path(folder) / "tokenizer")
-        self.frozen["codec"].save_pretrained(Path(folder) / "codec", self.codec_state)
+        self.tokenizer.save(Path(folder) / TOKENIZER_FOLDER)
+        self.frozen["codec"].save_pretrained(Path(folder) / CODEC_FOLDER, self.codec_state)
 
     @property
     def _model(self) -> TextToImageTransformer:
         return self.players["transformer"].module
 
 
-def check_cached_codes(config: TransformerRun, codec: DiscreteVAE, codec_folder: Path) -> None:
+def check_cached_codes(config: TransformerRun, codec: Codec, codec_folder: Path) -> None:
     """``UserError`` when a cache of codes was made with other weights than the codec's: their codes mean nothing."""
     folders = [folder for folder in (config.data.codes, config.data.validation_codes) if folder]
     digests = codec_digests(codec, codec_folder) if folders else ()
@@ -209,12 +215,7 @@ def check_cached_codes(config: TransformerRun, codec: DiscreteVAE, codec_folder:
                             "delete them and run tools/cache_codes.py again")
 
 
-def codec_digests(codec: DiscreteVAE, folder: Path) -> tuple[str, str]:
-    """What ``codes.json`` may call the codec: its digest or, in caches of older versions, that of its file."""
-    return module_digest(codec), file_digest(folder / WEIGHTS_FILE)
-
-
-def resolve_model(config: TransformerRun, codec: DiscreteVAE, tokenizer: CaptionTokenizer) -> TransformerConfig:
+def resolve_model(config: TransformerRun, codec: Codec, tokenizer: CaptionTokenizer) -> TransformerConfig:
     """The model section with what it leaves out filled in; ``UserError`` where it contradicts its companions."""
     given, data = config.model, config.data
     grid = (codec.grid[0], codec.grid[1])

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from dalle.config import FIXED, FREE, Section
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
-from dalle.metrics.vs import IMAGE_FOLDER, TEXT_FOLDER, TOKENIZER_FOLDER
+from dalle.metrics.vs import IMAGE_FOLDER, TEXT_FOLDER
 from dalle.models.clip import ClipModel, first_line
 from dalle.models.precision import full_precision
 from dalle.models.vs import MARGIN, InceptionResNetFeatures, VSConfig, VSModel, vs_ranking_loss
-from dalle.sampling.generator import load_model, load_tokenizer, model_folder, model_kind
+from dalle.store import TOKENIZER_FOLDER, load_model, load_tokenizer, model_folder, model_kind
 from dalle.tasks.clip import pooled_recalls
 from dalle.training.gathering import in_global_order
 from dalle.training.optimizers import Betas, OptimizerConfig

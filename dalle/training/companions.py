@@ -5,19 +5,15 @@ keeps the digest of every companion, and neither a resume nor an export goes on 
 cached codes names its codec by the same digest.
 """
 
-import hashlib
 import logging
 import socket
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
+from dalle.tensor_file import module_digest
 from dalle.training.task import Companion, Task
 
 if TYPE_CHECKING:
@@ -26,23 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DIGEST_BYTES = 16
 Records = dict[str, dict[str, str]]      # name -> {"digest": ..., "setting": the key of the config that names it}
-
-
-def module_digest(module: nn.Module) -> str:
-    """32 hex digits of the names, types, shapes and bytes of a module's state, wherever it lies."""
-    state = module.state_dict()
-    whole = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:      # hashing leaves Python's lock
-        for name, part in zip(state, threads.map(tensor_digest, state.values()), strict=True):
-            whole.update(f"{name} {state[name].dtype} {list(state[name].shape)} ".encode() + part)
-    return whole.hexdigest()
-
-
-def tensor_digest(tensor: Tensor) -> bytes:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 def records_of(task: Task) -> Records:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dalle.config import FREE, Section
 from dalle.errors import LostProcess, UserError
 from dalle.training.task import Phase
+from dalle.words import one_line
 
 KEYS_SHOWN = 16
 
@@ -137,7 +138,7 @@ def lost_processes_named(rank: int, where: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         if isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "c10d")):
             reason = text.split(". This is")[0][-160:]
             raise LostProcess(f"rank {rank}, step {where.step}: lost another rank while {where.what} ({reason}); its "

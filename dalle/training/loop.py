@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dalle.config import FIXED, FREE, Section, to_yaml
 from dalle.errors import EXIT_STOPPED_BY_SIGNAL, UserError
+from dalle.files import replace_folder, write_json
 from dalle.training.checkpoint import (
     FORMAT,
     CheckpointStore,
@@ -28,10 +29,8 @@ from dalle.training.checkpoint import (
     check_is_checkpoint,
     check_resumable,
     read_run_state,
-    replace_folder,
     step_of,
     unusable,
-    write_json,
 )
 from dalle.training.companions import agreed_records, check_companions
 from dalle.training.export import export_checkpoint

@@ -18,6 +18,7 @@ from dalle.data.index import check_shards
 from dalle.data.opening import refuse_absent, shard_urls
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import MissingModel, UserError
+from dalle.store import EXPORT_FOLDER
 from dalle.training.run import RunConfig
 from dalle.training.run_folder import finished_steps
 from dalle.training.signals import run_to_its_end
@@ -35,7 +36,6 @@ RECIPES = {
               "python tools/train_tokenizer.py {root}/train --out {root}/tokenizer --vocab-size 4096"),
 }
 
-EXPORT_FOLDER = "model"
 # keys of `data` that follow from the model, so that a run and its prerequisites may well differ in them
 OF_THE_MODEL = {"image_size", "crop", "flip", "images", "caption", "num_captions", "text_length", "bpe_dropout",
                 "caption_dropout", "codes", "validation_codes"}
@@ -54,7 +54,7 @@ class Prerequisite(NamedTuple):
     def state(self) -> State:
         """How far it is; a model without checkpoints was brought from elsewhere and counts as finished."""
         folder = self.config.folder
-        exported = (folder / "model" / "config.json").is_file()
+        exported = (folder / EXPORT_FOLDER / "config.json").is_file()
         if not (folder / "checkpoints").is_dir():
             return "finished" if exported else "missing"
         return "finished" if exported and finished_steps(folder) >= self.config.train.steps else "unfinished"

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from dalle.store import SOURCE_FILE
 from dalle.training.checkpoint import CheckpointStore
-from dalle.training.export import SOURCE_FILE
 
 STOP_FILE, FINISHED_FILE = "stop", "finished"     # someone asks to stop; all steps are done
 LOG_FILE, MODEL_FOLDER = "log.jsonl", "model"

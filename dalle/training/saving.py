@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dalle.training.checkpoint import STATE, CheckpointStore, Entries, write_json, write_tensors
+from dalle.files import write_json
+from dalle.training.checkpoint import STATE, CheckpointStore, Entries, write_tensors
 
 if TYPE_CHECKING:
     from dalle.training.engine import Engine, Snapshot

@@ -10,8 +10,8 @@ from evaluation_stubs import MeanColour, Redness, StubGenerator, stub_job  # noq
 
 from dalle.evaluation import measure  # noqa: E402
 from dalle.evaluation.job import Job  # noqa: E402
-from dalle.evaluation.origin import Origin  # noqa: E402
 from dalle.evaluation.processes import Processes  # noqa: E402
+from dalle.store import Origin  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -31,8 +31,8 @@ from PIL import Image
 from torch import nn
 
 from dalle.errors import run_command
+from dalle.files import sha256_of
 from dalle.models.base import CONFIG_FILE, WEIGHTS_FILE
-from dalle.training.checkpoint import digest
 from tests.conftest import ROOT, Workshop
 
 STEP = "step_00000002"
@@ -291,7 +291,7 @@ class Scene:
             manifest = parent / "manifest.json"
             if manifest.is_file() and manifest != path:
                 listed = json.loads(manifest.read_text())
-                listed["files"][path.relative_to(parent).as_posix()] = {"size": len(content), "sha256": digest(path)}
+                listed["files"][path.relative_to(parent).as_posix()] = {"size": len(content), "sha256": sha256_of(path)}
                 manifest.write_text(json.dumps(listed))
             if parent == self.folder:
                 break

@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toys import GanTask, ToyLoader, toy_run
 
 from dalle.errors import UserError
+from dalle.tensor_file import module_digest
 from dalle.training.checkpoint import CheckpointStore, read_state
-from dalle.training.companions import agreed_records, module_digest, records_of
+from dalle.training.companions import agreed_records, records_of
 from dalle.training.engine import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.task import Companion

@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from toys import SingleTask, ToyLoader, toy_run
 
+from dalle.files import write_json
 from dalle.training import checkpoint, verifying
-from dalle.training.checkpoint import FORMAT, CheckpointStore, find_fault, write_json, write_tensors
+from dalle.training.checkpoint import FORMAT, CheckpointStore, find_fault, write_tensors
 from dalle.training.engine import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.optimizers import OptimizerConfig
@@ -61,13 +62,13 @@ def no_food() -> None:
 @pytest.fixture
 def hashed(monkeypatch) -> list[str]:
     """The files that were read to be hashed, in the order of their reading."""
-    read, real = [], checkpoint.digest
+    read, real = [], checkpoint.sha256_of
 
     def counted(path: Path, *rest: Any) -> str:
         read.append(path.name)
         return real(path, *rest)
 
-    monkeypatch.setattr(checkpoint, "digest", counted)
+    monkeypatch.setattr(checkpoint, "sha256_of", counted)
     return read
 
 
@@ -125,7 +126,7 @@ def test_the_watchdog_is_fed_by_any_rank_that_comes_forward_and_by_none_that_han
     """One file comes a piece at a time, when it is asked for: each feeds every rank once, and a wait feeds none."""
     path = save(CheckpointStore(tmp_path, 3), 1)
     demand, fed, nothing_came = threading.Semaphore(0), [0] * RANKS, threading.Event()
-    real = checkpoint.digest
+    real = checkpoint.sha256_of
 
     def in_pieces(file: Path, came: Callable[[], None]) -> str:
         for _ in range(3 if file.name == Path(FILE).name else 0):
@@ -149,7 +150,7 @@ def test_the_watchdog_is_fed_by_any_rank_that_comes_forward_and_by_none_that_han
         return find_fault_together(rank, path, feed)
 
     monkeypatch.setattr(verifying, "SECONDS_BETWEEN_LOOKS", 0.01)
-    monkeypatch.setattr(checkpoint, "digest", in_pieces)
+    monkeypatch.setattr(checkpoint, "sha256_of", in_pieces)
     with ThreadPoolExecutor(1) as pool:
         answers = pool.submit(on_all_ranks, verify)
         for piece in range(3):
