@@ -87,6 +87,12 @@ class DVAERun(RunConfig):
         return self
 
 
+class DVAEBatch(Batch, total=False):
+    """Pictures as the losses take them."""
+
+    image: Tensor                   # float [b, 3, S, S] on [0, 1]
+
+
 class DVAETask(Task):
     """One player, one phase."""
 
@@ -102,11 +108,11 @@ class DVAETask(Task):
         self.usage = CodeUsage(model.num_codes, USAGE_WINDOW)
         self.preview_images: Tensor | None = None
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> DVAEBatch:
         """Pictures to float on [0, 1]."""
         return {**batch, "image": to_unit(batch["image"])}
 
-    def reconstruct(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def reconstruct(self, networks: Networks, batch: DVAEBatch, step: int) -> Loss:
         """The bound on one micro-batch, in nats per value of the picture, and the parts it is made of."""
         images, weights, total_steps = batch["image"], self.config.loss, self.config.train.steps
         values = images[0].numel()                                             # C*H*W; 196,608 in the paper

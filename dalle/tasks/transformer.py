@@ -7,7 +7,7 @@ run's ``model`` section leaves out and the codec or the tokenizer knows is fille
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Required
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,13 @@ class TransformerRun(RunConfig):
         return self
 
 
+class StreamBatch(Batch, total=False):
+    """Captions and the codes of their pictures, which are always there once a batch is prepared."""
+
+    text: Required[Tensor]          # int64 [b, T] token ids; 0: unfilled
+    codes: Required[Tensor]         # int64 [b, N], of a cache or of the codec
+
+
 class TransformerTask(Task):
     """Next-token prediction over caption and picture, each kind of token in its own vocabulary."""
 
@@ -132,14 +139,14 @@ class TransformerTask(Task):
         # Kept apart from the frozen module, which an engine may cast: what is exported is what was loaded.
         self.codec_state = {name: tensor.clone() for name, tensor in codec.state_dict().items()}
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> StreamBatch:
         """Add ``codes`` [b, N] unless a cache delivered them."""
         if "codes" in batch:
             return batch
         codec = networks.bare("codec")
         return {**batch, "codes": codec.encode(to_unit(batch["image"]))}
 
-    def next_token_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def next_token_loss(self, networks: Networks, batch: StreamBatch, step: int) -> Loss:
         """text_weight * CE_text + image_weight * CE_image, each a mean over its kind of slots.
 
         With ``text_pads`` off the pads count as slots with no loss, so that the mean of micro-batches is the mean of
@@ -152,7 +159,7 @@ class TransformerTask(Task):
         return Loss(weights.text_weight * text + weights.image_weight * image,
                     {"text_ce": text.detach(), "image_ce": image.detach()})
 
-    def _cross_entropies(self, networks: Networks, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _cross_entropies(self, networks: Networks, batch: StreamBatch) -> tuple[Tensor, Tensor, Tensor, int]:
         """Sum and count of the scored text slots, then of the image slots."""
         text, codes = batch["text"], batch["codes"]
         text_logits, image_logits = networks["transformer"](text, codes)

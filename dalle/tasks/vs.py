@@ -76,6 +76,13 @@ class VSRun(RunConfig):
         return self
 
 
+class FeaturesBatch(Batch, total=False):
+    """The frozen features of the whole global batch, in the same order on every process; no other key is left."""
+
+    image_features: Tensor          # [B, image_dim]
+    text_features: Tensor           # [B, text_dim]
+
+
 class VSTask(Task):
     """The bidirectional ranking loss over the pairs of the global batch."""
 
@@ -100,7 +107,7 @@ class VSTask(Task):
         found = super().companions()
         return {**found, "image": found.get("image", Companion(self.frozen["text"], "image_features"))}
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> FeaturesBatch:
         """The frozen features of the whole global batch, in the same order on every process.
 
         Each process then computes the one loss, whose gradient is that of the global batch and so the mean over them.
@@ -114,7 +121,7 @@ class VSTask(Task):
         with full_precision(batch["image"].device):
             return image.encode_image(batch["image"]), text.encode_text(batch["text"])
 
-    def rank(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def rank(self, networks: Networks, batch: FeaturesBatch, step: int) -> Loss:
         """The summed ranking loss; also the mean cosine of the pairs."""
         with full_precision(batch["image_features"].device):
             image, text = networks["vs"](batch["image_features"], batch["text_features"])
