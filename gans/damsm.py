@@ -27,12 +27,12 @@ from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.metrics.retrieval import r_precision_hits
 from dalle.models.base import ModelConfig, PretrainedModel
-from dalle.models.precision import at_least_single
+from dalle.models.precision import at_least_single, full_precision
 from dalle.pictures import to_signed
 from dalle.sampling.caption_warnings import lost_warnings
 from dalle.sampling.rerank import FeatureReranker
 from dalle.store import identify, load_model, load_tokenizer, model_folder, model_kind
-from dalle.tasks.clip import POOLS, RANKS, full_precision, pooled_recalls, pools_of, recall
+from dalle.tasks.clip import POOLS, RANKS, pooled_recalls, pools_of, recall
 from dalle.training.gathering import in_global_order, in_global_order_with_gradient, of_everyone
 from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.run import RunConfig

@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dalle.models.base import FREE, ModelConfig, PretrainedModel
-from dalle.models.precision import at_least_single
+from dalle.models.precision import at_least_single, full_precision
 from dalle.pictures import to_signed
-from dalle.tasks.clip import full_precision, pooled_recalls
+from dalle.tasks.clip import pooled_recalls
 from dalle.training.gathering import in_global_order_with_gradient
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Mean, Networks, Player, Task

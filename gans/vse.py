@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from dalle.config import FREE, Section
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
-from dalle.models.precision import at_least_single
+from dalle.models.precision import at_least_single, full_precision
 from dalle.store import load_model, load_tokenizer
-from dalle.tasks.clip import full_precision
 from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.task import Batch, Loss, Networks, Phase
 from dalle.words import one_line

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dalle.errors import UserError, run_command
 from dalle.models.base import CONFIG_FILE
-from dalle.models.dvae import DiscreteVAE, DVAEConfig, OpenAINetworkConfig
+from dalle.models.dvae import DiscreteVAE, DVAEConfig
+from dalle.models.dvae_networks import OpenAINetworkConfig
 from dalle.models.foreign import ForeignFileError, read_foreign_state
 from dalle.models.quantizers import GumbelConfig
 from dalle.words import one_line

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dalle.config import FREE, Section
 from dalle.errors import UserError
-from dalle.models.transformer import DecodingState, TextToImageTransformer, TransformerConfig, cache_bytes
+from dalle.models.decoding import DecodingState, cache_bytes, decode_step, for_decoding, prefill
+from dalle.models.transformer import TextToImageTransformer, TransformerConfig
 
 BATCH_SIZE = {"cpu": 16, "cuda": 64}    # candidates side by side where memory allows
 CPU_CACHE_BYTES = 2 << 30
@@ -66,7 +67,7 @@ def sample_codes(model: TextToImageTransformer, text: Tensor, seeds: Sequence[in
     model.eval()
     try:
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            decoder = model.for_decoding(dtype)
+            decoder = for_decoding(model, dtype)
             drawn = uniforms(seeds, config.num_image_slots).to(device)
             codes = torch.zeros(len(seeds), config.num_image_slots, dtype=torch.int64, device=device)
             for candidates, rows, logits, state in _batches(decoder, text, known, per_caption, batch_size, options):
@@ -143,7 +144,7 @@ def _prefill(model: TextToImageTransformer, text: Tensor, known: Tensor, streams
         text, known = torch.cat([text, torch.zeros_like(text)]), torch.cat([known, known])
     rows = -(-len(text) // PREFILL_ROWS) * PREFILL_ROWS
     filled = torch.arange(rows, device=text.device).clamp_(max=len(text) - 1)
-    parts = [model.prefill(text[part], known[part]) for part in filled.split(PREFILL_ROWS)]
+    parts = [prefill(model, text[part], known[part]) for part in filled.split(PREFILL_ROWS)]
     return torch.cat([logits for logits, _ in parts]), DecodingState.join([state for _, state in parts])
 
 
@@ -158,7 +159,7 @@ def _decode(model: TextToImageTransformer, state: DecodingState, logits: Tensor,
         finite &= guided.amax(dim=-1).isfinite().all()         # of NaN, infinity or nothing else there is no softmax
         codes[:, slot] = choose_codes(guided, numbers[:, slot], options)
         if slot < last:
-            logits = model.decode_step(codes[:, slot].repeat(options.streams), state)
+            logits = decode_step(model, codes[:, slot].repeat(options.streams), state)
         on_share((slot + 1 - first) / (last + 1 - first))
     if not finite:
         raise UserError("the transformer's logits are not finite: its weights are damaged")

@@ -17,6 +17,7 @@ from dalle.config import FIXED, FREE, Section
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.clip import ClipArchitecture, ClipConfig, ClipModel, ClipOutput, contrastive_loss
+from dalle.models.precision import full_precision
 from dalle.pictures import to_bytes, to_unit
 from dalle.store import TOKENIZER_FOLDER, load_codec, model_folder
 from dalle.training.gathering import of_everyone
@@ -32,7 +33,9 @@ RECONSTRUCTION_STREAM = 0xC11B   # keeps this choice apart from every other use 
 class ClipLossConfig(Section, json_schema_extra=FREE):
     """Which contrastive loss, and how much of the batch is seen through the codec."""
 
-    kind: Literal["clip", "siglip"] = Field("clip", json_schema_extra=FIXED)         # the models differ by a bias
+    kind: Literal["clip", "siglip"] = Field(        # the models differ by a bias
+        "clip", description="clip: each pair against all others of the batch by a softmax; siglip: each by itself, by "
+        "a sigmoid", json_schema_extra=FIXED)
     reconstructions: float = Field(0.0, ge=0, le=1, description="share of pictures replaced by their reconstruction")
     codec: str | None = Field(None, description="run or model folder of the codec that reconstructs")
 
@@ -46,10 +49,10 @@ class ClipLossConfig(Section, json_schema_extra=FREE):
 class ClipRun(RunConfig):
     """A CLIP run: the towers, how they move and what they are asked."""
 
-    task: Literal["clip"] = "clip"
-    model: ClipArchitecture
-    optimizer: OptimizerConfig = OptimizerConfig()
-    loss: ClipLossConfig = ClipLossConfig()
+    task: Literal["clip"] = Field("clip", description="what is trained: a CLIP or SigLIP")
+    model: ClipArchitecture = Field(description="the two towers")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how their weights move")
+    loss: ClipLossConfig = Field(ClipLossConfig(), description="what they are asked")
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> "ClipRun":
@@ -108,7 +111,7 @@ class ClipTask(Task):
         """The symmetric cross-entropy over the global batch, or SigLIP's sigmoids."""
         output = ClipOutput(*networks["clip"](batch["image"], batch["text"]))
         loss = contrastive_loss(self.config.loss.kind, networks.rank, networks.world_size)
-        with full_precision(output.image_features.device):
+        with full_precision(output.image_features.device):      # bf16 would round logits of up to 100 to steps of 0.5
             total = loss(*output)
         parts = {"contrast": total.detach(), "logit_scale": output.logit_scale.detach()}
         if output.logit_bias is not None:
@@ -123,7 +126,7 @@ class ClipTask(Task):
         largest power of two that is.
         """
         model = networks.bare("clip")
-        with full_precision(model.image_mean.device):
+        with full_precision(model.image_mean.device):           # in bf16, cosines tie
             pairs = [(model.encode_image(batch["image"]), model.encode_text(batch["text"])) for batch in batches]
             return pooled_recalls(pairs, networks.world_size)
 
@@ -174,8 +177,3 @@ def chosen_positions(positions: Tensor, seed: int, share: float) -> Tensor:
     """bool [b]: which samples are replaced; a pure function of the run's seed and each sample's position."""
     draws = [np.random.default_rng((RECONSTRUCTION_STREAM, seed, position)).random() for position in positions.tolist()]
     return torch.tensor([draw < share for draw in draws], dtype=torch.bool)
-
-
-def full_precision(device: torch.device) -> torch.autocast:
-    """No autocast: in bf16, cosines tie and logits of up to 100 are rounded to steps of 0.5."""
-    return torch.autocast(device.type, enabled=False)

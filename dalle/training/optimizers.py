@@ -59,20 +59,6 @@ class OptimizerConfig(Section, json_schema_extra=FREE):
                                     self.step_factor)
 
 
-@runtime_checkable
-class HasMatrices(Protocol):
-    """A module with 2-D weights for Muon, and their names."""
-
-    def matrix_parameters(self) -> list[str]: ...
-
-
-@runtime_checkable
-class HasEmbeddings(Protocol):
-    """A module with parameters whose rows are taken as they are, and their names."""
-
-    def embedding_parameters(self) -> list[str]: ...
-
-
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon on the block matrices and AdamW on everything else, as one optimiser over all parameter groups.
 
@@ -113,13 +99,29 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
+@runtime_checkable
+class NamesEmbeddings(Protocol):
+    """A module, or a part of one, that has embeddings beside its ``nn.Embedding`` layers."""
+
+    def embedding_parameters(self) -> list[str]:
+        """Names of the parameters whose rows are taken as they are: position tables, codebooks. None of them decays."""
+
+
+@runtime_checkable
+class NamesMatrices(Protocol):
+    """A player's module that Muon can train."""
+
+    def matrix_parameters(self) -> list[str]:
+        """Names of the two-dimensional weights inside the blocks, which are multiplied and no embeddings or heads."""
+
+
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimiser over the trainable parameters of ``module``.
 
     AdamW is the fused one: fastest on every device, and it can skip a non-finite step on the device (``found_inf``).
-    Nothing below two axes decays, no weight of an ``nn.Embedding``, and none of the parameters that a module names by a
-    method ``embedding_parameters()``: position tables and others whose rows are taken as they are.
-    With ``muon``, the module's ``matrix_parameters()`` lists the names of the 2-D weights that Muon moves.
+    Nothing below two axes decays, no weight of an ``nn.Embedding``, and none of the parameters that a module, or a part
+    of it, names as :class:`NamesEmbeddings`. With ``muon``, the module is a :class:`NamesMatrices`: those are what Muon
+    moves.
     Every group keeps its peak learning rate as ``peak_lr``. Raises ``ValueError`` when there is nothing to train, when
     a name is unknown or an embedding is listed for Muon, or when the module does not say which matrices that is for.
     """
@@ -166,7 +168,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def _matrix_names(module: nn.Module, embeddings: set[int]) -> list[str]:
-    if not isinstance(module, HasMatrices):
+    if not isinstance(module, NamesMatrices):
         raise UserError(f"optimizer.name muon needs {type(module).__name__}.matrix_parameters(), which it does not "
                         "have; use adamw")
     names = module.matrix_parameters()
@@ -179,7 +181,7 @@ def _matrix_names(module: nn.Module, embeddings: set[int]) -> list[str]:
 def _embedding_parameters(module: nn.Module) -> set[int]:
     """By identity: weights of embedding layers, and what the module and its parts declare."""
     found = {id(part.weight) for part in module.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag))}
-    declaring = [part for part in module.modules() if isinstance(part, HasEmbeddings)]
+    declaring = [part for part in module.modules() if isinstance(part, NamesEmbeddings)]
     return found | {id(_parameter(part, name, "embedding_parameters"))
                     for part in declaring for name in part.embedding_parameters()}
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from dalle.errors import UserError
-from dalle.models.dvae import DiscreteVAE, DVAEConfig, OpenAINetworkConfig
+from dalle.models.dvae import DiscreteVAE, DVAEConfig
+from dalle.models.dvae_networks import OpenAINetworkConfig
 from dalle.models.quantizers import GumbelConfig
 from dalle.store import load_codec
 
