@@ -131,8 +131,8 @@ def test_a_system_says_where_it_comes_from_and_has_what_users_look_for(name):
     assert re.fullmatch(r"\d{4}\.\d{5}", system.paper)
     assert (CONFIGS / f"{name}.yaml").is_file() and (CONFIGS / f"{name}_shapes.yaml").is_file()
     assert (ROOT / "tests" / "gans" / f"test_{system.module.removeprefix('gans.')}.py").is_file()
-    readme = (ROOT / "README.md").read_text()
-    assert re.search(rf"^\|.*`{name}`.*{re.escape(system.paper)}", readme, re.MULTILINE), "no row in the README"
+    readme = (ROOT / "gans" / "README.md").read_text()
+    assert re.search(rf"^\|.*`{name}`.*{re.escape(system.paper)}", readme, re.MULTILINE), "no row in gans/README.md"
     load_config(CONFIGS / f"{name}.yaml", [], RUNS)
     assert load_config(CONFIGS / f"{name}_shapes.yaml", [], RUNS).name == f"gans/{name}_shapes"
 
