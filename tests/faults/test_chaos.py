@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,7 @@ from chaos_parts.damage import Truth
 from chaos_parts.report import show_round
 from dalle.training.sample_log import SampleLog, surviving
 
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 BATCH, STEPS = 4, 6
 
 
@@ -159,6 +161,12 @@ def test_end_of_the_log_of_a_wrong_start_is_shown(tmp_path):
         show_round(round_of("sigterm", faults=faults), printed, console)
         shown = console.file.getvalue()
         assert ("line 99 [/odd]" in shown) == ("line 70 " in shown) == bool(faults) and "line 69 " not in shown
+
+
+def test_the_command_starts_in_any_folder(tmp_path):
+    """Its parts lie beside it, not where it is called."""
+    done = subprocess.run([sys.executable, TOOLS / "chaos.py", "--help"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and b"sigkill-saving" in done.stdout
 
 
 def test_run_killed_at_random_loses_and_repeats_no_sample(commands, tmp_path, capsys):
