@@ -58,8 +58,8 @@ def check_options(arguments: argparse.Namespace) -> None:
     name, seconds = parse_signal(arguments.signal)
     limit = parse_time(arguments.time)
     if limit is not None and seconds >= limit:
-        raise UserError(f"--signal {arguments.signal} comes {duration(seconds)} before the end, but --time "
-                        f"{arguments.time} is {duration(limit)}, not longer than that")
+        raise UserError(f"--signal {arguments.signal} comes {duration_in_words(seconds)} before the end, but --time "
+                        f"{arguments.time} is {duration_in_words(limit)}, not longer than that")
     if arguments.mem is not None and not MEMORY.fullmatch(arguments.mem):
         raise UserError(f"--mem {arguments.mem!r} is not of the form N[K|M|G|T], such as 200G")
     for pair in arguments.env:
@@ -103,7 +103,7 @@ def parse_time(text: str) -> int | None:
 
 def readings(arguments: argparse.Namespace) -> list[str]:
     """How SLURM reads the sizes that are easily written wrong."""
-    lines = [f"time limit {duration(parse_time(arguments.time))}{other_reading(arguments.time)}"]
+    lines = [f"time limit {duration_in_words(parse_time(arguments.time))}{other_reading(arguments.time)}"]
     if arguments.mem is not None and MEMORY.fullmatch(arguments.mem)[2] == "":
         number = int(arguments.mem)
         lines.append(f"memory {number} MB a node ({number} is megabytes to SLURM; {number} GB is {number}G)" if number
@@ -121,7 +121,7 @@ def other_reading(text: str) -> str:
     return f" ({text} is {form} to SLURM); {in_words(0, hours, minutes, 0)} is {hours}:{minutes:02}:00"
 
 
-def duration(seconds: int | None) -> str:
+def duration_in_words(seconds: int | None) -> str:
     """``seconds`` in words: 1 day 2 hours; None is no limit."""
     if seconds is None:
         return "none"

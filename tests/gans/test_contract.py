@@ -17,11 +17,11 @@ from torch import nn
 import gans
 from dalle.config import load_config, resume_rule
 from dalle.data.loader import train_batches
-from dalle.sampling.generator import load_generator
+from dalle.store import load_generator
 from dalle.tasks import RUNS, TASKS
 from dalle.training.checkpoint import read_state
 from dalle.training.companions import records_of
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.optimizers import OptimizerConfig, build_optimizer
 from gans import SYSTEMS
 
@@ -131,8 +131,8 @@ def test_a_system_says_where_it_comes_from_and_has_what_users_look_for(name):
     assert re.fullmatch(r"\d{4}\.\d{5}", system.paper)
     assert (CONFIGS / f"{name}.yaml").is_file() and (CONFIGS / f"{name}_shapes.yaml").is_file()
     assert (ROOT / "tests" / "gans" / f"test_{system.module.removeprefix('gans.')}.py").is_file()
-    readme = (ROOT / "README.md").read_text()
-    assert re.search(rf"^\|.*`{name}`.*{re.escape(system.paper)}", readme, re.MULTILINE), "no row in the README"
+    readme = (ROOT / "gans" / "README.md").read_text()
+    assert re.search(rf"^\|.*`{name}`.*{re.escape(system.paper)}", readme, re.MULTILINE), "no row in gans/README.md"
     load_config(CONFIGS / f"{name}.yaml", [], RUNS)
     assert load_config(CONFIGS / f"{name}_shapes.yaml", [], RUNS).name == f"gans/{name}_shapes"
 
