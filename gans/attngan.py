@@ -9,8 +9,8 @@ weights below, gamma_1 4 for the paper's 5, KL with weight 1. The mask is the al
 the places of one picture with the padding of other captions (see ``global_attention``).
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,9 @@ from dalle.config import FIXED, FREE, Section
 from dalle.models.base import ModelConfig
 from dalle.sampling.generator import to_bytes
 from dalle.training.task import Batch, Companion, Loss, Networks
-from gans.damsm import Damsm, Gammas, damsm_losses
+from gans.damsm import Damsm
 from gans.generator import Painter
 from gans.layers import (
-    Augmented,
     ConditioningAugmentation,
     conv1,
     conv3,
@@ -36,6 +35,8 @@ from gans.layers import (
     up_glu,
 )
 from gans.losses import bce
+from gans.matching import Gammas, damsm_losses
+from gans.outputs import Painted, Scores
 from gans.task import GANOptimizer, GANRun, GANTask, filled, load_encoder, pyramid
 from gans.text import Text, load_text_encoder
 
@@ -76,14 +77,6 @@ class AttnGANConfig(ModelConfig):
         return self.sides[-1:] if self.last_only else self.sides
 
 
-class Painted(NamedTuple):
-    """What a forward of the generator gives."""
-
-    images: list[Tensor]         # [B, 3, S, S] in [-1, 1], smallest first
-    attention: list[Tensor]      # [B, T, S/2, S/2], one a refinement
-    augmented: Augmented
-
-
 class AttnGANGenerator(Painter):
     """z and a caption's sentence and words to pictures of growing side (section 3.1, equations 1-4)."""
 
@@ -114,17 +107,17 @@ class AttnGANGenerator(Painter):
             maps.append(h)
             attention.append(weights)
         shown = maps[-len(self.heads):]
-        return Painted([head(h) for head, h in zip(self.heads, shown, strict=True)], attention, augmented)
+        return Painted([head(h) for head, h in zip(self.heads, shown, strict=True)], augmented, attention)
 
     @torch.no_grad()
     def paint(self, noise: dict[str, Tensor], text: Text) -> tuple[Tensor, dict[str, Tensor]]:
         """The last pictures; ``image``, the same, and for each refinement ``attention_S`` [B, T, S, S]."""
         painted = self(noise, text)
-        image = painted.images[-1]
+        image = painted.image
         return image, {"image": image, **{f"attention_{maps.shape[-1]}": maps for maps in painted.attention}}
 
-    def pictures(self, values: dict[str, Tensor], caption: str) -> dict[str, Tensor]:
-        """What :meth:`paint` said of one picture as something to look at."""
+    def pictures(self, values: Mapping[str, Tensor], caption: str) -> dict[str, Tensor]:
+        """``attention``: where each word was looked for."""
         maps = [value for name, value in values.items() if name.startswith("attention_")]
         return {"attention": attention_picture(values["image"], maps)}
 
@@ -184,14 +177,6 @@ def global_attention(h: Tensor, words: Tensor, mask: Tensor, released_mask: bool
 
 # -- the discriminators
 
-class Scores(NamedTuple):
-    """Logits [B] of one discriminator; None for a question that was not asked."""
-
-    unconditional: Tensor | None       # is the picture real?
-    conditional: Tensor                # is it real and its caption's?
-    mismatched: Tensor | None = None   # the same of pictures with other sentences
-
-
 class AttnGANDiscriminator(nn.Module):
     """One discriminator for each side of picture, as one player."""
 
@@ -218,8 +203,10 @@ class ScaleDiscriminator(nn.Module):
 
     def forward(self, image: Tensor, sentence: Tensor, other_sentence: Tensor | None = None) -> Scores:
         features = self.features(image)
-        return Scores(self.unconditional(features) if self.unconditional else None, self.judge(features, sentence),
-                      None if other_sentence is None else self.judge(features[:len(other_sentence)], other_sentence))
+        alone = self.unconditional(features) if self.unconditional else None
+        matched = self.judge(features, sentence)
+        mismatched = None if other_sentence is None else self.judge(features[:len(other_sentence)], other_sentence)
+        return Scores(matched, mismatched, alone)
 
     def judge(self, features: Tensor, sentence: Tensor) -> Tensor:
         return self.conditional(self.joint(join(features, sentence)))
@@ -254,8 +241,8 @@ def discriminator_loss(real: Scores, fake: Scores, share: float = 1.0) -> Tensor
     unconditional head (AttnDCGAN): BCE(c(x, e), 1) + (BCE(c(x^, e), 0) + BCE(c(x, e'), 0)) / 2. ``real.mismatched`` are
     the real pictures with other sentences; ``share`` is what their mean counts where processes hold different numbers.
     """
-    genuine = [bce(logits, 1) for logits in (real.unconditional, real.conditional) if logits is not None]
-    wrong = [bce(logits, 0) for logits in (fake.unconditional, fake.conditional) if logits is not None]
+    genuine = [bce(logits, 1) for logits in (real.alone, real.matched) if logits is not None]
+    wrong = [bce(logits, 0) for logits in (fake.alone, fake.matched) if logits is not None]
     if real.mismatched is not None:
         wrong.append(share * bce(real.mismatched, 0))
     return sum(genuine) / len(genuine) + sum(wrong) / len(wrong)
@@ -263,7 +250,7 @@ def discriminator_loss(real: Scores, fake: Scores, share: float = 1.0) -> Tensor
 
 def adversarial_loss(fakes: Sequence[Scores]) -> Tensor:
     """The generator's: sum over the pictures of BCE(u(x^), 1) + BCE(c(x^, e), 1)."""
-    return sum(bce(logits, 1) for scores in fakes for logits in (scores.unconditional, scores.conditional)
+    return sum(bce(logits, 1) for scores in fakes for logits in (scores.alone, scores.matched)
                if logits is not None)
 
 
@@ -383,7 +370,7 @@ class AttnGANTask(GANTask):
         painted = batch["painted"]
         fakes = networks["discriminator"](painted.images, batch["text"].sentence)
         kl = self.network.augmentation.kl(painted.augmented)
-        damsm = self.matching(networks, painted.images[-1], batch)
+        damsm = self.matching(networks, painted.image, batch)
         weights = self.config.loss
         return Loss(generator_loss(fakes, damsm, kl, weights.damsm, weights.kl),
                     {"adversarial": adversarial_loss(fakes).detach(), "damsm": damsm.detach(), "kl": kl.detach()})
@@ -398,7 +385,7 @@ class AttnGANTask(GANTask):
     def real_scores(self, discriminator: Any, batch: Batch, image: Tensor) -> list[Tensor]:
         reals = pyramid(image, self.network.config.picture_sides)
         return [logits for scores in discriminator(reals, batch["text"].sentence)
-                for logits in (scores.unconditional, scores.conditional) if logits is not None]
+                for logits in (scores.alone, scores.matched) if logits is not None]
 
     @torch.no_grad()
     def preview(self, networks: Networks, step: int) -> dict[str, Tensor]:

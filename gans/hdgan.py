@@ -23,8 +23,9 @@ from dalle.models.base import ModelConfig
 from dalle.sampling.generator import load_model, model_folder
 from dalle.training.task import Batch, Companion, Loss, Networks
 from gans.generator import Painter
-from gans.layers import Augmented, ConditioningAugmentation, Residual, conv1, dcgan_init, join, leaky
+from gans.layers import ConditioningAugmentation, Residual, conv1, dcgan_init, join, leaky
 from gans.losses import mse
+from gans.outputs import Painted
 from gans.task import GANRun, GANTask, filled, load_encoder, pyramid
 from gans.text import Text
 
@@ -73,13 +74,6 @@ class HDGANConfig(ModelConfig):
         return 8 * self.width >> sum(side >= halved for halved in HALVED_AT)
 
 
-class Painted(NamedTuple):
-    """What a forward of the generator gives."""
-
-    images: list[Tensor]     # [B, 3, S, S] in [-1, 1], smallest first
-    augmented: Augmented
-
-
 class HDGANGenerator(Painter):
     """z and a sentence vector to pictures of growing side (section 3.1 and figure 2)."""
 
@@ -114,7 +108,7 @@ class HDGANGenerator(Painter):
 
     @torch.no_grad()
     def paint(self, noise: dict[str, Tensor], text: Text) -> tuple[Tensor, dict[str, Tensor]]:
-        return self(noise, text).images[-1], {}
+        return self(noise, text).image, {}
 
 
 class Hierarchy(nn.Module):
@@ -189,7 +183,7 @@ def compress(channels: int) -> nn.Sequential:
 
 # -- the discriminators
 
-class Scores(NamedTuple):
+class PatchScores(NamedTuple):
     """Raw scores of one discriminator, squared errors' targets 0 and 1."""
 
     pair: Tensor     # [B]: do picture and caption belong together?
@@ -206,12 +200,12 @@ class HDGANDiscriminator(nn.Module):
                                     for side, level in zip(sides, levels, strict=True))
         dcgan_init(self)
 
-    def forward(self, images: Sequence[Tensor], sentence: Tensor) -> list[Scores]:
+    def forward(self, images: Sequence[Tensor], sentence: Tensor) -> list[PatchScores]:
         return [scale(image, sentence) for scale, image in zip(self.scales, images, strict=True)]
 
 
 class ScaleDiscriminator(nn.Module):
-    """Pictures [B, 3, side, side] and sentences [B, D] to :class:`Scores`: section 3.2.
+    """Pictures [B, 3, side, side] and sentences [B, D] to :class:`PatchScores`: section 3.2.
 
     ``patches``: the local head looks at the 8x8 code (5 x 5 patches), otherwise at the 4x4 code (all at once).
     """
@@ -226,10 +220,10 @@ class ScaleDiscriminator(nn.Module):
                                   nn.Conv2d(width, 1, 4), nn.Flatten(0))
         self.local = nn.Conv2d(width, 1, 4)
 
-    def forward(self, image: Tensor, sentence: Tensor) -> Scores:
+    def forward(self, image: Tensor, sentence: Tensor) -> PatchScores:
         features = self.features(image)
         code = self.code(features)
-        return Scores(self.pair(join(code, self.text(sentence))), self.local(features if self.patches else code))
+        return PatchScores(self.pair(join(code, self.text(sentence))), self.local(features if self.patches else code))
 
 
 def halvings(side: int, width: int) -> list[nn.Module]:
@@ -249,7 +243,8 @@ def halvings(side: int, width: int) -> list[nn.Module]:
 
 # -- the losses
 
-def discriminator_loss(real: Sequence[Scores], wrong: Sequence[Scores], fake: Sequence[Scores]) -> Tensor:
+def discriminator_loss(real: Sequence[PatchScores], wrong: Sequence[PatchScores],
+                       fake: Sequence[PatchScores]) -> Tensor:
     """Sum over the levels of both heads' squared errors (equations 4-6, least squares).
 
     ``wrong``: real pictures of another class with the caption. Where patches are judged they are as real as ``real``.
@@ -261,17 +256,17 @@ def discriminator_loss(real: Sequence[Scores], wrong: Sequence[Scores], fake: Se
     return total
 
 
-def adversarial_loss(fake: Sequence[Scores]) -> Tensor:
+def adversarial_loss(fake: Sequence[PatchScores]) -> Tensor:
     """The generator's: sum over the levels of both heads' squared distances to 1."""
     return sum(mse(made.pair, 1) + mse(made.local, 1) for made in fake)
 
 
-def generator_loss(fake: Sequence[Scores], kl: Tensor, lambda_kl: float = 4.0) -> Tensor:
+def generator_loss(fake: Sequence[PatchScores], kl: Tensor, lambda_kl: float = 4.0) -> Tensor:
     """The adversarial sum and lambda KL."""
     return adversarial_loss(fake) + lambda_kl * kl
 
 
-def extension_loss(fake: Sequence[Scores], images: Sequence[Tensor], weight: float = 1.0) -> Tensor:
+def extension_loss(fake: Sequence[PatchScores], images: Sequence[Tensor], weight: float = 1.0) -> Tensor:
     """The further stage's: adversarial, and the mean distance of its picture to the enlarged one before it."""
     before = F.interpolate(images[-2].detach(), scale_factor=2, mode="bilinear", align_corners=False)
     return adversarial_loss(fake) + weight * (images[-1] - before).abs().mean()

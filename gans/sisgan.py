@@ -20,8 +20,8 @@ from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.models.foreign import read_foreign_state
 from dalle.training.task import Batch, Loss, Networks
-from gans.editing import Edited, EditingTask, halvings
-from gans.generator import Noise, Painter
+from gans.editing import EditingTask, Editor, halvings
+from gans.generator import Noise
 from gans.layers import (
     ConditioningAugmentation,
     bottleneck,
@@ -39,6 +39,7 @@ from gans.layers import (
     up,
 )
 from gans.losses import bce
+from gans.outputs import Painted
 from gans.task import Exchange, GANRun, filled, load_encoder
 from gans.text import Text
 from gans.trunks import HUB, IMAGENET_MEAN, IMAGENET_STD, hub_state
@@ -138,13 +139,12 @@ def plain_encoder(channels: int) -> nn.Sequential:
                     down(2 * channels, 4 * channels, activation=relu))
 
 
-class SISGANGenerator(Painter):
+class SISGANGenerator(Editor):
     """Encoder, conditioning augmentation, residual blocks and decoder (section 3.1)."""
 
     model_type = "sisgan"
     Config = SISGANConfig
     config: SISGANConfig
-    edits = True
 
     def __init__(self, config: SISGANConfig):
         super().__init__(config)
@@ -160,20 +160,11 @@ class SISGANGenerator(Painter):
         if config.encoder == "vgg16":
             self.encoder = VGGEncoder(config.dilation)
 
-    @property
-    def noise_dims(self) -> dict[str, int]:
-        return {"eps": self.config.condition_dim}
-
-    def forward(self, noise: Noise, text: Text, source: Tensor) -> Edited:
-        """``source`` [B, 3, S, S] in [-1, 1] edited after ``text``."""
+    def forward(self, noise: Noise, text: Text, source: Tensor) -> Painted:
         augmented = self.augment(text.sentence, noise["eps"])
         features = self.encoder(source)                                         # [B, 4C, S/4, S/4]
         merged = self.residual(self.merge(join(features, augmented.condition)))
-        return Edited(self.decoder(merged), augmented)
-
-    @torch.no_grad()
-    def paint(self, noise: Noise, text: Text, source: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self(noise, text, source).image, {}
+        return Painted([self.decoder(merged)], augmented)
 
 
 # -- the discriminator

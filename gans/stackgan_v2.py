@@ -11,7 +11,7 @@ pictures as any other, but a prompt is no more than a name there: the seed alone
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from gans.layers import (
     up_glu,
 )
 from gans.losses import bce
+from gans.outputs import Painted, Scores
 from gans.task import GANOptimizer, GANRun, GANTask, filled, load_encoder, pyramid
 from gans.text import Text
 
@@ -67,14 +68,6 @@ class StackGANv2Config(ModelConfig):
     def sizes(self) -> list[int]:
         """The side of each level's picture, the smallest first."""
         return [self.image_size >> level for level in reversed(range(self.levels))]
-
-
-class Painted(NamedTuple):
-    """``images`` [B, 3, s, s], the smallest first; with captions the augmentation's ``mean`` [B, d] and KL term."""
-
-    images: list[Tensor]
-    mean: Tensor | None
-    kl: Tensor | None
 
 
 class FirstLevel(nn.Module):
@@ -131,15 +124,13 @@ class StackGANv2Generator(Painter):
 
     def forward(self, noise: Noise, sentence: Tensor | None = None) -> Painted:
         if self.augmentation is None:
-            return Painted(self.grow(noise["z"], noise["z"]), None, None)
+            return Painted(self.grow(noise["z"], noise["z"]), None)
         augmented = self.augmentation(sentence, noise["eps"])
-        images = self.grow(torch.cat([augmented.condition, noise["z"]], dim=1), augmented.condition)
-        return Painted(images, augmented.mean, self.augmentation.kl(augmented))
+        return Painted(self.grow(torch.cat([augmented.condition, noise["z"]], dim=1), augmented.condition), augmented)
 
     def mean(self, sentence: Tensor) -> Tensor:
         """[B, sentence_dim] -> [B, condition_dim]: where the augmentation is centred."""
-        eps = sentence.new_zeros(len(sentence), self.config.condition_dim)
-        return self.augmentation(sentence, eps).mean
+        return self.augmentation.centre(sentence)
 
     def grow(self, root: Tensor, told: Tensor) -> list[Tensor]:
         """The pictures of all levels, from the first level's vector and what the later ones are told."""
@@ -150,24 +141,17 @@ class StackGANv2Generator(Painter):
 
     def paint(self, noise: Noise, text: Text | None, **conditions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sentence = text.sentence if self.config.conditional else None
-        return self(noise, sentence).images[-1], {}
+        return self(noise, sentence).image, {}
 
 
 # -- the discriminators
 
-class DiscriminatorConfig(Section, json_schema_extra=FIXED):
+class StackGANv2DiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Sizes of the discriminators; the rest follows from the pictures."""
 
     width: int = Field(default=64, ge=1, description="channels after the first halving")
     reads: Literal["mean", "sentence"] = Field(default="mean", description="what stands for the caption: the mean of "
                                                "the generator's augmentation, or the encoder's sentence itself")
-
-
-class Scores(NamedTuple):
-    """One level's logits [B]: for the picture with the caption, and for the picture alone; None: no such head."""
-
-    matched: Tensor | None
-    alone: Tensor | None
 
 
 class LevelDiscriminator(nn.Module):
@@ -188,7 +172,7 @@ class LevelDiscriminator(nn.Module):
     def forward(self, image: Tensor, condition: Tensor | None) -> Scores:
         features = self.trunk(image)
         matched = None if self.joint is None else self.matched(self.joint(join(features, condition))).flatten()
-        return Scores(matched, None if self.alone is None else self.alone(features).flatten())
+        return Scores(matched, alone=None if self.alone is None else self.alone(features).flatten())
 
 
 class Discriminators(nn.Module):
@@ -233,7 +217,7 @@ def unconditional_loss(real: Scores, fake: Scores) -> Tensor:
 
 def adversarial_loss(fakes: Sequence[Scores]) -> Tensor:
     """The generator's: at every level every head takes the fake for real, eqs. 10 and 12."""
-    return sum(bce(logits, 1) for level in fakes for logits in level if logits is not None)
+    return sum(bce(logits, 1) for level in fakes for logits in level.heads())
 
 
 def colour_statistics(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,7 +248,7 @@ class StackGANv2Run(GANRun):
 
     task: Literal["stackgan_v2"] = "stackgan_v2"
     generator: StackGANv2Config = StackGANv2Config()
-    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    discriminator: StackGANv2DiscriminatorConfig = StackGANv2DiscriminatorConfig()
     generator_optimizer: GANOptimizer = GANOptimizer(ema=0.999)
     loss: StackGANv2LossConfig = StackGANv2LossConfig()
 
@@ -340,12 +324,14 @@ class StackGANv2Task(GANTask):
     def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
         """The mean keeps its gradient here: the augmentation learns from what the discriminators make of it, too."""
         painted = batch["painted"]
-        condition = painted.mean if self.reads_mean else batch["condition"]
+        augmented = painted.augmented
+        condition = augmented.mean if self.conditional and self.reads_mean else batch["condition"]
         total = adversarial_loss(networks["discriminator"](painted.images, condition))
         parts = {"adversarial": total.detach()}
-        if painted.kl is not None:
-            total = total + self.config.loss.kl * painted.kl
-            parts["kl"] = painted.kl.detach()
+        if self.conditional:
+            kl = self.network.augmentation.kl(augmented)
+            total = total + self.config.loss.kl * kl
+            parts["kl"] = kl.detach()
         if self.colour:
             colour = colour_consistency(painted.images)
             total = total + self.colour * colour
@@ -354,4 +340,4 @@ class StackGANv2Task(GANTask):
 
     def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
         scores = discriminator(self.pyramid(image), batch["condition"])
-        return [logits for level in scores for logits in level if logits is not None]
+        return [logits for level in scores for logits in level.heads()]

@@ -24,8 +24,8 @@ from dalle.config import FIXED, FREE, Section
 from dalle.models.base import ModelConfig
 from dalle.models.precision import at_least_single
 from dalle.training.task import Batch, Loss, Networks
-from gans.editing import Edited, EditingTask, halvings
-from gans.generator import Noise, Painter
+from gans.editing import EditingTask, Editor, halvings
+from gans.generator import Noise
 from gans.layers import (
     ConditioningAugmentation,
     Residual,
@@ -41,6 +41,7 @@ from gans.layers import (
     up,
 )
 from gans.losses import bce
+from gans.outputs import Painted
 from gans.task import GANRun, filled, load_encoder
 from gans.text import Text
 
@@ -110,13 +111,12 @@ class TAGANConfig(ModelConfig):
         return self
 
 
-class TAGANGenerator(Painter):
+class TAGANGenerator(Editor):
     """Encoder, conditioning augmentation, residual blocks, and a decoder that also gets what the encoder gave."""
 
     model_type = "tagan"
     Config = TAGANConfig
     config: TAGANConfig
-    edits = True
 
     def __init__(self, config: TAGANConfig):
         super().__init__(config)
@@ -132,19 +132,11 @@ class TAGANGenerator(Painter):
                                 conv3(channels, 3, bias=True), nn.Tanh())
         dcgan_init(self, linear=True)
 
-    @property
-    def noise_dims(self) -> dict[str, int]:
-        return {"eps": self.config.condition_dim}
-
-    def forward(self, noise: Noise, text: Text, source: Tensor) -> Edited:
-        """``source`` [B, 3, S, S] in [-1, 1] edited after ``text``."""
+    def forward(self, noise: Noise, text: Text, source: Tensor) -> Painted:
         augmented = self.augment(self.reader(text.words, text.mask).whole, noise["eps"])
         features = self.encoder(source)                                         # [B, 8C, S/8, S/8]
-        return Edited(self.decoder(features + self.merge(join(features, augmented.condition))), augmented)
-
-    @torch.no_grad()
-    def paint(self, noise: Noise, text: Text, source: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self(noise, text, source).image, {}
+        image = self.decoder(features + self.merge(join(features, augmented.condition)))
+        return Painted([image], augmented)
 
 
 def residual_linear(channels: int) -> Residual:
@@ -191,7 +183,7 @@ class TAGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     hidden: int = Field(default=512, ge=1, description="width of the recurrent networks over the words")
 
 
-class Scores(NamedTuple):
+class TextScores(NamedTuple):
     """Logits [B] of a picture by itself, and with each of the texts that were given."""
 
     image: Tensor
@@ -214,18 +206,18 @@ class TAGANDiscriminator(nn.Module):
         self.layer_weights = nn.Linear(config.hidden, SCALES)
         dcgan_init(self, linear=True)
 
-    def forward(self, image: Tensor, *texts: Text) -> Scores:
+    def forward(self, image: Tensor, *texts: Text) -> TextScores:
         """[B, 3, S, S] in [-1, 1]; without texts only the picture itself is judged."""
         scales = [self.first(image)]
         for layer in self.further:
             scales.append(layer(scales[-1]))
         single = self.head(scales[-1]).flatten()
         if not texts:
-            return Scores(single, ())
+            return TextScores(single, ())
         vectors = [look(scale).mean(dim=(2, 3)).repeat(len(texts), 1)
                    for look, scale in zip(self.look, scales, strict=True)]
         together = Text(*(torch.cat(parts) for parts in zip(*texts, strict=True)))      # the words are read once
-        return Scores(single, logit_of(self.pair_log_score(vectors, together)).chunk(len(texts)))
+        return TextScores(single, logit_of(self.pair_log_score(vectors, together)).chunk(len(texts)))
 
     def pair_log_score(self, vectors: list[Tensor], text: Text) -> Tensor:
         """The three scales' features [B, C_j] and a text -> log D(x, t) [B]."""

@@ -332,11 +332,12 @@ def first_captions(data: DataConfig) -> list[str]:
 
 def filled(config: Config, **values: Any) -> Config:
     """``config`` with what follows from elsewhere filled in; ``UserError`` for a value that contradicts it."""
+    given = dict(config)
     for name, value in values.items():
         default = type(config).model_fields[name].default      # what a saved config has in it, though nobody chose it
-        if getattr(config, name) not in (value, default):
-            raise UserError(f"generator.{name} is {getattr(config, name)}, but it follows from the data and the text "
-                            f"encoder and is {value}: leave it out")
+        if given[name] not in (value, default):
+            raise UserError(f"generator.{name} is {given[name]}, but it follows from the data and the text encoder and "
+                            f"is {value}: leave it out")
     try:
         return type(config).model_validate({**config.model_dump(exclude_unset=True), **values})
     except ValidationError as error:

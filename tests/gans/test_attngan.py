@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from published import Published
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -16,16 +17,26 @@ from gans.attngan import (
     AttnGANGenerator,
     AttnGANLossConfig,
     AttnGANTask,
-    Scores,
     adversarial_loss,
     attention_picture,
     discriminator_loss,
     generator_loss,
     global_attention,
 )
-from gans.damsm import Damsm, DamsmConfig, Gammas, damsm_losses
+from gans.damsm import Damsm, DamsmConfig
 from gans.losses import bce
+from gans.matching import Gammas, damsm_losses
+from gans.outputs import Scores
 from gans.text import Text
+
+PUBLISHED = {"attngan": Published(paintings=1, one_caption=True)}      # both players see the same fakes
+DOUBLES = {
+    attngan.discriminator_loss: (((3,),) * 5, lambda a, b, c, d, e: attngan.discriminator_loss(
+        Scores(b, c, a), Scores(e, alone=d))),
+    attngan.adversarial_loss: (((3,),) * 2, lambda a, b: attngan.adversarial_loss([Scores(b, alone=a)])),
+    attngan.generator_loss: (((3,), (3,), (), ()), lambda a, b, matching, kl: attngan.generator_loss(
+        [Scores(b, alone=a)], matching, kl)),
+}
 
 BN = (1 + 1e-5) ** -0.5      # what a fresh BatchNorm multiplies by in evaluation mode
 TINY = {"image_size": 32, "sentence_dim": 6, "word_dim": 6, "z_dim": 5, "condition_dim": 4, "width": 4}
@@ -97,7 +108,7 @@ def test_shapes_of_pictures_attention_and_scores():
     for scale, image in zip(discriminator.scales, painted.images, strict=True):
         assert scale.features(image).shape == (2, 16, 4, 4)
     for scores in discriminator(painted.images, torch.randn(2, DIM), torch.randn(1, DIM)):
-        assert scores.unconditional.shape == scores.conditional.shape == (2,) and scores.mismatched.shape == (1,)
+        assert scores.alone.shape == scores.matched.shape == (2,) and scores.mismatched.shape == (1,)
 
 
 def test_sides_follow_the_picture(generator):
@@ -105,7 +116,7 @@ def test_sides_follow_the_picture(generator):
     painted = generator(make_noise(generator, 2), make_text([1, 4]))
     assert [image.shape[-1] for image in painted.images] == [8, 16, 32]
     scores = AttnGANDiscriminator([8, 16, 32], DIM, width=2)(painted.images, torch.randn(2, DIM))
-    assert all(score.conditional.shape == (2,) for score in scores)
+    assert all(score.matched.shape == (2,) for score in scores)
     only = AttnGANGenerator(AttnGANConfig(**TINY, last_only=True))
     assert [image.shape[-1] for image in only(make_noise(only, 2), make_text([1, 4])).images] == [32]
 
@@ -289,8 +300,8 @@ def test_the_discriminators_agree_with_a_twin_of_one_channel():
     with torch.no_grad():
         for level, scores in enumerate(network(images, sentence, other)):
             alone, pair = twin_scores(images[level], sentence, 2, narrowings=level)
-            torch.testing.assert_close(scores.unconditional, alone, rtol=1e-7, atol=1e-9)
-            torch.testing.assert_close(scores.conditional, pair, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(scores.alone, alone, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(scores.matched, pair, rtol=1e-7, atol=1e-9)
             torch.testing.assert_close(scores.mismatched, twin_scores(images[level], other, 2, level)[1])
 
 
@@ -301,23 +312,23 @@ def logits(probability: float, count: int = 4) -> Tensor:
 
 
 def test_losses_of_discriminators_that_cannot_tell():
-    even = Scores(logits(0.5), logits(0.5), logits(0.5, 3))
+    even = Scores(logits(0.5), logits(0.5, 3), logits(0.5))
     assert discriminator_loss(even, even).item() == pytest.approx(2 * math.log(2))
     assert adversarial_loss([even] * 3).item() == pytest.approx(6 * math.log(2))
 
 
 def test_the_discriminators_loss_by_hand():
-    real = Scores(logits(0.9), logits(0.8), logits(0.3, 3))
-    fake = Scores(logits(0.2), logits(0.4))
+    real = Scores(logits(0.8), logits(0.3, 3), logits(0.9))
+    fake = Scores(logits(0.4), alone=logits(0.2))
     expected = -(math.log(0.9) + math.log(0.8)) / 2 - (math.log(0.8) + math.log(0.6) + math.log(0.7)) / 3
     assert discriminator_loss(real, fake).item() == pytest.approx(expected)
-    only = [Scores(None, scores.conditional, scores.mismatched) for scores in (real, fake)]
+    only = [Scores(scores.matched, scores.mismatched) for scores in (real, fake)]
     expected = -math.log(0.8) - (math.log(0.6) + math.log(0.7)) / 2
     assert discriminator_loss(*only).item() == pytest.approx(expected)
 
 
 def test_the_generators_loss_by_hand():
-    fakes = [Scores(logits(0.9), logits(0.8)), Scores(None, logits(0.5))]
+    fakes = [Scores(logits(0.8), alone=logits(0.9)), Scores(logits(0.5))]
     adversarial = -math.log(0.9) - math.log(0.8) - math.log(0.5)
     total = generator_loss(fakes, damsm=torch.tensor(0.3), kl=torch.tensor(0.07))
     assert total.item() == pytest.approx(adversarial + 5 * 0.3 + 0.07)

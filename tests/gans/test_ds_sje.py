@@ -9,12 +9,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from bare import BareNetworks
+from published import Published
 from pydantic import ValidationError
 from torch import nn
 
 from dalle.config import load_config
 from dalle.errors import UserError
 from dalle.training.optimizers import build_optimizer
+from gans import ds_sje
 from gans.ds_sje import (
     ALPHABET,
     DSSJE,
@@ -34,6 +36,11 @@ from gans.ds_sje import (
 )
 from gans.text import load_text_encoder
 from gans.trunks import build_trunk
+
+PUBLISHED = {"ds_sje": Published(one_caption=True)}
+DOUBLES = {
+    ds_sje.structured_hinge: (((3, 3),), ds_sje.structured_hinge),
+}
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"trunk": "small:2", "image_map": True, "char_length": 90, "conv_channels": (6, 7), "recurrent_dim": 5,

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bare import loss_of
+from published import Published
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from gans.hdgan import (
     HDGANGenerator,
     HDGANRun,
     HDGANTask,
-    Scores,
+    PatchScores,
     adversarial_loss,
     discriminator_loss,
     extension_loss,
@@ -24,6 +25,17 @@ from gans.hdgan import (
     load_base,
 )
 from gans.text import Text
+
+PUBLISHED = {"hdgan": Published(paintings=1)}      # both players see the same fakes
+PATCHES = ((3,), (3, 1, 2, 2))
+DOUBLES = {
+    hdgan.discriminator_loss: (PATCHES * 3, lambda a, b, c, d, e, f: hdgan.discriminator_loss(
+        *([PatchScores(*pair)] for pair in ((a, b), (c, d), (e, f))))),
+    hdgan.adversarial_loss: (PATCHES, lambda a, b: hdgan.adversarial_loss([PatchScores(a, b)])),
+    hdgan.generator_loss: ((*PATCHES, ()), lambda a, b, kl: hdgan.generator_loss([PatchScores(a, b)], kl)),
+    hdgan.extension_loss: ((*PATCHES, (2, 3, 4, 4)), lambda a, b, large: hdgan.extension_loss(
+        [PatchScores(a, b)], [torch.zeros(2, 3, 2, 2, dtype=large.dtype), large])),
+}
 
 BN = (1 + 1e-5) ** -0.5      # what a fresh BatchNorm multiplies by in evaluation mode
 TINY = {"image_size": 64, "sentence_dim": 12, "z_dim": 5, "condition_dim": 6, "width": 8}
@@ -189,8 +201,8 @@ def test_the_discriminators_agree_with_a_twin_of_one_channel():
 
 # -- the losses
 
-def scores(pair: float, local: float, patches: int = 1) -> Scores:
-    return Scores(torch.full((2,), pair), torch.full((2, 1, patches, patches), local))
+def scores(pair: float, local: float, patches: int = 1) -> PatchScores:
+    return PatchScores(torch.full((2,), pair), torch.full((2, 1, patches, patches), local))
 
 
 def test_perfect_answers_cost_nothing():

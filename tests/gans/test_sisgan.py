@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 import torchvision
+from published import Published
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from dalle.errors import UserError
+from gans import sisgan
 from gans.editing import halvings
 from gans.sisgan import (
     SISGANConfig,
@@ -23,6 +25,12 @@ from gans.sisgan import (
 )
 from gans.task import Exchange
 from gans.text import Text
+
+PUBLISHED = {"sisgan": Published(paintings=2)}        # each phase draws its own noise
+DOUBLES = {
+    sisgan.discriminator_loss: (((3,),) * 3, sisgan.discriminator_loss),
+    sisgan.generator_loss: (((3,), ()), sisgan.generator_loss),
+}
 
 TINY = {"image_size": 32, "sentence_dim": 6, "condition_dim": 4, "channels": 4, "residual_blocks": 1,
         "encoder": "plain"}

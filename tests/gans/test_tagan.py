@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from published import Published
 from pydantic import ValidationError
 from torch import nn
 from torch.nn.functional import binary_cross_entropy
 
 from dalle.errors import UserError
+from gans import tagan
 from gans.editing import halvings
 from gans.losses import bce
 from gans.tagan import (
@@ -28,6 +30,15 @@ from gans.tagan import (
     word_attention,
 )
 from gans.text import Text
+
+PUBLISHED = {"tagan": Published(paintings=3, one_caption=True)}       # each phase, and once with the own sentence
+DOUBLES = {
+    tagan.conditional_log_score: (((3, 4, 2), (3, 4, 2), (3, 4)), tagan.conditional_log_score),
+    tagan.conditional_score: (((3, 4, 2), (3, 4, 2), (3, 4)), tagan.conditional_score),
+    tagan.discriminator_loss: (((3,),) * 4, tagan.discriminator_loss),
+    tagan.generator_loss: (((3,), (3,), (), (), ()), tagan.generator_loss),
+    tagan.reconstruction_error: (((2, 3, 2, 2),) * 2, tagan.reconstruction_error),
+}
 
 TINY = {"image_size": 32, "word_dim": 5, "hidden": 6, "condition_dim": 4, "channels": 2, "residual_blocks": 1}
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from bare import BareNetworks
+from published import Published
 from pydantic import ValidationError
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -16,6 +17,7 @@ from dalle.config import load_config
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.training.optimizers import build_optimizer
+from gans import vse
 from gans.text import load_text_encoder
 from gans.vse import (
     VSE,
@@ -29,6 +31,13 @@ from gans.vse import (
     read_word_vectors,
     sum_of_hinges,
 )
+
+PUBLISHED = {"vse": Published(one_caption=True)}
+DOUBLES = {
+    vse.hinges: (((3, 3),), lambda a: sum(map(torch.sum, vse.hinges(a, 0.2)))),
+    vse.sum_of_hinges: (((3, 3),), vse.sum_of_hinges),
+    vse.max_of_hinges: (((3, 3),), vse.max_of_hinges),
+}
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"trunk": "small:2", "word_dim": 5, "hidden_dim": 8}
