@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch.utils.data import Dataset
 
 from dalle.config import FIXED, FREE, Section
+from dalle.data.batch import Fetched
 from dalle.data.codes import CachedCodes
 from dalle.data.decode import (
     IN_BAD_SHARD,
@@ -36,7 +37,6 @@ from dalle.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Batch = dict[str, Any]
 MOST_RECORDS = 32_768            # parsed captions a worker keeps: some 40 MB with ten captions a picture
 MOST_REPLACEMENTS_TRIED = 1000
 GONE_WITH_SHARD = ("truncated_shard", IN_BAD_SHARD)
@@ -216,8 +216,8 @@ class SampleMaker:
                         self._logged[bad.reason] + 1)
         self._logged[bad.reason] += 1
 
-    def _collate(self, positions: Sequence[int], samples: list[Sample], skipped: Tally) -> Batch:
-        batch: Batch = {
+    def _collate(self, positions: Sequence[int], samples: list[Sample], skipped: Tally) -> Fetched:
+        batch: Fetched = {
             "key": [sample.record.key for sample in samples],
             "position": torch.tensor(positions, dtype=torch.int64),
             "class_id": torch.tensor([sample.record.class_id for sample in samples], dtype=torch.int64),
@@ -288,10 +288,10 @@ class ShardDataset(SampleMaker, Dataset):
         self._records: dict[tuple[int, int], Record] = {}
         self._bad: dict[tuple[int, int], tuple[str, str]] = {}     # reason and detail, so that none is decoded twice
 
-    def __getitem__(self, position: int) -> Batch:
+    def __getitem__(self, position: int) -> Fetched:
         return self.__getitems__([position])
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
+    def __getitems__(self, positions: Sequence[int]) -> Fetched:
         """The batch of these positions. A :class:`UserError` travels as the key ``error``: raised in a worker, it would
         reach the user wrapped in that worker's traceback."""
         try:
@@ -299,7 +299,7 @@ class ShardDataset(SampleMaker, Dataset):
         except UserError as error:
             return {"error": str(error)}
 
-    def fetch(self, positions: Sequence[int]) -> Batch:
+    def fetch(self, positions: Sequence[int]) -> Fetched:
         """The batch, as :mod:`dalle.data.loader` describes it, with ``skipped``: a tally of replaced positions."""
         _, shards, indices = self.order.locate(np.asarray(positions))
         skipped = Tally()
@@ -389,7 +389,7 @@ class ViewDataset(Dataset):
         self.order = SequentialOrder(index.counts)
         self._reader = ShardReader(index)
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
+    def __getitems__(self, positions: Sequence[int]) -> Fetched:
         """``image`` uint8 [b, views, 3, S, S] (black where not ``valid``), ``valid`` bool [b], ``position`` [b]."""
         try:
             _, shards, indices = self.order.locate(np.asarray(positions))

@@ -23,7 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dalle.data.dataset import Batch, DataConfig, Record, Sample, SampleMaker, sentences
+from dalle.data.batch import Fetched
+from dalle.data.dataset import DataConfig, Record, Sample, SampleMaker, sentences
 from dalle.data.decode import BadSample, decode_captions, meta_captions
 from dalle.data.index import MISSING_SHARD, PARTS, SKIP, key_text, member_runs, why_no_sample
 from dalle.data.opening import LostShard, Patience, ShardStream, refuse_absent, scheme_of, shard_urls, shown
@@ -180,6 +181,8 @@ class StreamDataset(SampleMaker, IterableDataset):
     ``position`` is the running number t * B + place of the batch, by which caption, crop and dropout are drawn too.
     """
 
+    index = None      # what is in the shards shows as they are read
+
     def __init__(self, config: DataConfig, *, seed: int, batch_size: int, rank: int, world_size: int, start_step: int,
                  tokenizer: CaptionTokenizer | None, needs_classes: bool = False):
         super().__init__(config, seed=seed, training=True, tokenizer=tokenizer, codes=None,
@@ -205,7 +208,7 @@ class StreamDataset(SampleMaker, IterableDataset):
         names = (url if scheme_of(url) == "pipe" else shown(url).rpartition("/")[2] for url in self.urls)
         return hashlib.blake2b("\n".join(names).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Fetched]:
         """Batches with ``skipped``; a :class:`UserError` travels as ``error``, see :class:`ShardDataset`."""
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)

@@ -10,12 +10,11 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from dalle.data.batch import Batch
 from dalle.training.figures import Figure, Largest, Mean
 from dalle.training.optimizers import OptimizerConfig
 
 __all__ = ["Batch", "Figure", "Largest", "Loss", "Mean", "Networks", "Phase", "Player", "Task", "parameter_count"]
-
-Batch = dict[str, Any]
 
 
 @dataclass
