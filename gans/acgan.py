@@ -26,7 +26,7 @@ from dalle.training.task import Batch, Loss, Networks
 from gans.generator import Noise, Painter
 from gans.layers import dcgan_init, leaky
 from gans.losses import bce
-from gans.task import GANRun, GANTask, filled, load_encoder, step_generator
+from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder, step_generator
 from gans.text import Text
 
 FEWEST = 2                                         # side of the first feature map
@@ -317,6 +317,13 @@ class ClassCheck:
                             f"to the number of classes, {highest + 1} or more")
 
 
+class ACGANBatch(GanBatch, total=False):
+    """The classes that are painted, uniform: each phase draws its own."""
+
+    fake_class: Tensor          # int64 [b]
+    fake_class_g: Tensor
+
+
 class ACGANTask(GANTask):
     """One step of each player; each draws noise and classes of its own."""
 
@@ -332,11 +339,11 @@ class ACGANTask(GANTask):
         self.check = ClassCheck("AC-GAN", "generator.num_classes", settings.num_classes)
         self.assemble(config, ACGANGenerator(settings), discriminator, encoder)
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Also ``fake_class`` and ``fake_class_g`` [b], uniform; takes the captions into the class prototypes."""
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> ACGANBatch:
+        """Also takes the captions into the class prototypes."""
         exchange, settings = self.exchange(networks), self.network.config
         everyones = self.check(exchange.everyone(batch["class_id"]))
-        prepared = super().prepare({**batch, "class_id": exchange.mine(everyones)}, networks, step)
+        prepared: ACGANBatch = super().prepare({**batch, "class_id": exchange.mine(everyones)}, networks, step)
         for name, stream in self.class_streams.items():
             source = step_generator(self.config.seed, step, stream)
             drawn = torch.randint(settings.num_classes, everyones.shape, generator=source)
@@ -346,7 +353,7 @@ class ACGANTask(GANTask):
             self.network.prototypes.add(exchange.everyone(prepared["text"].sentence), everyones)
         return prepared
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: ACGANBatch, step: int) -> Loss:
         """Also the shares of the classes that are named right, of real pictures and of fakes."""
         discriminator = networks["discriminator"]
         with torch.no_grad():
@@ -356,10 +363,10 @@ class ACGANTask(GANTask):
         return Loss(total, {"real_accuracy": class_accuracy(real.classes, batch["class_id"]),
                             "fake_accuracy": class_accuracy(fake.classes, batch["fake_class"])})
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: ACGANBatch, step: int) -> Loss:
         fake = networks["discriminator"](networks["generator"](batch["noise_g"], batch["fake_class_g"]))
         return Loss(generator_loss(fake, batch["fake_class_g"], self.config.loss.class_weight),
                     {"accuracy": class_accuracy(fake.classes, batch["fake_class_g"])})
 
-    def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: Callable[..., Any], batch: ACGANBatch, image: Tensor) -> list[Tensor]:
         return [discriminator(image).source]

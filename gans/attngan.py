@@ -37,7 +37,7 @@ from gans.layers import (
 from gans.losses import bce
 from gans.matching import Gammas, damsm_losses
 from gans.outputs import Painted, Scores
-from gans.task import GANOptimizer, GANRun, GANTask, filled, load_encoder, pyramid
+from gans.task import GanBatch, GANOptimizer, GANRun, GANTask, filled, load_encoder, pyramid
 from gans.text import Text, load_text_encoder
 
 STEM_SIDE = 4       # of the first map of the generator and the last of a discriminator
@@ -315,6 +315,12 @@ class AttnGANRun(GANRun):
         return False
 
 
+class AttnGANBatch(GanBatch, total=False):
+    """With the captions for the matching model."""
+
+    matching_text: Text         # as its own encoder reads them
+
+
 class AttnGANTask(GANTask):
     """The same fakes for both players, as released; wrong pairs are the batch's own, shifted by one."""
 
@@ -340,16 +346,15 @@ class AttnGANTask(GANTask):
         found = super().companions()
         return {**found, "damsm_text": found.get("damsm_text", Companion(self.frozen["text"], "damsm"))}
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Also ``matching_text``, as the matching model's own encoder reads the captions."""
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> AttnGANBatch:
         prepared = super().prepare(batch, networks, step)
         own = networks.bare("damsm_text")(batch["caption"]) if "damsm_text" in self.frozen else prepared["text"]
         return {**prepared, "matching_text": own}
 
-    def paint(self, networks: Networks, batch: Batch, step: int) -> Painted:
+    def paint(self, networks: Networks, batch: AttnGANBatch, step: int) -> Painted:
         return networks["generator"](batch["noise"], batch["text"])
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: AttnGANBatch, step: int) -> Loss:
         discriminator, sentence, fakes = networks["discriminator"], batch["text"].sentence, batch["painted"].images
         other, share = self.shifted(networks, batch)
         reals = pyramid(batch["image"], self.network.config.picture_sides)
@@ -358,7 +363,7 @@ class AttnGANTask(GANTask):
         return Loss(sum(losses), {f"{image.shape[-1]}": loss.detach()
                                   for image, loss in zip(fakes, losses, strict=True)})
 
-    def shifted(self, networks: Networks, batch: Batch) -> tuple[Tensor, float]:
+    def shifted(self, networks: Networks, batch: AttnGANBatch) -> tuple[Tensor, float]:
         """The sentences one sample on, for this rank's share of the first B - 1 samples, and what their mean counts."""
         exchange, own = self.exchange(networks), len(batch["caption"])
         pairs = exchange.size(own) - 1
@@ -366,7 +371,7 @@ class AttnGANTask(GANTask):
         # the last sample has nothing after it; a rank with no other still makes the pass, for nothing
         return batch["wrong_text"].sentence[:max(mine, 1)], mine * exchange.size(1) / pairs
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: AttnGANBatch, step: int) -> Loss:
         painted = batch["painted"]
         fakes = networks["discriminator"](painted.images, batch["text"].sentence)
         kl = self.network.augmentation.kl(painted.augmented)
@@ -375,14 +380,14 @@ class AttnGANTask(GANTask):
         return Loss(generator_loss(fakes, damsm, kl, weights.damsm, weights.kl),
                     {"adversarial": adversarial_loss(fakes).detach(), "damsm": damsm.detach(), "kl": kl.detach()})
 
-    def matching(self, networks: Networks, image: Tensor, batch: Batch) -> Tensor:
+    def matching(self, networks: Networks, image: Tensor, batch: AttnGANBatch) -> Tensor:
         """L_DAMSM of the global batch, the same on every process, with gradient to ``image``."""
         damsm, settings = networks["damsm"], self.config.loss
         classes = batch["class_id"] if settings.same_class == "left_out" else None
         return sum(damsm_losses(*damsm.image(image), batch["matching_text"], classes,
                                 settings.gammas or damsm.config.gammas, networks.world_size))
 
-    def real_scores(self, discriminator: Any, batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: Any, batch: AttnGANBatch, image: Tensor) -> list[Tensor]:
         reals = pyramid(image, self.network.config.picture_sides)
         return [logits for scores in discriminator(reals, batch["text"].sentence)
                 for logits in (scores.alone, scores.matched) if logits is not None]

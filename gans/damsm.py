@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -232,6 +232,17 @@ class DamsmRun(RunConfig):
         return self
 
 
+class DamsmBatch(Batch, total=False):
+    """A prepared batch, and what the phases make ahead."""
+
+    ids: Tensor                         # int64 [b, T], long captions shortened
+    kept: Tensor | None                 # bool [b, T, embedding_dim]: what the dropout leaves; None without
+    class_ids: Tensor | None            # int64 [b]; None: samples of one class are mismatches, too
+    seen: dict[str, Any]                # what the picture side takes: ``images``, or ``features`` of a frozen trunk
+    codes: tuple[Tensor, Tensor]        # regions [b, D, h, w] and wholes [b, D]
+    text: Text                          # in the place of the ids
+
+
 class DamsmTask(Task):
     """The matching losses over the pairs of the global batch.
 
@@ -259,12 +270,11 @@ class DamsmTask(Task):
                        Phase("text", player="text", loss=self.matching, ahead={"text": self.read})]
         self.tokens_per_sample = config.data.text_length
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Pictures in [-1, 1] (or the features of a frozen trunk), ids and the dropout's choice."""
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> DamsmBatch:
         images = batch["image"].float() / 127.5 - 1
         ids = self.shortened(batch) if self.config.long_captions == "random_words" else batch["text"]
         kept = self.draw_kept(networks, ids, step)
-        prepared: Batch = {"ids": ids, "kept": kept, "class_ids": None}
+        prepared: DamsmBatch = {"ids": ids, "kept": kept, "class_ids": None}
         if self.config.loss.same_class == "left_out":
             prepared["class_ids"] = batch["class_id"]
         image = networks.bare("image")
@@ -297,14 +307,14 @@ class DamsmTask(Task):
                 ids[row] = words[chosen].to(ids.device)
         return ids
 
-    def look(self, networks: Networks, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+    def look(self, networks: Networks, batch: DamsmBatch, step: int) -> tuple[Tensor, Tensor]:
         """Regions and wholes of the pictures."""
         return networks["image"](**batch["seen"])
 
-    def read(self, networks: Networks, batch: Batch, step: int) -> Text:
+    def read(self, networks: Networks, batch: DamsmBatch, step: int) -> Text:
         return Text(*networks["text"](batch["ids"], batch["kept"]))
 
-    def matching(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def matching(self, networks: Networks, batch: DamsmBatch, step: int) -> Loss:
         """L_DAMSM (equation 13): the phase's own side with its graph, the other as a constant."""
         losses = damsm_losses(*batch["codes"], batch["text"], batch["class_ids"], self.config.loss.gammas,
                               networks.world_size)

@@ -22,7 +22,7 @@ from dalle.tasks.clip import full_precision
 from dalle.training.gathering import in_global_order, of_everyone
 from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase
-from gans.joint import JointConfig, JointModel, JointRun, JointTask
+from gans.joint import JointBatch, JointConfig, JointModel, JointRun, JointTask
 from gans.text import Text, TextEncoder, length_mask
 
 # 70 symbols with the indices 1 to 70; "-" is there twice, and the later one counts
@@ -321,19 +321,19 @@ class DSSJETask(JointTask):
                         for caption in side]
         return character_ids(captions, self.config.model.char_length).to(batch["class_id"].device)
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> JointBatch:
         if self.with_pictures:
             return super().prepare(batch, networks, step)
         return {"text": self.read(batch), "pictures": None, "class_id": batch["class_id"]}
 
-    def sides(self, network: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
+    def sides(self, network: Callable[..., Any], batch: JointBatch) -> tuple[Tensor, Tensor]:
         """Pictures and captions or, for pairs of captions, the second ones in the pictures' place."""
         if self.with_pictures:
             return super().sides(network, batch)
         first, second = network(batch["text"])[0].chunk(2)
         return second, first
 
-    def compare(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def compare(self, networks: Networks, batch: JointBatch, step: int) -> Loss:
         """The hinge, and how far a pair's score lies above the mean of the others'."""
         settings = self.config.loss
         pictures, captions = self.embed(networks, batch)

@@ -22,7 +22,7 @@ from dalle.training.task import Batch, Loss, Networks
 from gans.generator import Noise, Painter
 from gans.layers import bottleneck, conv1, dcgan_init, down, join, leaky, relu
 from gans.losses import bce
-from gans.task import GANRun, GANTask, filled, load_encoder
+from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder
 from gans.text import Text
 
 # -- networks
@@ -178,6 +178,12 @@ class GANINTCLSRun(GANRun):
         return bool(self.loss.mismatched or self.loss.interpolated)
 
 
+class GANINTCLSBatch(GanBatch, total=False):
+    """With GAN-INT; ``noise_g`` then goes on with the noise of these."""
+
+    between: Tensor         # [b/2, D]: points between the captions of the global batch's halves
+
+
 class GANINTCLSTask(GANTask):
     """One step of the discriminator, then one of the generator with noise of its own."""
 
@@ -198,9 +204,8 @@ class GANINTCLSTask(GANTask):
             raise UserError(f"GAN-INT pairs the captions of a batch: over {world_size} processes train.batch_size "
                             f"{samples * world_size} must be a multiple of {2 * world_size}")
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Also ``between`` [b/2, D], points between captions of the global batch's halves, and their noise."""
-        prepared = super().prepare(batch, networks, step)
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> GANINTCLSBatch:
+        prepared: GANINTCLSBatch = super().prepare(batch, networks, step)
         if not self.config.loss.interpolated:
             return prepared
         exchange = self.exchange(networks)
@@ -212,7 +217,7 @@ class GANINTCLSTask(GANTask):
         prepared["noise_g"] = {name: torch.cat([values, noise[name]]) for name, values in prepared["noise_g"].items()}
         return prepared
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: GANINTCLSBatch, step: int) -> Loss:
         discriminator, sentence = networks["discriminator"], batch["text"].sentence
         with torch.no_grad():
             painted = networks["generator"](batch["noise"], sentence)
@@ -222,7 +227,7 @@ class GANINTCLSTask(GANTask):
         parts = {"real": real.mean(), "fake": fake.mean()} | ({} if wrong is None else {"wrong": wrong.mean()})
         return Loss(loss, {name: value.detach() for name, value in parts.items()})
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: GANINTCLSBatch, step: int) -> Loss:
         sentence = batch["text"].sentence
         conditions = torch.cat([sentence, batch["between"]]) if "between" in batch else sentence
         painted = networks["generator"](batch["noise_g"], conditions)
@@ -230,5 +235,5 @@ class GANINTCLSTask(GANTask):
         plain, interpolated = logits[:len(sentence)], logits[len(sentence):]
         return Loss(generator_loss(plain, interpolated, self.config.loss.interpolated))
 
-    def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: Callable[..., Any], batch: GANINTCLSBatch, image: Tensor) -> list[Tensor]:
         return [discriminator(image, batch["text"].sentence)]

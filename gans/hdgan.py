@@ -21,12 +21,12 @@ from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.sampling.generator import load_model, model_folder
-from dalle.training.task import Batch, Companion, Loss, Networks
+from dalle.training.task import Companion, Loss, Networks
 from gans.generator import Painter
 from gans.layers import ConditioningAugmentation, Residual, conv1, dcgan_init, join, leaky
 from gans.losses import mse
 from gans.outputs import Painted
-from gans.task import GANRun, GANTask, filled, load_encoder, pyramid
+from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder, pyramid
 from gans.text import Text
 
 STEM_SIDE = 4                       # of the generator's first map
@@ -340,10 +340,10 @@ class HDGANTask(GANTask):
         """Those of the generator's pictures that learn."""
         return images[-len(self.sides):]
 
-    def paint(self, networks: Networks, batch: Batch, step: int) -> Painted:
+    def paint(self, networks: Networks, batch: GanBatch, step: int) -> Painted:
         return networks["generator"](batch["noise"], batch["text"])
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: GanBatch, step: int) -> Loss:
         discriminator, sentence = networks["discriminator"], batch["text"].sentence
         real = discriminator(pyramid(batch["image"], self.sides), sentence)
         wrong = discriminator(pyramid(batch["wrong_image"], self.sides), sentence)
@@ -352,7 +352,7 @@ class HDGANTask(GANTask):
             "real": real[-1].pair.mean().detach(), "wrong": wrong[-1].pair.mean().detach(),
             "fake": fake[-1].pair.mean().detach()})
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: GanBatch, step: int) -> Loss:
         painted = batch["painted"]
         fake = networks["discriminator"](self.judged(painted.images), batch["text"].sentence)
         parts = {"adversarial": adversarial_loss(fake).detach()}
@@ -361,7 +361,7 @@ class HDGANTask(GANTask):
         kl = self.network.base.augmentation.kl(painted.augmented)
         return Loss(generator_loss(fake, kl, self.config.loss.kl), {**parts, "kl": kl.detach()})
 
-    def real_scores(self, discriminator: Any, batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: Any, batch: GanBatch, image: Tensor) -> list[Tensor]:
         scores = discriminator(pyramid(image, self.sides), batch["text"].sentence)
         return [score for level in scores for score in level]
 

@@ -73,6 +73,13 @@ class JointRun(RunConfig):
         return self
 
 
+class JointBatch(Batch, total=False):
+    """A prepared batch: both sides as the model takes them."""
+
+    text: Tensor                    # what ``embed_text`` reads: ids [b, ...]
+    pictures: Tensor | None         # what ``embed_images`` reads; None where captions are compared with captions
+
+
 class JointTask(Task):
     """One player, whose loss is over the global batch; a trunk that is not trained stands beside it, frozen."""
 
@@ -109,15 +116,15 @@ class JointTask(Task):
         with full_precision(pictures.device):
             return networks.bare("trunk")(pictures)[1]
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> JointBatch:
         return {"text": self.read(batch), "pictures": self.look(batch, networks), "class_id": batch["class_id"]}
 
-    def sides(self, network: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
+    def sides(self, network: Callable[..., Any], batch: JointBatch) -> tuple[Tensor, Tensor]:
         """Embeddings [b, D] of a prepared batch's pictures and captions, in one forward of the player."""
         text, pictures = network(batch["text"], batch["pictures"])
         return pictures, text
 
-    def embed(self, networks: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
+    def embed(self, networks: Networks, batch: JointBatch) -> tuple[Tensor, Tensor]:
         """Those [B, D] of the global batch, with gradient: every process computes its one loss."""
         pictures, text = self.sides(networks[self.name], batch)
         return (in_global_order_with_gradient(at_least_single(pictures), networks.world_size),

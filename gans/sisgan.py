@@ -40,7 +40,7 @@ from gans.layers import (
 )
 from gans.losses import bce
 from gans.outputs import Painted
-from gans.task import Exchange, GANRun, filled, load_encoder
+from gans.task import Exchange, GanBatch, GANRun, filled, load_encoder
 from gans.text import Text
 from gans.trunks import HUB, IMAGENET_MEAN, IMAGENET_STD, hub_state
 
@@ -236,6 +236,12 @@ class SISGANRun(GANRun):
                                     "null: from torchvision's hub", json_schema_extra=FREE)
 
 
+class SISGANBatch(GanBatch, total=False):
+    """With what the pictures are edited after."""
+
+    relevant_text: Text         # half the samples' own text, half that of others
+
+
 class SISGANTask(EditingTask):
     """Real, mismatched and edited pairs; the generator's step draws a condition of its own."""
 
@@ -252,12 +258,11 @@ class SISGANTask(EditingTask):
         discriminator = SISGANDiscriminator(config.discriminator, config.data.image_size, encoder.sentence_dim)
         self.assemble(config, generator, discriminator, encoder)
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Adds ``relevant_text``: what the pictures are edited after."""
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> SISGANBatch:
         prepared = super().prepare(batch, networks, step)
         return {**prepared, "relevant_text": relevant_text(self.exchange(networks), prepared["text"])}
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: SISGANBatch, step: int) -> Loss:
         discriminator, asked = networks["discriminator"], batch["relevant_text"]
         with torch.no_grad():
             edited = networks["generator"](batch["noise"], asked, batch["image"]).image
@@ -268,14 +273,14 @@ class SISGANTask(EditingTask):
         return Loss(total, {name: scores.detach().sigmoid().mean() for name, scores in
                             (("real", real), ("wrong", wrong), ("fake", fake))})
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: SISGANBatch, step: int) -> Loss:
         asked = batch["relevant_text"]
         edited = networks["generator"](batch["noise_g"], asked, batch["image"])
         divergence = self.network.augment.kl(edited.augmented)
         fake = networks["discriminator"](edited.image, asked.sentence)
         return Loss(generator_loss(fake, divergence, self.config.loss.kl), {"kl": divergence.detach()})
 
-    def real_scores(self, discriminator: nn.Module, batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: nn.Module, batch: SISGANBatch, image: Tensor) -> list[Tensor]:
         return [discriminator(image, batch["text"].sentence)]
 
 

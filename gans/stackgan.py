@@ -26,7 +26,7 @@ from gans.generator import Noise, Painter
 from gans.layers import ConditioningAugmentation, bottleneck, conv1, dcgan_init, down, join, leaky, same, sequence
 from gans.losses import bce
 from gans.outputs import Painted, Scores
-from gans.task import GANRun, GANTask
+from gans.task import GanBatch, GANRun, GANTask
 from gans.text import Text
 
 SMALLEST = 4             # the side at which generators begin and discriminators end
@@ -182,6 +182,13 @@ class StackGANRun(GANRun):
     loss: StackGANLossConfig = StackGANLossConfig()
 
 
+class StackGANBatch(GanBatch, total=False):
+    """With ``pytorch``, what the discriminator is told of the captions."""
+
+    mean: Tensor              # [b, condition_dim]: of the augmentation
+    wrong_mean: Tensor        # that of the next caption
+
+
 class SentenceForm:
     """``tf``: fresh noise for each player; the wrong pair is another picture with the right caption."""
 
@@ -192,17 +199,17 @@ class SentenceForm:
         return SentenceDiscriminator(sizes.image_size, sizes.sentence_dim, config, stage)
 
     @staticmethod
-    def d_loss(discriminator: Callable[..., Tensor], batch: Batch, fake: Tensor) -> Loss:
+    def d_loss(discriminator: Callable[..., Tensor], batch: StackGANBatch, fake: Tensor) -> Loss:
         sentence = batch["text"].sentence
         real, wrong, made = (discriminator(image, sentence) for image in (batch["image"], batch["wrong_image"], fake))
         return Loss(discriminator_loss(real, wrong, made), taken_for_real(real, wrong, made))
 
     @staticmethod
-    def g_loss(discriminator: Callable[..., Tensor], batch: Batch, fake: Tensor) -> Tensor:
+    def g_loss(discriminator: Callable[..., Tensor], batch: StackGANBatch, fake: Tensor) -> Tensor:
         return bce(discriminator(fake, batch["text"].sentence), 1)
 
     @staticmethod
-    def real_scores(discriminator: Callable[..., Tensor], batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(discriminator: Callable[..., Tensor], batch: StackGANBatch, image: Tensor) -> list[Tensor]:
         return [discriminator(image, batch["text"].sentence)]
 
 
@@ -220,7 +227,7 @@ class MeanForm:
         return MeanDiscriminator(sizes.image_size, sizes.condition_dim, config, stage)
 
     @staticmethod
-    def d_loss(discriminator: Callable[..., Scores], batch: Batch, fake: Tensor) -> Loss:
+    def d_loss(discriminator: Callable[..., Scores], batch: StackGANBatch, fake: Tensor) -> Loss:
         real = discriminator(batch["image"], batch["mean"], batch["wrong_mean"])
         made = discriminator(fake, batch["mean"])
         total = discriminator_loss(real.matched, real.mismatched, made.matched) if real.alone is None \
@@ -228,11 +235,11 @@ class MeanForm:
         return Loss(total, taken_for_real(real.matched, real.mismatched, made.matched))
 
     @staticmethod
-    def g_loss(discriminator: Callable[..., Scores], batch: Batch, fake: Tensor) -> Tensor:
+    def g_loss(discriminator: Callable[..., Scores], batch: StackGANBatch, fake: Tensor) -> Tensor:
         return sum(bce(logits, 1) for logits in discriminator(fake, batch["mean"]).heads())
 
     @staticmethod
-    def real_scores(discriminator: Callable[..., Scores], batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(discriminator: Callable[..., Scores], batch: StackGANBatch, image: Tensor) -> list[Tensor]:
         return discriminator(image, batch["mean"]).heads()
 
 
@@ -259,10 +266,8 @@ class StackGANTask(GANTask):
         discriminator = self.form.discriminator(generator.config, config.discriminator, stage)
         self.assemble(config, generator, discriminator, encoder)
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """For ``pytorch`` also ``mean`` and ``wrong_mean`` [b, condition_dim]: the augmentation's, and that of the next
-        caption."""
-        prepared = super().prepare(batch, networks, step)
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> StackGANBatch:
+        prepared: StackGANBatch = super().prepare(batch, networks, step)
         if self.form is MeanForm:
             exchange = self.exchange(networks)
             with torch.no_grad():
@@ -270,10 +275,10 @@ class StackGANTask(GANTask):
             prepared["wrong_mean"] = exchange.mine(exchange.everyone(prepared["mean"]).roll(-1, 0))
         return prepared
 
-    def paint(self, networks: Networks, batch: Batch, step: int) -> Painted:
+    def paint(self, networks: Networks, batch: StackGANBatch, step: int) -> Painted:
         return networks["generator"](batch["noise"], batch["text"].sentence)
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: StackGANBatch, step: int) -> Loss:
         if self.paints_once:
             painted = batch["painted"]
         else:
@@ -281,11 +286,11 @@ class StackGANTask(GANTask):
                 painted = self.paint(networks, batch, step)
         return self.form.d_loss(networks["discriminator"], batch, painted.image)
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: StackGANBatch, step: int) -> Loss:
         fake = batch["painted"] if self.paints_once else networks["generator"](batch["noise_g"], batch["text"].sentence)
         adversarial = self.form.g_loss(networks["discriminator"], batch, fake.image)
         kl = self.network.augmentation.kl(fake.augmented)
         return Loss(adversarial + self.config.loss.kl * kl, {"adversarial": adversarial.detach(), "kl": kl.detach()})
 
-    def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: Callable[..., Any], batch: StackGANBatch, image: Tensor) -> list[Tensor]:
         return self.form.real_scores(discriminator, batch, image)

@@ -35,7 +35,7 @@ from gans.layers import (
 )
 from gans.losses import bce
 from gans.outputs import Painted, Scores
-from gans.task import GANOptimizer, GANRun, GANTask, filled, load_encoder, pyramid
+from gans.task import GanBatch, GANOptimizer, GANRun, GANTask, filled, load_encoder, pyramid
 from gans.text import Text
 
 SMALLEST = 4             # the side at which the generator begins and the discriminators end
@@ -267,6 +267,15 @@ class StackGANv2Run(GANRun):
         return self.generator.conditional
 
 
+class StackGANv2Batch(GanBatch, total=False):
+    """Pictures at every size, and what is read of the captions."""
+
+    images: list[Tensor]             # [b, 3, s, s], the smallest first
+    wrong_images: list[Tensor]
+    sentence: Tensor | None          # [b, D]; None without captions
+    condition: Tensor | None         # [b, ...]: what the discriminators read of it
+
+
 class StackGANv2Task(GANTask):
     """One step of all discriminators, then one of the generator on the same fakes."""
 
@@ -289,10 +298,9 @@ class StackGANv2Task(GANTask):
         self.colour = usual if config.loss.colour is None else config.loss.colour
         self.assemble(config, StackGANv2Generator(sizes), discriminators, encoder)
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Also ``images``, the pictures at every size; with captions ``wrong_images``, ``sentence`` [b, D] and
-        ``condition``, what the discriminators read of it, which are None without."""
-        prepared = super().prepare({"caption": None, **batch}, networks, step)      # data.caption may be none
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> StackGANv2Batch:
+        # data.caption may be none
+        prepared: StackGANv2Batch = super().prepare({"caption": None, **batch}, networks, step)
         prepared["images"] = self.pyramid(prepared["image"])
         prepared["sentence"] = prepared["condition"] = None
         if self.conditional:
@@ -306,10 +314,10 @@ class StackGANv2Task(GANTask):
     def pyramid(self, image: Tensor) -> list[Tensor]:
         return pyramid(image, self.network.config.sizes)
 
-    def paint(self, networks: Networks, batch: Batch, step: int) -> Painted:
+    def paint(self, networks: Networks, batch: StackGANv2Batch, step: int) -> Painted:
         return networks["generator"](batch["noise"], batch["sentence"])
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: StackGANv2Batch, step: int) -> Loss:
         discriminator = networks["discriminator"]
         real = discriminator(batch["images"], batch["condition"])
         fake = discriminator(batch["painted"].images, batch["condition"])
@@ -321,7 +329,7 @@ class StackGANv2Task(GANTask):
         sizes = self.network.config.sizes
         return Loss(sum(losses), {f"at_{size}": loss.detach() for size, loss in zip(sizes, losses, strict=True)})
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: StackGANv2Batch, step: int) -> Loss:
         """The mean keeps its gradient here: the augmentation learns from what the discriminators make of it, too."""
         painted = batch["painted"]
         augmented = painted.augmented
@@ -338,6 +346,6 @@ class StackGANv2Task(GANTask):
             parts["colour"] = colour.detach()
         return Loss(total, parts)
 
-    def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: Callable[..., Any], batch: StackGANv2Batch, image: Tensor) -> list[Tensor]:
         scores = discriminator(self.pyramid(image), batch["condition"])
         return [logits for level in scores for logits in level.heads()]

@@ -25,7 +25,7 @@ from dalle.training.task import Batch, Companion, Loss, Mean, Networks, Phase, P
 from gans.gan_int_cls import GANINTCLSConfig, GANINTCLSGenerator, trunk, widths
 from gans.generator import TEXT_FOLDER, Noise, Painter
 from gans.layers import dcgan_init, synchronised
-from gans.task import GANTask, PaintingRun, step_generator
+from gans.task import GanBatch, GANTask, PaintingRun, step_generator
 from gans.text import Text, load_text_encoder
 
 NOWHERE = [float("nan")] * 2      # the place of an object that the metadata do not have
@@ -90,6 +90,12 @@ class StyleRun(PaintingRun):
                           json_schema_extra=FREE)
 
 
+class StyleBatch(GanBatch, total=False):
+    """``image`` is what the generator makes of ``z`` and the captions."""
+
+    z: Tensor           # [b, Z]: what is to be found again
+
+
 class StyleTask(GANTask):
     """Minimises E ||z - S(G(z, phi(t)))||^2, eq. 6, with G frozen."""
 
@@ -119,7 +125,7 @@ class StyleTask(GANTask):
     def companions(self) -> dict[str, Companion]:
         return {**super().companions(), "gan": Companion(self.network.generator, "gan")}
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> StyleBatch:
         """A noise for each caption, and the picture that the generator makes of both."""
         sentence = self.encode(networks, batch).sentence
         exchange, generator = self.exchange(networks), networks.bare("generator").generator
@@ -129,7 +135,7 @@ class StyleTask(GANTask):
         z = exchange.mine(whole).to(sentence.device)
         return {"z": z, "image": generator({"z": z}, sentence)}
 
-    def style_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def style_loss(self, networks: Networks, batch: StyleBatch, step: int) -> Loss:
         return Loss((batch["z"] - at_least_single(networks["generator"](batch["image"]))).square().sum(dim=1).mean())
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ from gans.acgan import ClassCheck, Verdict, class_accuracy, doubling
 from gans.generator import Noise, Painter
 from gans.layers import conv1, join, leaky
 from gans.losses import bce
-from gans.task import GANRun, GANTask, filled, load_encoder
+from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder
 from gans.text import Text
 
 DOUBLINGS = 4       # of the generator's first feature map; the discriminator halves as often
@@ -224,14 +224,14 @@ class TACGANTask(GANTask):
         self.check = ClassCheck("TAC-GAN", "discriminator.num_classes", config.discriminator.num_classes)
         self.assemble(config, TACGANGenerator(settings), discriminator, encoder)
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> GanBatch:
         """Pictures are in [0, 1]."""
         exchange = self.exchange(networks)
         everyones = self.check(exchange.everyone(batch["class_id"]))
         prepared = super().prepare({**batch, "class_id": exchange.mine(everyones)}, networks, step)
         return prepared | {name: (prepared[name] + 1) / 2 for name in ("image", "wrong_image")}
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: GanBatch, step: int) -> Loss:
         """Also the share of the real pictures' classes that are named right."""
         discriminator, text = networks["discriminator"], batch["text"]
         with torch.no_grad():
@@ -242,11 +242,11 @@ class TACGANTask(GANTask):
         total = discriminator_loss(real, wrong, fake, batch["class_id"], batch["wrong_class_id"])
         return Loss(total, {"real_accuracy": class_accuracy(real.classes, batch["class_id"])})
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: GanBatch, step: int) -> Loss:
         painted = networks["generator"](batch["noise"], batch["text"])
         fake = networks["discriminator"](painted, batch["text"])
         return Loss(generator_loss(fake, batch["class_id"]),
                     {"accuracy": class_accuracy(fake.classes, batch["class_id"])})
 
-    def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: Callable[..., Any], batch: GanBatch, image: Tensor) -> list[Tensor]:
         return [discriminator(image, batch["text"]).source]

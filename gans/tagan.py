@@ -42,7 +42,7 @@ from gans.layers import (
 )
 from gans.losses import bce
 from gans.outputs import Painted
-from gans.task import GANRun, filled, load_encoder
+from gans.task import GanBatch, GANRun, filled, load_encoder
 from gans.text import Text
 
 SCORE_EPS = 1e-7         # added to a word's score before its logarithm
@@ -291,6 +291,12 @@ class TAGANRun(GANRun):
         return False
 
 
+class TAGANBatch(GanBatch, total=False):
+    """With noise for one more pass."""
+
+    noise_own: Noise        # of the pass with the picture's own sentence
+
+
 class TAGANTask(EditingTask):
     """Pictures with their own sentence and with the one before it in the batch, which is what they are edited after.
 
@@ -308,14 +314,13 @@ class TAGANTask(EditingTask):
                                           word_dim=encoder.word_dim))
         self.assemble(config, generator, discriminator, encoder)
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Adds ``noise_own``, for the pass with the picture's own sentence."""
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> TAGANBatch:
         prepared = super().prepare(batch, networks, step)
         own = self.draw(self.exchange(networks), len(batch["image"]), step, RECONSTRUCTION_STREAM,
                         batch["image"].device)
         return {**prepared, "noise_own": own}
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: TAGANBatch, step: int) -> Loss:
         discriminator, source, asked = networks["discriminator"], batch["image"], batch["wrong_text"]
         with torch.no_grad():
             edited = networks["generator"](batch["noise"], asked, source).image
@@ -327,7 +332,7 @@ class TAGANTask(EditingTask):
                             (("real", real.image), ("fake", fake), ("matching", matching),
                              ("mismatching", mismatching))})
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: TAGANBatch, step: int) -> Loss:
         generator, weights, source = networks["generator"], self.config.loss, batch["image"]
         edited = generator(batch["noise_g"], batch["wrong_text"], source)
         fake = networks["discriminator"](edited.image, batch["wrong_text"])
@@ -339,6 +344,6 @@ class TAGANTask(EditingTask):
                     {"kl": divergences[0].detach(), "reconstruction": error.detach(),
                      "asked": pair.detach().sigmoid().mean()})
 
-    def real_scores(self, discriminator: nn.Module, batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: nn.Module, batch: TAGANBatch, image: Tensor) -> list[Tensor]:
         scores = discriminator(image, batch["text"])
         return [scores.image, *scores.pairs]

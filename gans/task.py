@@ -33,6 +33,7 @@ from dalle.training.task import Batch, Companion, Loss, Networks, Phase, Player,
 from gans.generator import TEXT_FOLDER, GANGenerator, Noise, Painter, draw_noise
 from gans.layers import SynchronisedBatchNorm, spectrally_normalised, synchronised
 from gans.losses import r1_penalty
+from gans.outputs import Painted
 from gans.text import StandardisedTextEncoder, Text, load_text_encoder
 
 CAPTIONS_FOR_STATISTICS = 2000
@@ -115,6 +116,19 @@ class GANRun(PaintingRun):
         return True
 
 
+class GanBatch(Batch, total=False):
+    """A prepared batch: what a step of a GAN is made of. A system with keys of its own declares them in a subclass."""
+
+    image: Tensor               # float [b, 3, S, S] in [-1, 1]
+    text: Text                  # in the place of the ids: the frozen encoder's
+    noise: Noise
+    noise_g: Noise              # with ``fresh_noise``: the generator's phase has its own
+    wrong_image: Tensor         # with ``wrong_images``: [b, 3, S, S] as ``image``, of other samples
+    wrong_class_id: Tensor      # int64 [b]: their classes
+    wrong_text: Text            # with ``wrong_texts``: of other samples
+    painted: Painted            # with ``paints_once``: the generator's, made ahead of the phases
+
+
 class Exchange:
     """Moves tensors between this rank's share of the global batch and all of it."""
 
@@ -157,19 +171,19 @@ class GANTask(Task):
 
     # -- what a system writes
 
-    def paint(self, networks: Networks, batch: Batch, step: int) -> Any:
+    def paint(self, networks: Networks, batch: GanBatch, step: int) -> Painted:
         """With ``paints_once``: what the phases find as ``painted``, all but the generator's without its graph."""
         raise NotImplementedError
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: GanBatch, step: int) -> Loss:
         """The discriminator's loss; what it paints itself it paints without gradient."""
         raise NotImplementedError
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: GanBatch, step: int) -> Loss:
         """The generator's loss."""
         raise NotImplementedError
 
-    def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: Callable[..., Any], batch: GanBatch, image: Tensor) -> list[Tensor]:
         """The logits of real, matching pairs, for R1, [B] or, of patches, [B, ...] of each head; ``image`` takes the
         place of the batch's."""
         raise NotImplementedError
@@ -222,15 +236,11 @@ class GANTask(Task):
             raise UserError(f"train.batch_size leaves each process one sample at once, and this system's batch "
                             f"normalisation needs two: set it to {2 * world_size} or more{remedy}")
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """The step's tensors, those of :class:`GANTask`'s attributes included.
-
-        ``image`` float [b, 3, S, S] in [-1, 1], ``text``, ``noise``, ``class_id`` int64 [b], ``caption``, and as
-        configured ``noise_g``, ``wrong_image``, ``wrong_class_id``, ``wrong_text``.
-        """
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> GanBatch:
+        """The step's tensors, those that :class:`GANTask`'s attributes ask for included."""
         exchange = self.exchange(networks)
-        prepared: Batch = {"image": batch["image"].float() / 127.5 - 1, "class_id": batch["class_id"],
-                           "caption": batch.get("caption")}
+        prepared: GanBatch = {"image": batch["image"].float() / 127.5 - 1, "class_id": batch["class_id"],
+                              "caption": batch.get("caption")}
         if "text" in self.frozen:
             prepared["text"] = self.encode(networks, batch)
         for stream, name in enumerate(("noise", "noise_g") if self.fresh_noise else ("noise",)):
@@ -258,7 +268,7 @@ class GANTask(Task):
         noise = draw_noise(source, exchange.size(own), self.network.noise_dims, self.network.noise_law)
         return {name: exchange.mine(values).to(device, non_blocking=True) for name, values in noise.items()}
 
-    def draw_wrong_images(self, exchange: Exchange, batch: Batch, step: int) -> Batch:
+    def draw_wrong_images(self, exchange: Exchange, batch: Batch, step: int) -> GanBatch:
         """For each sample another picture of the global batch, and its class."""
         images, classes = exchange.everyone(batch["image"]), exchange.everyone(batch["class_id"])
         chosen = other_samples(classes, self.wrong_images == "other_class",
@@ -270,7 +280,7 @@ class GANTask(Task):
         """Sample i gets the text of sample i + shift of the global batch."""
         return Text(*(exchange.mine(exchange.everyone(part).roll(-self.wrong_text_shift, 0)) for part in text))
 
-    def r1_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def r1_loss(self, networks: Networks, batch: GanBatch, step: int) -> Loss:
         """gamma / 2 of the gradient penalties of all heads, times the steps between two (lazy regularisation).
 
         Each head is penalised as if it judged alone: it has a loss of its own in ``d_loss``, which adds them up, too.

@@ -23,7 +23,7 @@ from dalle.sampling.generator import load_model, load_tokenizer
 from dalle.tasks.clip import full_precision
 from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.task import Batch, Loss, Networks, Phase
-from gans.joint import JointConfig, JointModel, JointRun, JointTask
+from gans.joint import JointBatch, JointConfig, JointModel, JointRun, JointTask
 from gans.task import filled
 from gans.text import TOKENIZER_FOLDER, Text, TextEncoder, length_mask, lost_of_prompts, token_ids
 
@@ -200,7 +200,7 @@ class VSETask(JointTask):
     def read(self, batch: Batch) -> Tensor:
         return batch["text"]
 
-    def rank(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def rank(self, networks: Networks, batch: JointBatch, step: int) -> Loss:
         """The hinges, and the mean cosine of the pairs."""
         pictures, captions = self.embed(networks, batch)
         with full_precision(captions.device):

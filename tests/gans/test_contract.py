@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from dalle.sampling.generator import load_generator
 from dalle.tasks import RUNS, TASKS
 from dalle.training.checkpoint import read_state
 from dalle.training.companions import records_of
-from dalle.training.engine import create_engine
+from dalle.training.engine import Engine, create_engine
 from dalle.training.optimizers import OptimizerConfig, build_optimizer
+from dalle.training.task import Task
 from gans import SYSTEMS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,18 +172,31 @@ def test_every_companion_is_known_and_named_by_a_setting_whose_path_may_change(z
     assert read_state(max((zoo.run(name) / "checkpoints").glob("step_*")))["companions"] == records_of(task)
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_only_the_phases_player_moves(zoo, name, tmp_path):
-    config = load_config(zoo.config(name, tmp_path), [], RUNS)
+def prepared_by(zoo: Zoo, name: str, folder: Path) -> tuple[Engine, Task, dict]:
+    """An engine, a fresh task of the system in it, and a batch with what its phases make ahead."""
+    config = load_config(zoo.config(name, folder), [], RUNS)
     engine = create_engine(config)
     torch.manual_seed(0)
     task = TASKS[name](config)
-    engine.prepare(task, tmp_path)
+    engine.prepare(task, folder)
     batch = next(iter(train_batches(config.data, seed=0, batch_size=BATCH)))
     with torch.no_grad():
         prepared = task.prepare(engine.to_device(batch), engine.networks, 0)
         for phase in task.phases:
             prepared |= phase.make(engine.networks, prepared, 0)
+    return engine, task, prepared
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_what_prepare_hands_to_the_losses_is_declared(zoo, name, tmp_path):
+    _, task, prepared = prepared_by(zoo, name, tmp_path)
+    declared = get_type_hints(get_type_hints(task.prepare)["return"])
+    assert sorted(prepared.keys() - declared.keys()) == []
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_only_the_phases_player_moves(zoo, name, tmp_path):
+    engine, task, prepared = prepared_by(zoo, name, tmp_path)
     for phase in task.phases:
         before = {player: parameters(engine.networks.bare(player)) for player in task.players}
         frozen = {other: states(module) for other, module in task.frozen.items()}
