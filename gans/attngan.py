@@ -49,12 +49,16 @@ SHADE = 0.2         # of a picture where a word was not looked for
 class AttnGANConfig(ModelConfig):
     """Sizes of the generator; the defaults are the paper's for CUB (COCO: width 48, residuals 3)."""
 
-    image_size: int = Field(default=256, ge=8, description="side of the last picture; each refinement doubles the side")
-    refinements: int = Field(default=2, ge=1)
-    sentence_dim: int = Field(default=256, ge=1)
-    word_dim: int = Field(default=256, ge=1)
-    z_dim: int = Field(default=100, ge=1)
-    condition_dim: int = Field(default=100, ge=1)
+    image_size: int = Field(default=256, ge=8, description="side of the last picture in pixels; each refinement "
+                            "doubles the side")
+    refinements: int = Field(default=2, ge=1, description="how often a map is refined after its words, and doubled in "
+                             "side")
+    sentence_dim: int = Field(default=256, ge=1, description="numbers in the text encoder's sentence vector; follows "
+                              "from it")
+    word_dim: int = Field(default=256, ge=1, description="numbers in each of the text encoder's word vectors; follows "
+                          "from it")
+    z_dim: int = Field(default=100, ge=1, description="numbers in the noise vector z")
+    condition_dim: int = Field(default=100, ge=1, description="numbers in the condition that is drawn around a caption")
     width: int = Field(default=32, ge=1, description="channels of the maps that pictures are made of (ngf)")
     residuals: int = Field(default=2, ge=0, description="residual blocks of a refinement")
     last_only: bool = Field(default=False, description="AttnDCGAN: only the last picture is made")
@@ -293,7 +297,7 @@ class AttnGANLossConfig(Section, json_schema_extra=FREE):
     """The generator's further terms."""
 
     damsm: float = Field(default=5.0, ge=0, description="lambda of equation 12 (COCO: 50, AttnDCGAN: 1)")
-    kl: float = Field(default=1.0, ge=0, description="of the conditioning's divergence")
+    kl: float = Field(default=1.0, ge=0, description="weight of the conditioning augmentation's divergence")
     gammas: Gammas | None = Field(default=None, description="of the matching scores: attention, words, pairs; null: "
                                   "those that the matching model was trained with (the code's 4, 5, 10)")
     same_class: Literal["left_out", "mismatched"] = Field(
@@ -303,12 +307,15 @@ class AttnGANLossConfig(Section, json_schema_extra=FREE):
 class AttnGANRun(GANRun):
     """An AttnGAN run. Without ``text_encoder`` the matching model's own reads the captions, as in the paper."""
 
-    task: Literal["attngan"] = "attngan"
+    task: Literal["attngan"] = Field(default="attngan", description="the kind of run: an AttnGAN")
     damsm: str = Field(description="run or model folder of the matching model; frozen", json_schema_extra=FREE)
-    generator: AttnGANConfig = AttnGANConfig()
-    discriminator: AttnGANDiscriminatorConfig = AttnGANDiscriminatorConfig()
-    generator_optimizer: GANOptimizer = GANOptimizer(ema=0.999)
-    loss: AttnGANLossConfig = AttnGANLossConfig()
+    generator: AttnGANConfig = Field(default=AttnGANConfig(), description="sizes of the generator")
+    discriminator: AttnGANDiscriminatorConfig = Field(default=AttnGANDiscriminatorConfig(),
+                                                      description="sizes of the discriminators")
+    generator_optimizer: GANOptimizer = Field(default=GANOptimizer(ema=0.999),
+                                              description="how the generator's weights move")
+    loss: AttnGANLossConfig = Field(default=AttnGANLossConfig(), description="the generator's terms beside the "
+                                    "adversarial one")
 
     @property
     def reads_several_captions(self) -> bool:

@@ -31,17 +31,16 @@ from gans.text import (
     TRANSFORMERS_PREFIX,
     Text,
     TextEncoder,
+    TokenTextEncoder,
     damaged,
     length_mask,
-    lost_of_prompts,
-    token_ids,
     with_one_word,
     write_description,
 )
 
 # -- trained here
 
-class ClipTextEncoder(TextEncoder):
+class ClipTextEncoder(TokenTextEncoder):
     """A CLIP run: the sentence is its unit-length text embedding, the words are the text tower's last features."""
 
     model_type = "clip"
@@ -60,14 +59,11 @@ class ClipTextEncoder(TextEncoder):
             return self.model.encode_text(ids), tokens[0]
 
     def encode(self, captions: list[str]) -> Text:
-        ids = token_ids(self.tokenizer, captions, self.text_length).to(self.device)
+        ids = self.ids(captions)
         sentence, tokens = self._features(ids)
         # the tower sees a start before the caption and an end behind it
         words = tokens[:, 1 : 1 + self.text_length].transpose(1, 2)
         return Text(sentence, words, length_mask((ids != 0).sum(dim=1), self.text_length))
-
-    def warnings(self, captions: Sequence[str]) -> list[str]:
-        return lost_of_prompts(self.tokenizer, captions, self.text_length)
 
     def save(self, folder: str | Path) -> None:
         self.model.save_pretrained(folder)

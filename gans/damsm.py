@@ -39,13 +39,12 @@ from dalle.sampling.generator import (
 from dalle.sampling.rerank import FeatureReranker
 from dalle.tasks.clip import POOLS, RANKS, full_precision, pooled_recalls, pools_of, recall
 from dalle.training.gathering import of_everyone
-from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
 from gans.layers import synchronised
 from gans.matching import GAMMAS, Gammas, MatchingLosses, damsm_losses, word_scores
-from gans.task import step_generator
-from gans.text import TOKENIZER_FOLDER, Text, TextEncoder, length_mask, token_ids
+from gans.task import GANOptimizer, step_generator
+from gans.text import TOKENIZER_FOLDER, Text, TokenTextEncoder, length_mask, token_ids
 from gans.trunks import build_trunk
 
 WORD_DROPOUT_STREAM, WORD_CHOICE_STREAM = 200, 201
@@ -57,13 +56,17 @@ R_PRECISION_CANDIDATES = 100
 class DamsmConfig(ModelConfig):
     """The paper's sizes, with CUB's vocabulary."""
 
-    num_text_tokens: int = Field(default=5450, ge=2, description="the tokenizer's vocabulary, 0 for no word included")
-    text_length: int = Field(default=18, ge=1)
-    dim: int = Field(default=256, ge=2, multiple_of=2, description="D of the common space; half a direction")
-    embedding_dim: int = Field(default=300, ge=1)
-    dropout: float = Field(default=0.5, ge=0, lt=1, description="of the embeddings")
+    num_text_tokens: int = Field(default=5450, ge=2, description="tokens in the tokenizer's vocabulary, 0 for none "
+                                 "included; follows from it")
+    text_length: int = Field(default=18, ge=1, description="most tokens of a caption that are read; follows from "
+                             "data.text_length")
+    dim: int = Field(default=256, ge=2, multiple_of=2, description="numbers in the vectors of the common space; half "
+                     "of them from each reading direction")
+    embedding_dim: int = Field(default=300, ge=1, description="numbers in the vector of a token before it is read in "
+                               "context")
+    dropout: float = Field(default=0.5, ge=0, lt=1, description="share of those numbers set to 0 in training")
     trunk: str | None = Field(default="inception_v3", description="as in gans/trunks.py; null: a text encoder alone")
-    gammas: Gammas = GAMMAS
+    gammas: Gammas = Field(default=GAMMAS, description="how sharp attention, sum over words and softmax over pairs are")
 
 
 class WordEncoder(nn.Module):
@@ -163,21 +166,22 @@ def with_pictures(model: Damsm, folder: Path) -> Damsm:
 class DamsmArchitecture(Section, json_schema_extra=FIXED):
     """The sizes that are free; vocabulary and length follow from the tokenizer and the data."""
 
-    dim: int = Field(default=256, ge=2, multiple_of=2)
-    embedding_dim: int = Field(default=300, ge=1)
-    dropout: float = Field(default=0.5, ge=0, lt=1, json_schema_extra=FREE)
+    dim: int = Field(default=256, ge=2, multiple_of=2, description="numbers in the vectors of the common space; half "
+                     "of them from each reading direction")
+    embedding_dim: int = Field(default=300, ge=1, description="numbers in the vector of a token before it is read in "
+                               "context")
+    dropout: float = Field(default=0.5, ge=0, lt=1, description="share of those numbers set to 0 in "
+                           "training", json_schema_extra=FREE)
     trunk: str = Field(default="inception_v3", description="small[:WIDTH], or inception_v3, googlenet or vgg16 with "
                        "nothing (torchvision's hub), :FILE or :random behind it", json_schema_extra=FREE)
 
 
-class DamsmOptimizer(OptimizerConfig):
+class DamsmOptimizer(GANOptimizer):
     """Adam at 0.002; in the schedule ``step`` the rate falls until it has reached ``lowest_lr``."""
 
-    lr: float = Field(default=2e-3, gt=0)
-    betas: Betas = (0.5, 0.999)
-    clip: float = Field(default=0.0, ge=0)
-    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
-    lowest_lr: float = Field(default=2e-4, gt=0, description="of the schedule step: falls no more from here on")
+    lr: float = Field(default=2e-3, gt=0, description="peak learning rate")
+    lowest_lr: float = Field(default=2e-4, gt=0, description="learning rate below which the schedule step falls no "
+                             "more")
 
     def factor(self, step: int, steps: int) -> float:
         if self.schedule != "step" or self.step_factor == 1:
@@ -189,15 +193,15 @@ class DamsmOptimizer(OptimizerConfig):
 class DamsmTextOptimizer(DamsmOptimizer):
     """The same, with the text encoder's gradient clipped."""
 
-    clip: float = Field(default=0.25, ge=0)
+    clip: float = Field(default=0.25, ge=0, description="largest norm of the text encoder's gradient; 0: not clipped")
 
 
 class DamsmLossConfig(Section, json_schema_extra=FREE):
     """How sharp the losses are, and which pairs they compare."""
 
-    gamma1: float = Field(default=4.0, gt=0, description="of the attention over regions; the paper has 5")
-    gamma2: float = Field(default=5.0, gt=0, description="of the sum over words")
-    gamma3: float = Field(default=10.0, gt=0, description="of the softmax over pairs")
+    gamma1: float = Field(default=4.0, gt=0, description="sharpness of the attention over regions; the paper has 5")
+    gamma2: float = Field(default=5.0, gt=0, description="sharpness of the sum over words")
+    gamma3: float = Field(default=10.0, gt=0, description="sharpness of the softmax over pairs")
     same_class: Literal["left_out", "mismatched"] = Field(
         default="left_out", description="what another sample of one's own class is; a sample without class has none")
 
@@ -209,11 +213,14 @@ class DamsmLossConfig(Section, json_schema_extra=FREE):
 class DamsmRun(RunConfig):
     """A DAMSM run: sizes, trunk, losses and how the two encoders move."""
 
-    task: Literal["damsm"] = "damsm"
-    model: DamsmArchitecture = DamsmArchitecture()
-    text_optimizer: DamsmTextOptimizer = DamsmTextOptimizer()
-    image_optimizer: DamsmOptimizer = DamsmOptimizer()
-    loss: DamsmLossConfig = DamsmLossConfig()
+    task: Literal["damsm"] = Field(default="damsm", description="the kind of run: a DAMSM")
+    model: DamsmArchitecture = Field(default=DamsmArchitecture(), description="sizes of the two encoders, and the "
+                                     "trunk")
+    text_optimizer: DamsmTextOptimizer = Field(default=DamsmTextOptimizer(),
+                                               description="how the text encoder's weights move")
+    image_optimizer: DamsmOptimizer = Field(default=DamsmOptimizer(), description="how the picture side's weights move")
+    loss: DamsmLossConfig = Field(default=DamsmLossConfig(), description="how sharp the losses are, and which pairs "
+                                  "they compare")
     trunk_batch_statistics: bool = Field(default=True, description="the batch norms of a frozen trunk see the "
                                          "batch, as in the released code; false: the statistics that it came with",
                                          json_schema_extra=FREE)
@@ -381,7 +388,7 @@ def word_recalls(figures: dict[str, Mean], pairs: list[tuple[Tensor, Tensor, Ten
 
 # -- the trained model at work
 
-class DAMSMTextEncoder(TextEncoder):
+class DAMSMTextEncoder(TokenTextEncoder):
     """The text side of a DAMSM run."""
 
     model_type = Damsm.model_type
@@ -394,7 +401,7 @@ class DAMSMTextEncoder(TextEncoder):
         self.freeze()
 
     def encode(self, captions: list[str]) -> Text:
-        return self.network(token_ids(self.tokenizer, captions, self.text_length).to(self.device))
+        return self.network(self.ids(captions))
 
     def warnings(self, captions: Iterable[str]) -> list[str]:
         return lost_warnings(list(captions), self.tokenizer, self.text_length, "caption for the text encoder")

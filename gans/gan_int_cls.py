@@ -31,12 +31,14 @@ from gans.text import Text
 class GANINTCLSConfig(ModelConfig):
     """Sizes of the generator; the paper's for birds and flowers (COCO: ``width`` 196)."""
 
-    image_size: int = Field(default=64, ge=16)
-    sentence_dim: int = Field(default=1024, ge=1)
-    text_dim: int = Field(default=128, ge=1)
-    noise_dim: int = Field(default=100, ge=1)
+    image_size: int = Field(default=64, ge=16, description="side of the pictures in pixels; follows from "
+                            "data.image_size")
+    sentence_dim: int = Field(default=1024, ge=1, description="numbers in the text encoder's sentence vector; follows "
+                              "from it")
+    text_dim: int = Field(default=128, ge=1, description="numbers that the sentence is projected to")
+    noise_dim: int = Field(default=100, ge=1, description="numbers in the noise vector z")
     width: int = Field(default=128, ge=2, description="ngf: channels at half of the picture's side")
-    large: bool = Field(default=False, description="two bottlenecks in place of each")
+    large: bool = Field(default=False, description="use two bottlenecks in the place of each")
 
     @model_validator(mode="after")
     def _power_of_two(self) -> "GANINTCLSConfig":
@@ -96,8 +98,8 @@ class GANINTCLSGenerator(Painter):
 class GANINTCLSDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Sizes of the discriminator; the paper's for birds and flowers (COCO: ``width`` 196, ``variant`` cls)."""
 
-    width: int = Field(default=64, ge=2)
-    text_dim: int = Field(default=128, ge=1)
+    width: int = Field(default=64, ge=2, description="ndf: channels after the first halving")
+    text_dim: int = Field(default=128, ge=1, description="numbers that the sentence is projected to")
     variant: Literal["cls_int", "cls"] = Field(default="cls_int", description="the code's for birds and flowers, with "
                                                "BatchNorm on the text and no activation at 8x8, or that for COCO")
 
@@ -161,10 +163,12 @@ class GANINTCLSLoss(Section, json_schema_extra=FREE):
 class GANINTCLSRun(GANRun):
     """A GAN-INT-CLS run."""
 
-    task: Literal["gan_int_cls"] = "gan_int_cls"
-    generator: GANINTCLSConfig = GANINTCLSConfig()
-    discriminator: GANINTCLSDiscriminatorConfig = GANINTCLSDiscriminatorConfig()
-    loss: GANINTCLSLoss = GANINTCLSLoss()
+    task: Literal["gan_int_cls"] = Field(default="gan_int_cls", description="the kind of run: a GAN-INT-CLS")
+    generator: GANINTCLSConfig = Field(default=GANINTCLSConfig(), description="sizes of the generator")
+    discriminator: GANINTCLSDiscriminatorConfig = Field(default=GANINTCLSDiscriminatorConfig(),
+                                                        description="sizes of the discriminator")
+    loss: GANINTCLSLoss = Field(default=GANINTCLSLoss(), description="which of the three systems it is, and how "
+                                "strongly")
 
     @model_validator(mode="after")
     def _captions_are_paired(self) -> "GANINTCLSRun":

@@ -40,15 +40,17 @@ PATCHES_FROM = 2                    # the third level on judges 5 x 5 patches, t
 class HDGANConfig(ModelConfig):
     """Sizes of the generator; the defaults are the paper's."""
 
-    image_size: int = Field(default=256, ge=1, description="side of the largest picture")
+    image_size: int = Field(default=256, ge=1, description="side of the largest picture in pixels; follows from "
+                            "data.image_size")
     levels: int = Field(default=3, ge=1, description="pictures of the generator, each of twice the side before")
-    sentence_dim: int = Field(default=1024, ge=1)
-    z_dim: int = Field(default=100, ge=1)
-    condition_dim: int = Field(default=128, ge=1)
+    sentence_dim: int = Field(default=1024, ge=1, description="numbers in the text encoder's sentence vector; follows "
+                              "from it")
+    z_dim: int = Field(default=100, ge=1, description="numbers in the noise vector z")
+    condition_dim: int = Field(default=128, ge=1, description="numbers in the condition that is drawn around a caption")
     width: int = Field(default=128, ge=4, description="an eighth of the first map's channels")
     residuals: int = Field(default=1, ge=0, description="residual blocks a scale")
     extended: bool = Field(default=False, description="the largest picture is made by a further stage, trained alone")
-    extension_residuals: int = Field(default=2, ge=0)
+    extension_residuals: int = Field(default=2, ge=0, description="residual blocks of the further stage")
 
     @model_validator(mode="after")
     def _sides_are_powers_of_two(self) -> "HDGANConfig":
@@ -278,25 +280,28 @@ class HDGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Sizes of the discriminators; the defaults are the paper's."""
 
     width: int = Field(default=512, ge=16, description="channels of the codes")
-    text_dim: int = Field(default=128, ge=1)
+    text_dim: int = Field(default=128, ge=1, description="numbers that the sentence is projected to")
 
 
 class HDGANLossConfig(Section, json_schema_extra=FREE):
     """Weights of the generator's further terms."""
 
-    kl: float = Field(default=4.0, ge=0, description="of the conditioning's divergence (COCO: 2)")
-    pixels: float = Field(default=1.0, ge=0, description="of a further stage's distance to the picture before it")
+    kl: float = Field(default=4.0, ge=0, description="weight of the conditioning augmentation's divergence (COCO: 2)")
+    pixels: float = Field(default=1.0, ge=0, description="weight of a further stage's distance to the picture before "
+                          "it")
 
 
 class HDGANRun(GANRun):
     """An HDGAN run; with ``base`` the further stage on top of that run's generator. The paper averages 4 captions."""
 
-    task: Literal["hdgan"] = "hdgan"
+    task: Literal["hdgan"] = Field(default="hdgan", description="the kind of run: an HDGAN")
     base: str | None = Field(default=None, description="run or model folder of the finished generator that "
                              "generator.extended builds on", json_schema_extra=FREE)
-    generator: HDGANConfig = HDGANConfig()
-    discriminator: HDGANDiscriminatorConfig = HDGANDiscriminatorConfig()
-    loss: HDGANLossConfig = HDGANLossConfig()
+    generator: HDGANConfig = Field(default=HDGANConfig(), description="sizes of the generator")
+    discriminator: HDGANDiscriminatorConfig = Field(default=HDGANDiscriminatorConfig(),
+                                                    description="sizes of the discriminators")
+    loss: HDGANLossConfig = Field(default=HDGANLossConfig(), description="weights of the generator's terms beside the "
+                                  "adversarial one")
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> "HDGANRun":

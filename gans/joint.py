@@ -24,7 +24,8 @@ class JointConfig(ModelConfig):
     """The picture's side: a trunk's vector or, without ``trunk``, one that comes from outside."""
 
     trunk: str | None = Field(default=None, description="a trunk of gans/trunks.py", json_schema_extra=FREE)
-    image_dim: int | None = Field(default=None, ge=1, description="follows from the trunk; neither: captions alone")
+    image_dim: int | None = Field(default=None, ge=1, description="numbers in a picture's vector; follows from the "
+                                  "trunk; neither: captions alone")
 
 
 class JointModel(PretrainedModel):

@@ -56,14 +56,18 @@ RANDOM = "random"
 class SISGANConfig(ModelConfig):
     """The paper's sizes. ``channels`` are those of the first convolution; the bottleneck has four times as many."""
 
-    image_size: int = Field(default=64, ge=16)
-    sentence_dim: int = Field(default=300, ge=1)
-    condition_dim: int = Field(default=128, ge=1)
-    channels: int = Field(default=128, ge=1)
-    residual_blocks: int = Field(default=4, ge=0)
+    image_size: int = Field(default=64, ge=16, description="side of the pictures in pixels; follows from "
+                            "data.image_size")
+    sentence_dim: int = Field(default=300, ge=1, description="numbers in the text encoder's sentence vector; follows "
+                              "from it")
+    condition_dim: int = Field(default=128, ge=1, description="numbers in the condition that is drawn around a caption")
+    channels: int = Field(default=128, ge=1, description="channels of the first convolution; the bottleneck has four "
+                          "times as many")
+    residual_blocks: int = Field(default=4, ge=0, description="residual blocks of the bottleneck")
     encoder: Literal["vgg16", "plain"] = Field(default="vgg16", description="vgg16: frozen, up to conv4_3; plain: "
                                                "three convolutions, learnt")
-    dilation: int = Field(default=2, ge=1, description="of conv4_1 to conv4_3 of vgg16")
+    dilation: int = Field(default=2, ge=1, description="spacing in pixels of what conv4_1 to conv4_3 of vgg16 see; 1: "
+                          "their neighbours")
 
     @model_validator(mode="after")
     def _fits(self) -> "SISGANConfig":
@@ -148,8 +152,7 @@ class SISGANGenerator(Editor):
 
     def __init__(self, config: SISGANConfig):
         super().__init__(config)
-        channels = config.channels
-        wide = 4 * channels
+        channels, wide = config.channels, 4 * config.channels
         self.augment = ConditioningAugmentation(config.sentence_dim, config.condition_dim, "lrelu", bias=False)
         self.merge = same(wide + config.condition_dim, wide, activation=None)
         self.residual = nn.Sequential(*(residual_relu(wide) for _ in range(config.residual_blocks)))
@@ -172,7 +175,8 @@ class SISGANGenerator(Editor):
 class SISGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """The paper's sizes; the channels double from layer to layer, up to eight times the first."""
 
-    channels: int = Field(default=64, ge=1)
+    channels: int = Field(default=64, ge=1, description="channels of the first convolution; they double up to eight "
+                          "times as many")
     text_dim: int = Field(default=128, ge=1, description="length of the projected sentence")
 
 
@@ -203,7 +207,7 @@ class SISGANDiscriminator(nn.Module):
 class SISGANLossConfig(Section, json_schema_extra=FREE):
     """The port's weights; ``negative_weight: 1`` and ``kl: 0`` are the paper's eq. 3 to the letter."""
 
-    negative_weight: float = Field(default=0.5, ge=0, description="of the mismatched and of the edited pairs")
+    negative_weight: float = Field(default=0.5, ge=0, description="weight of the mismatched and of the edited pairs")
     kl: float = Field(default=1.0, ge=0, description="weight of the conditioning augmentation's divergence")
 
 
@@ -228,10 +232,11 @@ def relevant(everyone: Tensor) -> Tensor:
 class SISGANRun(GANRun):
     """A SISGAN run."""
 
-    task: Literal["sisgan"] = "sisgan"
-    generator: SISGANConfig = SISGANConfig()
-    discriminator: SISGANDiscriminatorConfig = SISGANDiscriminatorConfig()
-    loss: SISGANLossConfig = SISGANLossConfig()
+    task: Literal["sisgan"] = Field(default="sisgan", description="the kind of run: a SISGAN")
+    generator: SISGANConfig = Field(default=SISGANConfig(), description="sizes of the generator")
+    discriminator: SISGANDiscriminatorConfig = Field(default=SISGANDiscriminatorConfig(),
+                                                     description="sizes of the discriminator")
+    loss: SISGANLossConfig = Field(default=SISGANLossConfig(), description="weights of the loss's terms")
     vgg_weights: str | None = Field(default=None, description=f"file of torchvision's {VGG_WEIGHTS}, or {RANDOM}; "
                                     "null: from torchvision's hub", json_schema_extra=FREE)
 

@@ -90,7 +90,7 @@ class StackGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Sizes of a discriminator; the others follow from the picture. COCO's width is 96."""
 
     width: int = Field(default=64, ge=2, description="channels after the first halving")
-    text_dim: int = Field(default=128, ge=1, description="of its own projection of the caption (tf)")
+    text_dim: int = Field(default=128, ge=1, description="numbers that the caption is projected to (tf)")
 
 
 def trunk_widths(width: int, image_size: int, stage: Stage) -> tuple[list[int], list[int]]:
@@ -159,7 +159,8 @@ class MeanDiscriminator(nn.Module):
 class StackGANLossConfig(Section, json_schema_extra=FREE):
     """Weights of the losses."""
 
-    kl: float = Field(default=2.0, ge=0, description="of the mean over the condition's dimensions, not their sum")
+    kl: float = Field(default=2.0, ge=0, description="weight of the augmentation's divergence, a mean over the "
+                      "condition's numbers, not their sum")
 
 
 def discriminator_loss(real: Tensor, wrong: Tensor, fake: Tensor) -> Tensor:
@@ -178,8 +179,9 @@ def two_headed_discriminator_loss(real: Scores, fake: Scores) -> Tensor:
 class StackGANRun(GANRun):
     """What the runs of both stages have."""
 
-    discriminator: StackGANDiscriminatorConfig = StackGANDiscriminatorConfig()
-    loss: StackGANLossConfig = StackGANLossConfig()
+    discriminator: StackGANDiscriminatorConfig = Field(default=StackGANDiscriminatorConfig(),
+                                                       description="sizes of the discriminator")
+    loss: StackGANLossConfig = Field(default=StackGANLossConfig(), description="weights of the loss's terms")
 
 
 class StackGANBatch(GanBatch, total=False):

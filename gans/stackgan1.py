@@ -31,12 +31,15 @@ from gans.task import filled, load_encoder
 class StackGAN1Config(ModelConfig):
     """Sizes of the first generator; the defaults are the paper's. COCO's: variant pytorch, width 192."""
 
-    variant: Variant = "tf"
-    image_size: int = Field(default=64, ge=1)
+    variant: Variant = Field(default="tf", description="the published form: the paper's (birds, flowers), or that of "
+                             "COCO")
+    image_size: int = Field(default=64, ge=1, description="side of the pictures in pixels; follows from "
+                            "data.image_size")
     width: int = Field(default=128, ge=2, description="channels at half of the picture's side")
-    z_dim: int = Field(default=100, ge=1)
-    condition_dim: int = Field(default=128, ge=1)
-    sentence_dim: int = Field(default=1024, ge=1)
+    z_dim: int = Field(default=100, ge=1, description="numbers in the noise vector z")
+    condition_dim: int = Field(default=128, ge=1, description="numbers in the condition that is drawn around a caption")
+    sentence_dim: int = Field(default=1024, ge=1, description="numbers in the text encoder's sentence vector; follows "
+                              "from it")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "StackGAN1Config":
@@ -107,8 +110,8 @@ class StackGAN1Generator(StackGANGenerator):
 class StackGAN1Run(StackGANRun):
     """A run of stage I. The paper's condition is the mean of 4 captions (``data.num_captions``); COCO's is one."""
 
-    task: Literal["stackgan1"] = "stackgan1"
-    generator: StackGAN1Config = StackGAN1Config()
+    task: Literal["stackgan1"] = Field(default="stackgan1", description="the kind of run: stage I of a StackGAN")
+    generator: StackGAN1Config = Field(default=StackGAN1Config(), description="sizes of the generator")
 
 
 class StackGAN1Task(StackGANTask):

@@ -39,14 +39,19 @@ PROBES = ("a small red circle", "this bird has wings that are brown and has a wh
 class StackGAN2Config(ModelConfig):
     """Sizes of the second generator; the defaults are the paper's. COCO's: variant pytorch, width 192, residuals 2."""
 
-    variant: Variant = "tf"
-    image_size: int = Field(default=256, ge=1)
+    variant: Variant = Field(default="tf", description="the published form: the paper's (birds, flowers), or that of "
+                             "COCO")
+    image_size: int = Field(default=256, ge=1, description="side of the pictures in pixels; follows from "
+                            "data.image_size")
     width: int = Field(default=128, ge=2, description="channels of the first convolution over the small picture")
-    residuals: int = Field(default=4, ge=0)
-    condition_dim: int = Field(default=128, ge=1)
-    sentence_dim: int = Field(default=1024, ge=1)
-    stage1: StackGAN1Config = Field(default=StackGAN1Config(), description="follows from the run of stage I")
-    stage1_train: bool = Field(default=False, description="stage I normalises by the statistics of the batch")
+    residuals: int = Field(default=4, ge=0, description="residual blocks where the small picture meets the caption")
+    condition_dim: int = Field(default=128, ge=1, description="numbers in the condition that is drawn around a caption")
+    sentence_dim: int = Field(default=1024, ge=1, description="numbers in the text encoder's sentence vector; follows "
+                              "from it")
+    stage1: StackGAN1Config = Field(default=StackGAN1Config(), description="sizes of the first generator; follow from "
+                                    "the run of stage I")
+    stage1_train: bool = Field(default=False, description="stage I normalises by the statistics of the batch, not by "
+                               "its running ones")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "StackGAN2Config":
@@ -102,10 +107,10 @@ class StackGAN2Generator(StackGANGenerator):
 class StackGAN2Run(StackGANRun):
     """A run of stage II. ``text_encoder`` may be left out: captions are read as stage I reads them."""
 
-    task: Literal["stackgan2"] = "stackgan2"
+    task: Literal["stackgan2"] = Field(default="stackgan2", description="the kind of run: stage II of a StackGAN")
     stage1: str = Field(description="the run or model folder of stage I, which paints what is painted over; frozen",
                         json_schema_extra=FREE)
-    generator: StackGAN2Config = StackGAN2Config()
+    generator: StackGAN2Config = Field(default=StackGAN2Config(), description="sizes of the generator")
 
 
 class StackGAN2Task(StackGANTask):

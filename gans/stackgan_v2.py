@@ -46,14 +46,16 @@ SMALLEST = 4             # the side at which the generator begins and the discri
 class StackGANv2Config(ModelConfig):
     """Sizes of the generator; the defaults are the paper's: 64, 128 and 256 pixels, with captions."""
 
-    image_size: int = Field(default=256, ge=1, description="of the last level; each has half the side of the next")
-    levels: int = Field(default=3, ge=1)
+    image_size: int = Field(default=256, ge=1, description="side of the last level's picture in pixels; each level has "
+                            "half the side of the next")
+    levels: int = Field(default=3, ge=1, description="pictures of different sizes, a discriminator each")
     width: int = Field(default=64, ge=2, description="channels at the first level; half of them at the next")
-    residuals: int = Field(default=2, ge=0, description="blocks at each level but the first")
-    z_dim: int = Field(default=100, ge=1)
-    conditional: bool = True
-    condition_dim: int = Field(default=128, ge=1)
-    sentence_dim: int = Field(default=1024, ge=1)
+    residuals: int = Field(default=2, ge=0, description="residual blocks at each level but the first")
+    z_dim: int = Field(default=100, ge=1, description="numbers in the noise vector z")
+    conditional: bool = Field(default=True, description="paint after captions; false: after noise alone")
+    condition_dim: int = Field(default=128, ge=1, description="numbers in the condition that is drawn around a caption")
+    sentence_dim: int = Field(default=1024, ge=1, description="numbers in the text encoder's sentence vector; follows "
+                              "from it")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "StackGANv2Config":
@@ -193,7 +195,8 @@ class Discriminators(nn.Module):
 class StackGANv2LossConfig(Section, json_schema_extra=FREE):
     """Weights and terms of the losses."""
 
-    kl: float = Field(default=2.0, ge=0, description="of the mean over the condition's dimensions")
+    kl: float = Field(default=2.0, ge=0, description="weight of the augmentation's divergence, a mean over the "
+                      "condition's numbers")
     joint: bool = Field(default=True, description="with captions: judge the picture alone, too (JCU)")
     colour: float | None = Field(default=None, ge=0, description="alpha of the colour consistency; null: 0 with "
                                                                  "captions, 50 without")
@@ -246,11 +249,13 @@ def colour_consistency(images: Sequence[Tensor]) -> Tensor:
 class StackGANv2Run(GANRun):
     """A StackGAN++ run; without captions ``text_encoder`` is left out."""
 
-    task: Literal["stackgan_v2"] = "stackgan_v2"
-    generator: StackGANv2Config = StackGANv2Config()
-    discriminator: StackGANv2DiscriminatorConfig = StackGANv2DiscriminatorConfig()
-    generator_optimizer: GANOptimizer = GANOptimizer(ema=0.999)
-    loss: StackGANv2LossConfig = StackGANv2LossConfig()
+    task: Literal["stackgan_v2"] = Field(default="stackgan_v2", description="the kind of run: a StackGAN++")
+    generator: StackGANv2Config = Field(default=StackGANv2Config(), description="sizes of the generator")
+    discriminator: StackGANv2DiscriminatorConfig = Field(default=StackGANv2DiscriminatorConfig(),
+                                                         description="sizes of the discriminators, and what they read")
+    generator_optimizer: GANOptimizer = Field(default=GANOptimizer(ema=0.999),
+                                              description="how the generator's weights move")
+    loss: StackGANv2LossConfig = Field(default=StackGANv2LossConfig(), description="weights and terms of the losses")
 
     @model_validator(mode="after")
     def _text_is_read(self) -> "StackGANv2Run":

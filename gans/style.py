@@ -34,8 +34,9 @@ NOWHERE = [float("nan")] * 2      # the place of an object that the metadata do 
 class StyleConfig(ModelConfig):
     """Sizes of the style encoder, and those of the generator that it inverts."""
 
-    generator: GANINTCLSConfig = GANINTCLSConfig()
-    width: int = Field(default=64, ge=2)
+    generator: GANINTCLSConfig = Field(default=GANINTCLSConfig(), description="sizes of the generator that is "
+                                       "inverted; follows from its run")
+    width: int = Field(default=64, ge=2, description="channels of the style encoder after its first halving")
 
     @property
     def image_size(self) -> int:
@@ -82,10 +83,12 @@ class StyleTransfer(Painter):
 class StyleRun(PaintingRun):
     """A run of the style encoder over a finished ``gan`` run, whose text encoder it takes."""
 
-    task: Literal["style"] = "style"
+    task: Literal["style"] = Field(default="style", description="the kind of run: a style encoder")
     gan: str = Field(description="a run or model folder of gan_int_cls", json_schema_extra=FREE)
-    width: int = Field(default=64, ge=2, description="of the style encoder")
-    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-4, betas=(0.5, 0.999), clip=0.0, schedule="constant")
+    width: int = Field(default=64, ge=2, description="channels of the style encoder after its first halving")
+    optimizer: OptimizerConfig = Field(
+        default=OptimizerConfig(lr=2e-4, betas=(0.5, 0.999), clip=0.0, schedule="constant"),
+        description="how the style encoder's weights move")
     clusters: int = Field(default=100, ge=2, description="styles that K-means finds for the evaluation",
                           json_schema_extra=FREE)
 

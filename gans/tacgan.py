@@ -85,13 +85,17 @@ class TextReader(nn.Module):
 class TACGANConfig(ModelConfig):
     """The paper's sizes for Oxford-102 at 128 pixels."""
 
-    image_size: int = Field(default=128, ge=2 ** DOUBLINGS)
+    image_size: int = Field(default=128, ge=2 ** DOUBLINGS, description="side of the pictures in pixels; follows from "
+                            "data.image_size")
     width: int = Field(default=64, ge=1, description="gf: channels of the last feature map")
-    noise_dim: int = Field(default=100, ge=1)
-    text_dim: int = Field(default=100, ge=1, description="t: what the text is projected to; the code's default is 256")
-    sentence_dim: int = Field(default=4800, ge=1)
+    noise_dim: int = Field(default=100, ge=1, description="numbers in the noise vector z")
+    text_dim: int = Field(default=100, ge=1, description="t: numbers that the text is projected to; the code's default "
+                          "is 256")
+    sentence_dim: int = Field(default=4800, ge=1, description="numbers in the text encoder's sentence vector; follows "
+                              "from it")
     halves: bool = Field(default=True, description="scale each half of the sentence vector to length 1")
-    norm: Norm = Field(default="offset", description="offset: TF-slim's, without gain")
+    norm: Norm = Field(default="offset", description="batch normalisation with an offset alone, as TF-slim has it, or "
+                       "with a gain, too")
 
     @model_validator(mode="after")
     def _doubles_to_the_size(self) -> "TACGANConfig":
@@ -149,9 +153,10 @@ class TACGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """The paper's sizes for Oxford-102."""
 
     width: int = Field(default=64, ge=1, description="df: channels of the first feature map")
-    text_dim: int = Field(default=100, ge=1)
-    num_classes: int = Field(default=102, ge=1)
-    norm: Norm = "offset"
+    text_dim: int = Field(default=100, ge=1, description="numbers that the text is projected to")
+    num_classes: int = Field(default=102, ge=1, description="number of classes; class_id counts from 0")
+    norm: Norm = Field(default="offset", description="batch normalisation with an offset alone, as TF-slim has it, or "
+                       "with a gain, too")
 
 
 class TACGANDiscriminator(nn.Module):
@@ -202,9 +207,10 @@ def class_loss(verdict: Verdict, class_id: Tensor) -> Tensor:
 class TACGANRun(GANRun):
     """A TAC-GAN's run."""
 
-    task: Literal["tacgan"] = "tacgan"
-    generator: TACGANConfig = TACGANConfig()
-    discriminator: TACGANDiscriminatorConfig = TACGANDiscriminatorConfig()
+    task: Literal["tacgan"] = Field(default="tacgan", description="the kind of run: a TAC-GAN")
+    generator: TACGANConfig = Field(default=TACGANConfig(), description="sizes of the generator")
+    discriminator: TACGANDiscriminatorConfig = Field(default=TACGANDiscriminatorConfig(),
+                                                     description="sizes of the discriminator")
 
 
 class TACGANTask(GANTask):

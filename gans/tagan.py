@@ -97,12 +97,15 @@ def taken(sequences: Tensor, positions: Tensor) -> Tensor:
 class TAGANConfig(ModelConfig):
     """The paper's sizes. ``channels`` are those of the first convolution; the bottleneck has eight times as many."""
 
-    image_size: int = Field(default=128, ge=32)
-    word_dim: int = Field(default=300, ge=1)
-    hidden: int = Field(default=512, ge=1, description="width of the recurrent networks over the words")
-    condition_dim: int = Field(default=128, ge=1)
-    channels: int = Field(default=64, ge=1)
-    residual_blocks: int = Field(default=4, ge=0)
+    image_size: int = Field(default=128, ge=32, description="side of the pictures in pixels; follows from "
+                            "data.image_size")
+    word_dim: int = Field(default=300, ge=1, description="numbers in each of the text encoder's word vectors; follows "
+                          "from it")
+    hidden: int = Field(default=512, ge=1, description="numbers in the states of the recurrent networks over the words")
+    condition_dim: int = Field(default=128, ge=1, description="numbers in the condition that is drawn around a caption")
+    channels: int = Field(default=64, ge=1, description="channels of the first convolution; the bottleneck has eight "
+                          "times as many")
+    residual_blocks: int = Field(default=4, ge=0, description="residual blocks of the bottleneck")
 
     @model_validator(mode="after")
     def _halves(self) -> "TAGANConfig":
@@ -179,8 +182,9 @@ def logit_of(log_score: Tensor) -> Tensor:
 class TAGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """The paper's sizes."""
 
-    channels: int = Field(default=64, ge=1)
-    hidden: int = Field(default=512, ge=1, description="width of the recurrent networks over the words")
+    channels: int = Field(default=64, ge=1, description="a quarter of the channels at 16 x 16 pixels, an eighth of "
+                          "those below")
+    hidden: int = Field(default=512, ge=1, description="numbers in the states of the recurrent networks over the words")
 
 
 class TextScores(NamedTuple):
@@ -249,9 +253,11 @@ def first_scale(channels: int, halvings: int) -> nn.Sequential:
 class TAGANLossConfig(Section, json_schema_extra=FREE):
     """The authors' weights."""
 
-    conditional: float = Field(default=10.0, ge=0, description="lambda 1: of the sentence's score")
-    reconstruction: float = Field(default=0.2, ge=0, description="lambda 2: of what the own sentence should not change")
-    reconstruction_norm: Literal["l1", "l2"] = "l1"
+    conditional: float = Field(default=10.0, ge=0, description="lambda 1: weight of the sentence's score")
+    reconstruction: float = Field(default=0.2, ge=0, description="lambda 2: weight of what the picture's own sentence "
+                                  "should not change")
+    reconstruction_norm: Literal["l1", "l2"] = Field(default="l1", description="that difference: absolute or squared, "
+                                                     "mean over pixels")
     kl: float = Field(default=0.5, ge=0, description="weight of the conditioning augmentation's divergence")
 
 
@@ -281,10 +287,11 @@ def reconstruction_error(edited: Tensor, source: Tensor, norm: Literal["l1", "l2
 class TAGANRun(GANRun):
     """A TAGAN run."""
 
-    task: Literal["tagan"] = "tagan"
-    generator: TAGANConfig = TAGANConfig()
-    discriminator: TAGANDiscriminatorConfig = TAGANDiscriminatorConfig()
-    loss: TAGANLossConfig = TAGANLossConfig()
+    task: Literal["tagan"] = Field(default="tagan", description="the kind of run: a TAGAN")
+    generator: TAGANConfig = Field(default=TAGANConfig(), description="sizes of the generator")
+    discriminator: TAGANDiscriminatorConfig = Field(default=TAGANDiscriminatorConfig(),
+                                                    description="sizes of the discriminator")
+    loss: TAGANLossConfig = Field(default=TAGANLossConfig(), description="weights of the loss's terms")
 
     @property
     def reads_several_captions(self) -> bool:

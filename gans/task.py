@@ -43,12 +43,14 @@ Config = TypeVar("Config", bound=ModelConfig)
 
 
 class GANOptimizer(OptimizerConfig):
-    """Adam as DCGAN has it (arXiv 1511.06434): no clipping, no decay, a constant rate."""
+    """Adam as DCGAN has it (arXiv 1511.06434): no clipping, no decay, a constant rate; encoders have other numbers."""
 
-    lr: float = Field(default=2e-4, gt=0)
-    betas: Betas = (0.5, 0.999)
-    clip: float = Field(default=0.0, ge=0)
-    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
+    lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
+    betas: Betas = Field(default=(0.5, 0.999), description="of Adam: the share that each of its two moving averages, "
+                         "of the gradient and of its square, keeps in a step")
+    clip: float = Field(default=0.0, ge=0, description="largest norm of the player's gradient; 0: not clipped")
+    schedule: Literal["constant", "linear", "cosine", "step"] = Field(
+        default="constant", description="how the learning rate goes on from its peak over the run")
 
 
 class StabiliserConfig(Section, json_schema_extra=FREE):
@@ -57,24 +59,27 @@ class StabiliserConfig(Section, json_schema_extra=FREE):
     r1: float = Field(default=0.0, ge=0, description="gamma of the R1 penalty on real pictures, of every "
                       "head; patches count by their mean; 0: none")
     r1_every: int = Field(default=16, ge=1, description="steps between two penalties, each that much stronger")
-    spectral_norm: bool = Field(default=False, description="of every layer of the discriminator",
-                                json_schema_extra=FIXED)
+    spectral_norm: bool = Field(default=False, description="hold the largest singular value of every layer of the "
+                                "discriminator at 1", json_schema_extra=FIXED)
 
 
 class GANPreviewConfig(Section, json_schema_extra=FREE):
     """The pictures in the log: each caption with ``columns`` seeds, counted from 0."""
 
-    captions: tuple[str, ...] = PREVIEW_CAPTIONS
-    columns: int = Field(default=4, ge=1)
+    captions: tuple[str, ...] = Field(default=PREVIEW_CAPTIONS, description="captions that are painted, a row of "
+                                      "pictures each")
+    columns: int = Field(default=4, ge=1, description="pictures of each caption, with the seeds 0, 1, ...")
 
 
 class PaintingRun(RunConfig):
     """What every run has whose network paints captions."""
 
-    sync_batch_norm: bool = Field(default=False, description="statistics over the batches of all processes",
-                                  json_schema_extra=FREE)
-    preview: GANPreviewConfig = GANPreviewConfig()
-    evaluation: SmallEvaluationConfig = SmallEvaluationConfig()
+    sync_batch_norm: bool = Field(default=False, description="batch normalisation by the statistics over the batches "
+                                  "of all processes", json_schema_extra=FREE)
+    preview: GANPreviewConfig = Field(default=GANPreviewConfig(), description="the pictures in the log, every "
+                                      "train.preview_every steps")
+    evaluation: SmallEvaluationConfig = Field(default=SmallEvaluationConfig(),
+                                              description="what is measured every train.evaluate_every steps")
 
     @model_validator(mode="after")
     def _pairs_are_read(self) -> "PaintingRun":
@@ -100,9 +105,11 @@ class GANRun(PaintingRun):
     text_encoder: str | None = Field(default=None, description="a run or model folder (ds_sje, vse, damsm, clip), "
                                      "open_clip:NAME/TAG or transformers:NAME; frozen", json_schema_extra=FREE)
     standardise_text: bool = Field(default=False, description="each dimension of the text to mean 0 and deviation 1")
-    generator_optimizer: GANOptimizer = GANOptimizer()
-    discriminator_optimizer: GANOptimizer = GANOptimizer()
-    stabiliser: StabiliserConfig = StabiliserConfig()
+    generator_optimizer: GANOptimizer = Field(default=GANOptimizer(), description="how the generator's weights move")
+    discriminator_optimizer: GANOptimizer = Field(default=GANOptimizer(),
+                                                  description="how the discriminator's weights move")
+    stabiliser: StabiliserConfig = Field(default=StabiliserConfig(), description="penalties and norms that the "
+                                         "published systems did not have")
 
     @model_validator(mode="after")
     def _pairs_can_be_made(self) -> "GANRun":

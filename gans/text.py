@@ -105,6 +105,19 @@ class TextEncoder(nn.Module):
         raise NotImplementedError
 
 
+class TokenTextEncoder(TextEncoder):
+    """An encoder that reads the ids of a tokenizer trained here. Subclasses set ``tokenizer``, too."""
+
+    tokenizer: CaptionTokenizer
+
+    def ids(self, captions: list[str]) -> Tensor:
+        """int64 [B, T] on the device of the module, 0 behind each caption's end."""
+        return token_ids(self.tokenizer, captions, self.text_length).to(self.device)
+
+    def warnings(self, captions: Sequence[str]) -> list[str]:
+        return lost_warnings(captions, self.tokenizer, self.text_length, "prompt")
+
+
 def load_text_encoder(name: str, device: torch.device | str = "cpu") -> TextEncoder:
     """The encoder called ``name``, frozen:
 
@@ -136,11 +149,6 @@ def token_ids(tokenizer: CaptionTokenizer, captions: Sequence[str], length: int)
     """int64 [B, length], 0 behind each caption's end."""
     ids = [tokenizer.encode(caption, length) for caption in captions]
     return torch.from_numpy(np.stack(ids)) if ids else torch.zeros(0, length, dtype=torch.int64)
-
-
-def lost_of_prompts(tokenizer: CaptionTokenizer, captions: Sequence[str], length: int) -> list[str]:
-    """A line for every different caption of more than ``length`` tokens."""
-    return lost_warnings(captions, tokenizer, length, "prompt")
 
 
 # -- any of them, standardised
