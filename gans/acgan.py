@@ -26,6 +26,7 @@ from dalle.training.task import Batch, Loss, Networks
 from gans.generator import Noise, Painter
 from gans.layers import dcgan_init, leaky
 from gans.losses import bce
+from gans.sizes import NoiseDim
 from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder, step_generator
 from gans.text import Text
 
@@ -41,7 +42,7 @@ class ACGANConfig(ModelConfig):
     image_size: int = Field(default=128, ge=4, description="side of the pictures in pixels; follows from "
                             "data.image_size")
     num_classes: int = Field(default=10, ge=1, description="number of classes K; class_id counts from 0")
-    noise_dim: int = Field(default=100, ge=1, description="numbers in the noise vector z")
+    noise_dim: NoiseDim = 100
     channels: tuple[PositiveInt, ...] = Field(default=(768, 384, 256, 192), min_length=1,
                                               description="channels of the feature maps; each map has twice the side "
                                               "of the one before")

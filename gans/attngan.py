@@ -37,6 +37,7 @@ from gans.layers import (
 from gans.losses import bce
 from gans.matching import Gammas, damsm_losses
 from gans.outputs import Painted, Scores
+from gans.sizes import ConditionDim, NoiseDim, SentenceDim, WordDim
 from gans.task import GanBatch, GANOptimizer, GANRun, GANTask, filled, load_encoder, pyramid
 from gans.text import Text, load_text_encoder
 
@@ -53,12 +54,10 @@ class AttnGANConfig(ModelConfig):
                             "doubles the side")
     refinements: int = Field(default=2, ge=1, description="how often a map is refined after its words, and doubled in "
                              "side")
-    sentence_dim: int = Field(default=256, ge=1, description="numbers in the text encoder's sentence vector; follows "
-                              "from it")
-    word_dim: int = Field(default=256, ge=1, description="numbers in each of the text encoder's word vectors; follows "
-                          "from it")
-    z_dim: int = Field(default=100, ge=1, description="numbers in the noise vector z")
-    condition_dim: int = Field(default=100, ge=1, description="numbers in the condition that is drawn around a caption")
+    sentence_dim: SentenceDim = 256
+    word_dim: WordDim = 256
+    z_dim: NoiseDim = 100
+    condition_dim: ConditionDim = 100
     width: int = Field(default=32, ge=1, description="channels of the maps that pictures are made of (ngf)")
     residuals: int = Field(default=2, ge=0, description="residual blocks of a refinement")
     last_only: bool = Field(default=False, description="AttnDCGAN: only the last picture is made")

@@ -41,6 +41,7 @@ from dalle.tasks.clip import POOLS, RANKS, full_precision, pooled_recalls, pools
 from dalle.training.gathering import of_everyone
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
+from gans.joint import check_pairs_are_read
 from gans.layers import synchronised
 from gans.matching import GAMMAS, Gammas, MatchingLosses, damsm_losses, word_scores
 from gans.task import GANOptimizer, step_generator
@@ -230,10 +231,7 @@ class DamsmRun(RunConfig):
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> "DamsmRun":
-        if self.data.tokenizer is None:
-            raise ValueError("DAMSM reads captions: set data.tokenizer to a tokenizer folder")
-        if not self.data.images:
-            raise ValueError("DAMSM looks at pictures: set data.images to true")
+        check_pairs_are_read(self.data, "DAMSM")
         if self.train.batch_size < 2:
             raise ValueError("the losses compare the pairs of a batch: set train.batch_size to 2 or more")
         return self

@@ -22,6 +22,7 @@ from dalle.training.task import Batch, Loss, Networks
 from gans.generator import Noise, Painter
 from gans.layers import bottleneck, conv1, dcgan_init, down, join, leaky, relu
 from gans.losses import bce
+from gans.sizes import NoiseDim, SentenceDim
 from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder
 from gans.text import Text
 
@@ -33,10 +34,9 @@ class GANINTCLSConfig(ModelConfig):
 
     image_size: int = Field(default=64, ge=16, description="side of the pictures in pixels; follows from "
                             "data.image_size")
-    sentence_dim: int = Field(default=1024, ge=1, description="numbers in the text encoder's sentence vector; follows "
-                              "from it")
+    sentence_dim: SentenceDim = 1024
     text_dim: int = Field(default=128, ge=1, description="numbers that the sentence is projected to")
-    noise_dim: int = Field(default=100, ge=1, description="numbers in the noise vector z")
+    noise_dim: NoiseDim = 100
     width: int = Field(default=128, ge=2, description="ngf: channels at half of the picture's side")
     large: bool = Field(default=False, description="use two bottlenecks in the place of each")
 

@@ -26,6 +26,7 @@ from gans.generator import Painter
 from gans.layers import ConditioningAugmentation, Residual, conv1, dcgan_init, join, leaky
 from gans.losses import mse
 from gans.outputs import Painted
+from gans.sizes import ConditionDim, NoiseDim, SentenceDim
 from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder, pyramid
 from gans.text import Text
 
@@ -43,10 +44,9 @@ class HDGANConfig(ModelConfig):
     image_size: int = Field(default=256, ge=1, description="side of the largest picture in pixels; follows from "
                             "data.image_size")
     levels: int = Field(default=3, ge=1, description="pictures of the generator, each of twice the side before")
-    sentence_dim: int = Field(default=1024, ge=1, description="numbers in the text encoder's sentence vector; follows "
-                              "from it")
-    z_dim: int = Field(default=100, ge=1, description="numbers in the noise vector z")
-    condition_dim: int = Field(default=128, ge=1, description="numbers in the condition that is drawn around a caption")
+    sentence_dim: SentenceDim = 1024
+    z_dim: NoiseDim = 100
+    condition_dim: ConditionDim = 128
     width: int = Field(default=128, ge=4, description="an eighth of the first map's channels")
     residuals: int = Field(default=1, ge=0, description="residual blocks a scale")
     extended: bool = Field(default=False, description="the largest picture is made by a further stage, trained alone")

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dalle.data.dataset import DataConfig
 from dalle.models.base import FREE, ModelConfig, PretrainedModel
 from dalle.models.precision import at_least_single
 from dalle.tasks.clip import full_precision, pooled_recalls
@@ -18,6 +19,14 @@ from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Mean, Networks, Player, Task
 from gans.task import filled
 from gans.trunks import SmallTrunk, build_trunk
+
+
+def check_pairs_are_read(data: DataConfig, model: str) -> None:
+    """``ValueError`` unless a batch has the tokens and the pictures that ``model`` compares."""
+    if data.tokenizer is None:
+        raise ValueError(f"{model} reads captions: set data.tokenizer to a tokenizer folder")
+    if not data.images:
+        raise ValueError(f"{model} looks at pictures: set data.images to true")
 
 
 class JointConfig(ModelConfig):

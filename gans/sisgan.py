@@ -40,6 +40,7 @@ from gans.layers import (
 )
 from gans.losses import bce
 from gans.outputs import Painted
+from gans.sizes import ConditionDim, SentenceDim
 from gans.task import Exchange, GanBatch, GANRun, filled, load_encoder
 from gans.text import Text
 from gans.trunks import HUB, IMAGENET_MEAN, IMAGENET_STD, hub_state
@@ -58,9 +59,8 @@ class SISGANConfig(ModelConfig):
 
     image_size: int = Field(default=64, ge=16, description="side of the pictures in pixels; follows from "
                             "data.image_size")
-    sentence_dim: int = Field(default=300, ge=1, description="numbers in the text encoder's sentence vector; follows "
-                              "from it")
-    condition_dim: int = Field(default=128, ge=1, description="numbers in the condition that is drawn around a caption")
+    sentence_dim: SentenceDim = 300
+    condition_dim: ConditionDim = 128
     channels: int = Field(default=128, ge=1, description="channels of the first convolution; the bottleneck has four "
                           "times as many")
     residual_blocks: int = Field(default=4, ge=0, description="residual blocks of the bottleneck")

@@ -13,7 +13,7 @@ leaves that pair out.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -32,7 +32,8 @@ from gans.text import Text
 SMALLEST = 4             # the side at which generators begin and discriminators end
 TRUNCATION = 2.0         # of the augmentation's noise, in deviations (tf)
 
-Variant = Literal["tf", "pytorch"]
+Variant = Annotated[Literal["tf", "pytorch"], Field(
+    description="the published form: the paper's (birds, flowers), or that of COCO")]
 Stage = Literal[1, 2]
 
 

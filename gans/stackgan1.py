@@ -13,6 +13,7 @@ from dalle.models.base import ModelConfig
 from gans.generator import Noise
 from gans.layers import bottleneck, conv3, sequence, up
 from gans.outputs import Painted
+from gans.sizes import ConditionDim, NoiseDim, SentenceDim
 from gans.stackgan import (
     SMALLEST,
     StackGANGenerator,
@@ -31,15 +32,13 @@ from gans.task import filled, load_encoder
 class StackGAN1Config(ModelConfig):
     """Sizes of the first generator; the defaults are the paper's. COCO's: variant pytorch, width 192."""
 
-    variant: Variant = Field(default="tf", description="the published form: the paper's (birds, flowers), or that of "
-                             "COCO")
+    variant: Variant = "tf"
     image_size: int = Field(default=64, ge=1, description="side of the pictures in pixels; follows from "
                             "data.image_size")
     width: int = Field(default=128, ge=2, description="channels at half of the picture's side")
-    z_dim: int = Field(default=100, ge=1, description="numbers in the noise vector z")
-    condition_dim: int = Field(default=128, ge=1, description="numbers in the condition that is drawn around a caption")
-    sentence_dim: int = Field(default=1024, ge=1, description="numbers in the text encoder's sentence vector; follows "
-                              "from it")
+    z_dim: NoiseDim = 100
+    condition_dim: ConditionDim = 128
+    sentence_dim: SentenceDim = 1024
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "StackGAN1Config":

@@ -19,6 +19,7 @@ from dalle.training.task import Companion
 from gans.generator import TEXT_FOLDER, Noise
 from gans.layers import conv3, down, join, residual_relu, same, up
 from gans.outputs import Painted
+from gans.sizes import ConditionDim, SentenceDim
 from gans.stackgan import (
     StackGANGenerator,
     StackGANRun,
@@ -39,15 +40,13 @@ PROBES = ("a small red circle", "this bird has wings that are brown and has a wh
 class StackGAN2Config(ModelConfig):
     """Sizes of the second generator; the defaults are the paper's. COCO's: variant pytorch, width 192, residuals 2."""
 
-    variant: Variant = Field(default="tf", description="the published form: the paper's (birds, flowers), or that of "
-                             "COCO")
+    variant: Variant = "tf"
     image_size: int = Field(default=256, ge=1, description="side of the pictures in pixels; follows from "
                             "data.image_size")
     width: int = Field(default=128, ge=2, description="channels of the first convolution over the small picture")
     residuals: int = Field(default=4, ge=0, description="residual blocks where the small picture meets the caption")
-    condition_dim: int = Field(default=128, ge=1, description="numbers in the condition that is drawn around a caption")
-    sentence_dim: int = Field(default=1024, ge=1, description="numbers in the text encoder's sentence vector; follows "
-                              "from it")
+    condition_dim: ConditionDim = 128
+    sentence_dim: SentenceDim = 1024
     stage1: StackGAN1Config = Field(default=StackGAN1Config(), description="sizes of the first generator; follow from "
                                     "the run of stage I")
     stage1_train: bool = Field(default=False, description="stage I normalises by the statistics of the batch, not by "

@@ -35,6 +35,7 @@ from gans.layers import (
 )
 from gans.losses import bce
 from gans.outputs import Painted, Scores
+from gans.sizes import ConditionDim, NoiseDim, SentenceDim
 from gans.task import GanBatch, GANOptimizer, GANRun, GANTask, filled, load_encoder, pyramid
 from gans.text import Text
 
@@ -51,11 +52,10 @@ class StackGANv2Config(ModelConfig):
     levels: int = Field(default=3, ge=1, description="pictures of different sizes, a discriminator each")
     width: int = Field(default=64, ge=2, description="channels at the first level; half of them at the next")
     residuals: int = Field(default=2, ge=0, description="residual blocks at each level but the first")
-    z_dim: int = Field(default=100, ge=1, description="numbers in the noise vector z")
+    z_dim: NoiseDim = 100
     conditional: bool = Field(default=True, description="paint after captions; false: after noise alone")
-    condition_dim: int = Field(default=128, ge=1, description="numbers in the condition that is drawn around a caption")
-    sentence_dim: int = Field(default=1024, ge=1, description="numbers in the text encoder's sentence vector; follows "
-                              "from it")
+    condition_dim: ConditionDim = 128
+    sentence_dim: SentenceDim = 1024
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "StackGANv2Config":

@@ -26,6 +26,7 @@ from gans.acgan import ClassCheck, Verdict, class_accuracy, doubling
 from gans.generator import Noise, Painter
 from gans.layers import conv1, join, leaky
 from gans.losses import bce
+from gans.sizes import NoiseDim, SentenceDim
 from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder
 from gans.text import Text
 
@@ -88,11 +89,10 @@ class TACGANConfig(ModelConfig):
     image_size: int = Field(default=128, ge=2 ** DOUBLINGS, description="side of the pictures in pixels; follows from "
                             "data.image_size")
     width: int = Field(default=64, ge=1, description="gf: channels of the last feature map")
-    noise_dim: int = Field(default=100, ge=1, description="numbers in the noise vector z")
+    noise_dim: NoiseDim = 100
     text_dim: int = Field(default=100, ge=1, description="t: numbers that the text is projected to; the code's default "
                           "is 256")
-    sentence_dim: int = Field(default=4800, ge=1, description="numbers in the text encoder's sentence vector; follows "
-                              "from it")
+    sentence_dim: SentenceDim = 4800
     halves: bool = Field(default=True, description="scale each half of the sentence vector to length 1")
     norm: Norm = Field(default="offset", description="batch normalisation with an offset alone, as TF-slim has it, or "
                        "with a gain, too")

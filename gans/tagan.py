@@ -42,6 +42,7 @@ from gans.layers import (
 )
 from gans.losses import bce
 from gans.outputs import Painted
+from gans.sizes import ConditionDim, WordDim
 from gans.task import GanBatch, GANRun, filled, load_encoder
 from gans.text import Text
 
@@ -99,10 +100,9 @@ class TAGANConfig(ModelConfig):
 
     image_size: int = Field(default=128, ge=32, description="side of the pictures in pixels; follows from "
                             "data.image_size")
-    word_dim: int = Field(default=300, ge=1, description="numbers in each of the text encoder's word vectors; follows "
-                          "from it")
+    word_dim: WordDim = 300
     hidden: int = Field(default=512, ge=1, description="numbers in the states of the recurrent networks over the words")
-    condition_dim: int = Field(default=128, ge=1, description="numbers in the condition that is drawn around a caption")
+    condition_dim: ConditionDim = 128
     channels: int = Field(default=64, ge=1, description="channels of the first convolution; the bottleneck has eight "
                           "times as many")
     residual_blocks: int = Field(default=4, ge=0, description="residual blocks of the bottleneck")

@@ -34,7 +34,7 @@ from gans.generator import TEXT_FOLDER, GANGenerator, Noise, Painter, draw_noise
 from gans.layers import SynchronisedBatchNorm, spectrally_normalised, synchronised
 from gans.losses import r1_penalty
 from gans.outputs import Painted
-from gans.text import StandardisedTextEncoder, Text, load_text_encoder
+from gans.text import CLIP, TRAINED_ENCODERS, StandardisedTextEncoder, Text, load_text_encoder
 
 CAPTIONS_FOR_STATISTICS = 2000
 PREVIEW_CAPTIONS = ("a red circle", "a blue square above a green star", "a small yellow triangle", "a purple heart")
@@ -102,8 +102,9 @@ class PaintingRun(RunConfig):
 class GANRun(PaintingRun):
     """What every GAN's run has; a system adds ``task``, ``generator``, ``discriminator`` and ``loss``."""
 
-    text_encoder: str | None = Field(default=None, description="a run or model folder (ds_sje, vse, damsm, clip), "
-                                     "open_clip:NAME/TAG or transformers:NAME; frozen", json_schema_extra=FREE)
+    text_encoder: str | None = Field(
+        default=None, description=f"a run or model folder ({', '.join([*TRAINED_ENCODERS, CLIP])}), open_clip:NAME/TAG "
+                                  "or transformers:NAME; frozen", json_schema_extra=FREE)
     standardise_text: bool = Field(default=False, description="each dimension of the text to mean 0 and deviation 1")
     generator_optimizer: GANOptimizer = Field(default=GANOptimizer(), description="how the generator's weights move")
     discriminator_optimizer: GANOptimizer = Field(default=GANOptimizer(),
@@ -328,8 +329,8 @@ def load_encoder(config: GANRun, default: str | None = None) -> nn.Module:
     """The run's text encoder, or the one called ``default``, frozen; ``UserError`` when none is named."""
     name = config.text_encoder or default
     if name is None:
-        raise UserError(f"{config.task} reads captions: set text_encoder to a run of ds_sje, vse, damsm or clip, "
-                        "open_clip:NAME/TAG or transformers:NAME")
+        raise UserError(f"{config.task} reads captions: set text_encoder to a run of {', '.join(TRAINED_ENCODERS)} or "
+                        f"{CLIP}, open_clip:NAME/TAG or transformers:NAME")
     encoder = load_text_encoder(name)
     if not config.standardise_text:
         return encoder

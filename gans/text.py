@@ -30,11 +30,15 @@ TOKENIZER_FOLDER, ENCODER_FOLDER = "tokenizer", "encoder"
 STATISTICS = ("sentence_mean", "sentence_deviation", "word_mean", "word_deviation")
 CAPTIONS_AT_ONCE = 256
 
+TRAINED_ENCODERS = {name: (system.module, system.text_encoder) for name, system in SYSTEMS.items()
+                    if system.text_encoder}
+CLIP = "clip"
+
 # The model_type of a saved encoder -> where its class is, a subclass of TextEncoder. What is trained here as a system
 # says so in SYSTEMS; any other is one line here.
 TEXT_ENCODERS = LazyTable({
-    **{name: (system.module, system.text_encoder) for name, system in SYSTEMS.items() if system.text_encoder},
-    "clip": ("gans.clip_text", "ClipTextEncoder"),
+    **TRAINED_ENCODERS,
+    CLIP: ("gans.clip_text", "ClipTextEncoder"),
     "open_clip_text": ("gans.clip_text", "OpenClipTextEncoder"),
     "transformers_text": ("gans.transformers_text", "TransformersTextEncoder"),
     "standardised_text": ("gans.text", "StandardisedTextEncoder"),

@@ -23,7 +23,7 @@ from dalle.sampling.generator import load_model, load_tokenizer
 from dalle.tasks.clip import full_precision
 from dalle.training.optimizers import Betas
 from dalle.training.task import Batch, Loss, Networks, Phase
-from gans.joint import JointBatch, JointConfig, JointModel, JointRun, JointTask
+from gans.joint import JointBatch, JointConfig, JointModel, JointRun, JointTask, check_pairs_are_read
 from gans.task import GANOptimizer, filled
 from gans.text import TOKENIZER_FOLDER, Text, TokenTextEncoder, length_mask
 
@@ -171,10 +171,7 @@ class VSERun(JointRun):
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> "VSERun":
-        if self.data.tokenizer is None:
-            raise ValueError("VSE reads captions: set data.tokenizer to a tokenizer folder")
-        if not self.data.images:
-            raise ValueError("VSE looks at pictures: set data.images to true")
+        check_pairs_are_read(self.data, "VSE")
         if self.model.trunk is None:
             raise ValueError("model.trunk is missing: name a trunk for the pictures, such as vgg16 or small")
         return self

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -15,3 +16,8 @@ def shop(tmp_path_factory) -> SimpleNamespace:
     from stackgans import make_shop
 
     return make_shop(tmp_path_factory.mktemp("stackgan"))
+
+
+@pytest.fixture
+def seeded() -> None:
+    torch.manual_seed(0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bare import BareNetworks, LetterEncoder
+from bare import BareNetworks, LetterEncoder, count
 from published import Published
 from pydantic import ValidationError
 from torch import nn
@@ -62,10 +62,6 @@ def make_batch(**changes) -> dict:
     source = torch.Generator().manual_seed(1)
     return {"image": torch.randint(0, 256, (BATCH, 3, 16, 16), dtype=torch.uint8, generator=source),
             "class_id": torch.tensor([0, 2, 1, 0, 2, 2]), "caption": ["a", "c", "b", "ab", "cc", "cd"], **changes}
-
-
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def make_verdict(source: list[float], classes: list[list[float]]) -> Verdict:

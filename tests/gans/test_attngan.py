@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from bare import count, make_constant, mean_of
 from published import Published
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -43,10 +44,6 @@ TINY = {"image_size": 32, "sentence_dim": 6, "word_dim": 6, "z_dim": 5, "conditi
 DIM, LENGTH = 6, 5
 
 
-def parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def sized(build, *arguments, **options) -> nn.Module:
     """The network without its weights: they would fill the memory."""
     with torch.device("meta"):
@@ -79,24 +76,24 @@ def generator() -> AttnGANGenerator:
     (32, 2, 7_084_592, 6_444_928, 267_136), (48, 3, 13_811_456, 12_017_472, 843_648)])
 def test_the_papers_generators_have_the_papers_parameters(no_init, width, residuals, total, start, refinement):
     network = sized(AttnGANGenerator, AttnGANConfig(width=width, residuals=residuals))
-    assert parameters(network.augmentation) == 102_800
-    assert parameters(network.start) == start
-    assert [parameters(refine) for refine in network.refine] == [refinement, refinement]
-    assert [parameters(head) for head in network.heads] == [27 * width] * 3
-    assert parameters(network) == total
+    assert count(network.augmentation) == 102_800
+    assert count(network.start) == start
+    assert [count(refine) for refine in network.refine] == [refinement, refinement]
+    assert [count(head) for head in network.heads] == [27 * width] * 3
+    assert count(network) == total
 
 
 @pytest.mark.parametrize(("width", "expected"), [
     (64, [6_313_730, 19_424_002, 71_858_946]), (96, [13_304_450, 42_800_258, 160_774_274])])
 def test_the_papers_discriminators_have_the_papers_parameters(no_init, width, expected):
     network = sized(AttnGANDiscriminator, [64, 128, 256], 256, width)
-    assert [parameters(scale) for scale in network.scales] == expected
+    assert [count(scale) for scale in network.scales] == expected
 
 
 def test_the_variant_with_one_picture_has_its_parameters(no_init):
     config = AttnGANConfig(residuals=0, last_only=True)
-    assert parameters(sized(AttnGANGenerator, config)) == 6_638_960
-    assert parameters(sized(AttnGANDiscriminator, config.picture_sides, 256, 64, unconditional=False)) == 71_850_753
+    assert count(sized(AttnGANGenerator, config)) == 6_638_960
+    assert count(sized(AttnGANDiscriminator, config.picture_sides, 256, 64, unconditional=False)) == 71_850_753
 
 
 def test_shapes_of_pictures_attention_and_scores():
@@ -215,23 +212,6 @@ def test_the_conditioning_of_a_caption(generator):
 
 
 # -- the networks against a twin of one channel
-
-def make_constant(network: nn.Module) -> None:
-    """Every weight 1 over its fan-in, so that all channels of a map are the same."""
-    for part in network.modules():
-        if isinstance(part, (nn.Conv2d, nn.Linear)):
-            nn.init.constant_(part.weight, 1 / part.weight[0].numel())
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            nn.init.ones_(part.weight)
-            nn.init.zeros_(part.bias)
-
-
-def mean_of(x: Tensor, size: int, stride: int = 1, padding: int = 0) -> Tensor:
-    """[B, 1, H, W]: what a convolution with weights 1 / fan-in makes of equal channels."""
-    return F.conv2d(x, torch.full((1, 1, size, size), 1 / size ** 2, dtype=x.dtype), stride=stride, padding=padding)
-
 
 def gated(x: Tensor) -> Tensor:
     return x * x.sigmoid()

@@ -5,7 +5,7 @@ Each is trained from its own small config, on tiny data at half its side, over t
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_type_hints
 
@@ -40,14 +40,17 @@ NORM_TOLERANCE = 2e-2      # of the gradients' norms, which jump where an activa
 gans.register()
 
 
+def needs(name: str) -> list[str]:
+    """The systems whose runs its small config reads."""
+    return [Path(path).name.removesuffix("_shapes.yaml") for path in small_config(name)["prerequisites"]]
+
+
 def in_order() -> list[str]:
-    """The systems, each behind those that its small config needs."""
-    needs = {name: [Path(path).name.removesuffix("_shapes.yaml") for path in small_config(name)["prerequisites"]]
-             for name in SYSTEMS}
+    """The systems, each behind those that it needs."""
     ordered: list[str] = []
 
     def add(name: str) -> None:
-        for other in needs[name]:
+        for other in needs(name):
             add(other)
         if name not in ordered:
             ordered.append(name)
@@ -65,14 +68,17 @@ def small_config(name: str) -> dict:
 
 @dataclass
 class Zoo:
-    """Every system trained for a few steps: runs in ``folder``/gans/SYSTEM_shapes."""
+    """Every system trained for a few steps, by the command that a person types, once a test asks for it."""
 
     folder: Path
     data: Path
     train: object
+    trained: set[str] = field(default_factory=set)
 
     def config(self, name: str, output: Path | None = None) -> Path:
-        """The small config made tiny, its runs below ``folder``; what it trains goes below ``output``."""
+        """The small config made tiny, the runs that it reads below ``folder``; what it trains goes below ``output``."""
+        for other in needs(name):
+            self.run(other)
         tree = moved(small_config(name), self.folder)
         tree["output"] = str(output or self.folder)
         data = tree["data"]
@@ -87,15 +93,19 @@ class Zoo:
         fields = RUNS[tree["task"]].model_fields
         if "sync_batch_norm" in fields:
             tree["sync_batch_norm"] = True
-        for field, info in fields.items():
+        for key, info in fields.items():
             if isinstance(info.annotation, type) and issubclass(info.annotation, OptimizerConfig):
-                tree[field] = {**tree.get(field, {}), **GENTLY}
+                tree[key] = {**tree.get(key, {}), **GENTLY}
         path = Path(tree["output"]) / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(tree))
         return path
 
     def run(self, name: str, output: Path | None = None) -> Path:
+        """Its run, trained unless it is to be one below ``output``."""
+        if output is None and name not in self.trained:
+            assert self.train(self.config(name)) == 0
+            self.trained.add(name)
         return (output or self.folder) / "gans" / f"{name}_shapes"
 
 
@@ -110,11 +120,7 @@ def moved(tree: object, folder: Path) -> object:
 
 @pytest.fixture(scope="module")
 def zoo(workshop, commands, tmp_path_factory) -> Zoo:
-    """All systems, trained in the order of their prerequisites through the command that a person types."""
-    made = Zoo(tmp_path_factory.mktemp("zoo"), workshop.folder / "data", commands["train"])
-    for name in in_order():
-        assert made.train(made.config(name)) == 0
-    return made
+    return Zoo(tmp_path_factory.mktemp("zoo"), workshop.folder / "data", commands["train"])
 
 
 def players(run: Path) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bare import count
 from published import Published
 from torch import nn
 
@@ -36,10 +37,6 @@ DOUBLES = {
 SMALL = GANINTCLSConfig(width=4, text_dim=6, noise_dim=5, sentence_dim=7)
 
 
-def parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 @pytest.mark.parametrize("generator_width, discriminator, counts", [
     (128, GANINTCLSDiscriminatorConfig(), (18_905_472, 4_030_080)),                               # birds and flowers
     (196, GANINTCLSDiscriminatorConfig(width=196, variant="cls"), (41_101_080, 36_183_440)),      # COCO
@@ -47,7 +44,7 @@ def parameters(module: nn.Module) -> int:
 def test_the_papers_sizes_have_the_papers_parameters(generator_width, discriminator, counts):
     with torch.device("meta"):
         assert GANINTCLSGenerator(GANINTCLSConfig(width=generator_width)).num_parameters == counts[0]
-        assert parameters(GANINTCLSDiscriminator(discriminator, 64, 1024)) == counts[1]
+        assert count(GANINTCLSDiscriminator(discriminator, 64, 1024)) == counts[1]
 
 
 def test_the_generator_grows_from_4_to_64_pixels():

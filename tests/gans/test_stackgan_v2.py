@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from bare import BareNetworks, loss_of
+from bare import BareNetworks, count, loss_of
 from published import Published
 from pydantic import ValidationError
 from torch import nn
@@ -49,10 +49,6 @@ SIZES = [64, 128, 256]
 TINY = {"image_size": 32, "levels": 2, "width": 8, "residuals": 1, "z_dim": 3, "condition_dim": 4}
 CAPTIONS = ["a red circle", "a blue square", "a green star", "a yellow heart"]
 MODES = pytest.mark.parametrize("conditional", [True, False])
-
-
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def tiny(**settings) -> StackGANv2Generator:
