@@ -152,12 +152,25 @@ def test_an_example_runs(quickstart, number, monkeypatch):
 def test_the_model_of_the_example_trains_and_comes_back(quickstart, monkeypatch):
     monkeypatch.chdir(quickstart)
     own = run_example(next(block for block in EXAMPLES if "class MyTask" in block))
-    config = own["MyRun"](name="mine", data={"train": "data/shapes/train", "image_size": 16, "workers": 0,
-                                             "caption": "none"},
-                          train={"steps": 2, "batch_size": 8})
-    trainer = next(block for block in EXAMPLES if "Trainer(" in block)
-    lines = [line for line in trainer.splitlines() if not line.startswith(("config =", "task ="))]
-    run = {**own, "config": config, "task": own["MyTask"](config)}
-    exec(compile("\n".join(lines), "dalle/README.md", "exec"), run)
-    assert run["summary"].steps == 2
-    assert own["MyModel"].from_pretrained(config.folder / "model").config == config.model
+    trained(own, name="mine", data={**DATA, "caption": "none"})
+    assert own["MyModel"].from_pretrained("runs/mine/model").config == own["MyConfig"]()
+
+
+def test_the_system_of_the_example_trains_and_comes_back(quickstart, monkeypatch):
+    monkeypatch.chdir(quickstart)
+    own = run_example(FENCE.findall((ROOT / "gans" / "README.md").read_text(encoding="utf-8"))[-1][1])
+    trained(own, name="gan", data=DATA, text_encoder="runs/quickstart/clip")
+    assert own["MyGenerator"].from_pretrained("runs/gan/model").config.image_size == 16
+
+
+DATA = {"train": "data/shapes/train", "image_size": 16, "workers": 0}
+
+
+def trained(own: dict, **settings: object) -> None:
+    """Two steps of an example's task, by the lines of the page's own example of training."""
+    config = own["MyRun"](train={"steps": 2, "batch_size": 8}, **settings)
+    example = next(block for block in EXAMPLES if "Trainer(" in block)
+    lines = [line for line in example.splitlines() if not line.startswith(("config =", "task ="))]
+    namespace = {**own, "config": config, "task": own["MyTask"](config)}
+    exec(compile("\n".join(lines), "dalle/README.md", "exec"), namespace)
+    assert namespace["summary"].steps == 2
