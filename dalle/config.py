@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from dalle.errors import UserError
 from dalle.lookup import LazyTable
 from dalle.text_file import read_text_file
+from dalle.words import one_line
 
 # What a resume does with a setting that has changed, said beside the field (``json_schema_extra``) or for all fields of
 # a section (the class's own): the nearest to the setting counts. FIXED: with another value the weights or the order of
@@ -73,7 +74,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         tree = parse_yaml(read_text_file(path))
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of keys to values, not {type(tree).__name__}")
     return tree

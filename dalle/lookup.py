@@ -43,11 +43,3 @@ class LazyTable(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._places)
-
-
-# The model_type of an exported folder -> what loads it: (folder, device, dtype) -> dalle.sampling.generator.Generator
-GENERATORS = LazyTable({"text_to_image_transformer": ("dalle.sampling.generator", "TransformerGenerator.load")})
-
-# ... -> what loads it: (folder, device) -> dalle.sampling.rerank.Reranker. One with encode_image and encode_captions,
-# whose features have unit length, also serves the CLIP score and R-precision.
-RERANKERS = LazyTable({"clip": ("dalle.sampling.rerank", "load_clip_reranker")})

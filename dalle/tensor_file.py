@@ -1,4 +1,4 @@
-"""Writing safetensors files beside a running training: past the page cache, and hashed on the way.
+"""Tensors in files, written beside a running training past the page cache and hashed on the way; and their digests.
 
 safetensors' own writer goes through the page cache. That takes two to three times the processor time, which the step
 beside it pays on a CPU, pushes the training data out of memory, and makes the hash a second reading.
@@ -11,13 +11,16 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PIECE = 4 << 20     # bytes a write: a multiple of every disk's block
+DIGEST_BYTES = 16   # of a module's digest
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
           torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
           torch.bool: "BOOL"}
@@ -105,3 +108,35 @@ class DirectFile:
         finally:
             os.close(self._file)
             self._piece.close()
+
+
+# -- what a network holds, wherever it lies: both digests are kept in files, so neither may change
+
+def module_digest(module: nn.Module) -> str:
+    """32 hex digits (blake2b) of the names, types, shapes and bytes of a module's state: a checkpoint's and
+    ``codes.json``'s name for a companion."""
+    state = module.state_dict()
+    whole = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:      # hashing leaves Python's lock
+        for name, part in zip(state, threads.map(tensor_digest, state.values()), strict=True):
+            whole.update(f"{name} {state[name].dtype} {list(state[name].shape)} ".encode() + part)
+    return whole.hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> bytes:
+    return hashlib.blake2b(bytes_of(tensor), digest_size=DIGEST_BYTES).digest()
+
+
+def state_digest(module: nn.Module) -> str:
+    """16 hex digits (sha256) of the names and bytes of a module's state, in the names' order: a result's name for
+    weights that came from a hub, whose file may lie anywhere."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        sha256.update(name.encode())
+        sha256.update(bytes_of(tensor))
+    return sha256.hexdigest()[:16]
+
+
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    """uint8 [n], on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

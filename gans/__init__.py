@@ -45,7 +45,7 @@ RANKERS = {"damsm": ("gans.damsm", "load_reranker")}       # encoders of picture
 
 def register() -> None:
     """Let the commands find the systems by name; called at the start of each."""
-    from dalle.lookup import GENERATORS, RERANKERS
+    from dalle.store import GENERATORS, RERANKERS
     from dalle.tasks import add_tasks
 
     add_tasks({name: (system.module, system.run, system.task) for name, system in SYSTEMS.items()})

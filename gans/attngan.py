@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dalle.config import FIXED, FREE, Section
 from dalle.models.base import ModelConfig
-from dalle.sampling.generator import to_bytes
+from dalle.pictures import to_bytes
 from dalle.training.task import Batch, Companion, Loss, Networks
 from gans.damsm import Damsm, Gammas, damsm_losses
 from gans.generator import Painter

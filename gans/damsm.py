@@ -27,17 +27,12 @@ from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.metrics.retrieval import r_precision_hits
 from dalle.models.base import ModelConfig, PretrainedModel
-from dalle.models.precision import at_least_single
-from dalle.sampling.generator import (
-    identify,
-    load_model,
-    load_tokenizer,
-    lost_warnings,
-    model_folder,
-    model_kind,
-)
+from dalle.models.precision import at_least_single, full_precision
+from dalle.pictures import to_signed
+from dalle.sampling.caption_warnings import lost_warnings
 from dalle.sampling.rerank import FeatureReranker
-from dalle.tasks.clip import POOLS, RANKS, full_precision, pooled_recalls, pools_of, recall
+from dalle.store import identify, load_model, load_tokenizer, model_folder, model_kind
+from dalle.tasks.clip import POOLS, RANKS, pooled_recalls, pools_of, recall
 from dalle.training.gathering import in_global_order, in_global_order_with_gradient, of_everyone
 from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.run import RunConfig
@@ -367,7 +362,7 @@ class DamsmTask(Task):
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
         """Pictures in [-1, 1] (or the features of a frozen trunk), ids and the dropout's choice."""
-        images = batch["image"].float() / 127.5 - 1
+        images = to_signed(batch["image"])
         ids = self.shortened(batch) if self.config.long_captions == "random_words" else batch["text"]
         kept = self.draw_kept(networks, ids, step)
         prepared: Batch = {"ids": ids, "kept": kept, "class_ids": None}
@@ -428,7 +423,7 @@ class DamsmTask(Task):
         pairs, captions, waiting = [], [], []
         with full_precision(image.local.weight.device):
             for batch in batches:
-                local, pooled = image(batch["image"].float() / 127.5 - 1)
+                local, pooled = image(to_signed(batch["image"]))
                 said = text(batch["text"])
                 matched = (of_everyone(part, networks.world_size) for part in (local, said.words, said.mask))
                 waiting = word_recalls(figures, [*waiting, *zip(*matched, strict=True)], self.config.loss.gammas)
@@ -514,7 +509,7 @@ def load_reranker(folder: Path, device: torch.device | str = "cpu") -> FeatureRe
     tokenizer, length = load_tokenizer(folder / TOKENIZER_FOLDER), model.config.text_length
 
     def encode_image(images: Tensor) -> Tensor:
-        _, pooled = model.image(images.to(device).float() / 127.5 - 1)
+        _, pooled = model.image(to_signed(images.to(device)))
         return F.normalize(pooled, dim=1)
 
     def encode_captions(captions: list[str]) -> Tensor:

@@ -17,8 +17,9 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from dalle.config import FREE, Section
-from dalle.sampling.generator import cut_warning, load_model, unknown_warning
-from dalle.tasks.clip import full_precision
+from dalle.models.precision import full_precision
+from dalle.sampling.caption_warnings import cut_warning, unknown_warning
+from dalle.store import load_model
 from dalle.training.gathering import in_global_order, of_everyone
 from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from dalle.data.index import ShardIndex
 from dalle.errors import UserError
 from dalle.evaluation.references import ShardReferences, read_pictures
+from dalle.pictures import grid
 from dalle.training.task import Networks
 from gans.layers import Augmented
 from gans.task import GANTask
@@ -49,7 +49,7 @@ class EditingTask(GANTask):
         seeds = list(range(len(sources))) * len(settings.captions)
         edited = self.generator(networks).generate(captions, seeds,
                                                    sources=sources.repeat(len(settings.captions), 1, 1, 1))
-        return {"samples": make_grid(torch.cat([sources, edited]), nrow=len(sources), padding=2)}
+        return {"samples": grid(torch.cat([sources, edited]), len(sources))}
 
     def preview_sources(self) -> Tensor:
         """uint8 [``columns``, 3, S, S]: the first pictures of ``data.validation``, or of the training set without."""

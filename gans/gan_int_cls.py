@@ -18,13 +18,13 @@ from pydantic import Field, model_validator
 from scipy.cluster.vq import kmeans2
 from scipy.stats import rankdata
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.models.precision import at_least_single
-from dalle.sampling.generator import load_model, model_folder, model_kind, to_bytes
+from dalle.pictures import grid, to_bytes, to_signed
+from dalle.store import load_model, model_folder, model_kind
 from dalle.training.gathering import of_everyone
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.task import Batch, Companion, Loss, Mean, Networks, Phase, Player
@@ -357,7 +357,7 @@ class StyleTask(GANTask):
         """
         model, rows = networks.bare("generator"), []
         for batch in batches:
-            image = batch["image"].float() / 127.5 - 1
+            image = to_signed(batch["image"])
             places = [first_place(meta) or NOWHERE for meta in batch.get("meta", [None] * len(image))]
             rows.append((model(image).float(), self.encode(networks, batch).sentence, border_colour(image),
                          torch.tensor(places, device=image.device)))
@@ -386,7 +386,7 @@ class StyleTask(GANTask):
         sources = model.generator({"z": z}, text.sentence[:1].expand(settings.columns, -1))
         rows = [sources] + [model.generator({"z": model(sources)}, sentence.expand(settings.columns, -1))
                             for sentence in text.sentence]
-        return {"styles": make_grid(to_bytes((torch.cat(rows) + 1) / 2).cpu(), nrow=settings.columns, padding=2)}
+        return {"styles": grid(to_bytes((torch.cat(rows) + 1) / 2).cpu(), settings.columns)}
 
 
 def same_cluster_auc(vectors: Tensor, clusters: np.ndarray) -> float:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dalle.errors import UserError
 from dalle.models.base import CONFIG_FILE, PretrainedModel
-from dalle.sampling.generator import OnProgress, fit_picture, identify, load_model, model_kind, to_bytes
+from dalle.pictures import fit_picture, signed_to_bytes, to_bytes, to_signed
+from dalle.store import OnProgress, identify, load_model, model_kind
 from gans.text import Text, load_text_encoder
 
 TEXT_FOLDER = "text"       # of an exported generator
@@ -55,12 +56,14 @@ class GANGenerator:
     noise is multiplied (below 1: safer and less varied).
     """
 
+    precision: ClassVar[str] = "fp32"      # whatever type was asked for
+    completes: ClassVar[bool] = False
+
     def __init__(self, network: Painter, text_encoder: nn.Module | None, identity: dict[str, Any] | None = None):
         self.network, self.text_encoder = network.eval(), text_encoder
         self.identity = identity or {"kind": network.model_type}
         self.image_size: int = network.config.image_size
         self.edits: bool = network.edits
-        self.precision = "fp32"      # whatever type was asked for
 
     def caption_warnings(self, captions: Sequence[str]) -> list[str]:
         """A line for every caption that the text encoder cannot read whole."""
@@ -111,7 +114,7 @@ class GANGenerator:
             filled = part + part[-1:] * (size - len(part))
             painted, extra = self._paint([captions[index] for index in filled], [seeds[index] for index in filled],
                                          None if sources is None else sources[filled], truncation)
-            images[part] = to_bytes((painted.float() + 1) / 2)[:len(part)].cpu()
+            images[part] = signed_to_bytes(painted)[:len(part)].cpu()
             if detailed:
                 details += [self._details({name: values[row] for name, values in extra.items()}, captions[index])
                             for row, index in enumerate(part)]
@@ -151,7 +154,7 @@ def draw_noise(source: torch.Generator, count: int, dims: Mapping[str, int], law
 
 def fitted(images: Tensor, size: int) -> Tensor:
     """uint8 [N, 3, H, W] -> float [N, 3, size, size] in [-1, 1]: the centred square, resized."""
-    return to_bytes(torch.stack([fit_picture(image, size) for image in images])).float() / 127.5 - 1
+    return to_signed(to_bytes(torch.stack([fit_picture(image, size) for image in images])))
 
 
 def load_gan(folder: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> GANGenerator:

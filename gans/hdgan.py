@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
-from dalle.sampling.generator import load_model, model_folder
+from dalle.store import load_model, model_folder
 from dalle.training.task import Batch, Companion, Loss, Networks
 from gans.generator import Painter
 from gans.layers import Augmented, ConditioningAugmentation, Residual, conv1, dcgan_init, join, leaky

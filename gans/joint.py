@@ -11,8 +11,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dalle.models.base import FREE, ModelConfig, PretrainedModel
-from dalle.models.precision import at_least_single
-from dalle.tasks.clip import full_precision, pooled_recalls
+from dalle.models.precision import at_least_single, full_precision
+from dalle.pictures import to_signed
+from dalle.tasks.clip import pooled_recalls
 from dalle.training.gathering import in_global_order_with_gradient
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Mean, Networks, Player, Task
@@ -103,7 +104,7 @@ class JointTask(Task):
 
     def look(self, batch: Batch, networks: Networks) -> Tensor:
         """The pictures of a loaded batch as ``embed_images`` takes them."""
-        pictures = batch["image"].float() / 127.5 - 1
+        pictures = to_signed(batch["image"])
         if "trunk" not in self.frozen:
             return pictures
         with full_precision(pictures.device):

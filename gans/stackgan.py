@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
-from dalle.sampling.generator import load_model, model_folder, model_kind
+from dalle.store import load_model, model_folder, model_kind
 from dalle.training.task import Batch, Companion, Loss, Networks
 from gans.generator import TEXT_FOLDER, Noise, Painter
 from gans.layers import (

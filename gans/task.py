@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from dalle.config import FIXED, FREE, Section
-from dalle.data.dataset import DataConfig
 from dalle.data.decode import BadSample
 from dalle.data.index import ShardIndex
+from dalle.data.settings import DataConfig
 from dalle.errors import UserError
 from dalle.evaluation.captions import CaptionSource
 from dalle.evaluation.small_config import SmallEvaluationConfig
 from dalle.models.base import ModelConfig
 from dalle.models.precision import at_least_single
+from dalle.pictures import grid, to_signed
 from dalle.training.gathering import in_global_order
 from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.run import RunConfig
@@ -229,7 +229,7 @@ class GANTask(Task):
         configured ``noise_g``, ``wrong_image``, ``wrong_class_id``, ``wrong_text``.
         """
         exchange = self.exchange(networks)
-        prepared: Batch = {"image": batch["image"].float() / 127.5 - 1, "class_id": batch["class_id"],
+        prepared: Batch = {"image": to_signed(batch["image"]), "class_id": batch["class_id"],
                            "caption": batch.get("caption")}
         if "text" in self.frozen:
             prepared["text"] = self.encode(networks, batch)
@@ -264,7 +264,7 @@ class GANTask(Task):
         chosen = other_samples(classes, self.wrong_images == "other_class",
                                step_generator(self.config.seed, step, 100))
         mine = exchange.mine(chosen)
-        return {"wrong_image": images[mine].float() / 127.5 - 1, "wrong_class_id": classes[mine]}
+        return {"wrong_image": to_signed(images[mine]), "wrong_class_id": classes[mine]}
 
     def roll_text(self, exchange: Exchange, text: Text) -> Text:
         """Sample i gets the text of sample i + shift of the global batch."""
@@ -298,7 +298,7 @@ class GANTask(Task):
         captions = [caption for caption in settings.captions for _ in range(settings.columns)]
         seeds = list(range(settings.columns)) * len(settings.captions)
         images = self.generator(networks).generate(captions, seeds)
-        return {"samples": make_grid(images, nrow=settings.columns, padding=2)}
+        return {"samples": grid(images, settings.columns)}
 
     def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:
         """The generator, and in ``text/`` the encoder: all that sampling needs."""

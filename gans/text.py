@@ -29,15 +29,9 @@ from dalle.models.clip import (
     load_open_clip_folder,
     no_code_from_hubs,
 )
-from dalle.sampling.generator import (
-    cut_warning,
-    load_model,
-    load_tokenizer,
-    lost_warnings,
-    model_folder,
-    model_kind,
-)
+from dalle.sampling.caption_warnings import cut_warning, lost_warnings
 from dalle.sampling.rerank import open_clip_warnings
+from dalle.store import load_model, load_tokenizer, model_folder, model_kind
 from dalle.tensor_file import write_synced
 
 OPEN_CLIP_PREFIX, TRANSFORMERS_PREFIX = "open_clip:", "transformers:"

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from dalle.config import FREE, Section
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
-from dalle.models.precision import at_least_single
-from dalle.sampling.generator import load_model, load_tokenizer
-from dalle.tasks.clip import full_precision
+from dalle.models.precision import at_least_single, full_precision
+from dalle.store import load_model, load_tokenizer
 from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.task import Batch, Loss, Networks, Phase
+from dalle.words import one_line
 from gans.joint import JointConfig, JointModel, JointRun, JointTask
 from gans.task import filled
 from gans.text import TOKENIZER_FOLDER, Text, TextEncoder, length_mask, lost_of_prompts, token_ids
@@ -232,7 +232,7 @@ def read_word_vectors(file: str | Path, tokenizer: CaptionTokenizer, dim: int) -
                 found += 1
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"word_vectors {file} cannot be read as vectors of {dim} numbers (model.word_dim): "
-                        f"{' '.join(str(error).split())}") from error
+                        f"{one_line(error)}") from error
     if not found:
         raise UserError(f"word_vectors {file} has none of the {len(wanted)} words of the tokenizer: use one of whole "
                         "words, by tools/train_tokenizer.py --kind words")

@@ -101,7 +101,7 @@ def main() -> None:
     for name in ("model", "data"):
         if getattr(arguments, name) is None:
             raise UserError(f"--{name} is missing: --model RUN --data VALIDATION_SHARDS, or --compare A.json B.json")
-    from dalle.training.slurm import adopt_slurm
+    from dalle.training.engines.slurm import adopt_slurm
 
     gans.register()
     adopt_slurm()
@@ -128,7 +128,7 @@ def measure(arguments: argparse.Namespace) -> None:
     processes = Processes.from_environment()
 
     def say(message: str) -> None:
-        if processes.is_main:
+        if processes.is_rank0:
             print(message, file=sys.stderr, flush=True)
 
     results = evaluate(job, processes, say)

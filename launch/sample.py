@@ -142,19 +142,18 @@ def main() -> None:
 
 def painter(generator: Any, arguments: argparse.Namespace, picture: Any) -> tuple[Any, Any]:
     """What paints instead of the generator's own way, if anything, and the picture that it changes, in its size."""
-    from dalle.sampling.generator import fit_picture, to_bytes
+    from dalle.pictures import fit_picture, to_bytes
 
-    edits = getattr(generator, "edits", False)
     if picture is None:
-        if edits:
+        if generator.edits:
             raise UserError(f"{arguments.model} changes pictures: give it one with --image FILE")
         return None, None
     if arguments.rows is not None:
-        if not hasattr(generator, "complete"):
+        if not generator.completes:
             raise UserError(f"--rows: {arguments.model} cannot complete pictures; only a transformer can"
-                            + ("; it edits the whole of --image, leave --rows out" if edits else ""))
+                            + ("; it edits the whole of --image, leave --rows out" if generator.edits else ""))
         return partial(generator.complete, image=picture, rows=arguments.rows), None
-    if not edits:
+    if not generator.edits:
         raise UserError(f"--image needs --rows: {OF_COMPLETION}")
     source = to_bytes(fit_picture(picture, generator.image_size))
 
@@ -175,18 +174,19 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
     """Load, paint, rank, write."""
     import torch
 
+    from dalle.data.formats import read_picture
     from dalle.sampling.candidates import sample_and_rerank
     from dalle.sampling.gallery import check_folder, write_gallery
-    from dalle.sampling.generator import load_generator, read_picture
     from dalle.sampling.lettering import missing_letters
     from dalle.sampling.progress import PaintingProgress
     from dalle.sampling.rerank import load_reranker
+    from dalle.store import load_generator
 
     names = ("temperature", "top_k", "top_p", "guidance", "truncation")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     check_folder(arguments.out, len(prompts), arguments.keep,
                  with_source=arguments.image is not None and arguments.rows is None)
-    picture = read_picture(arguments.image) if arguments.image is not None else None
+    picture = torch.from_numpy(read_picture(arguments.image)) if arguments.image is not None else None
     bf16 = arguments.dtype == "bf16" or (arguments.dtype == "auto" and device.type == "cuda")
     say(f"model: {arguments.model}")
     generator = load_generator(arguments.model, device, torch.bfloat16 if bf16 else torch.float32)
@@ -209,7 +209,7 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
         "model": generator.identity,
         "reranker": reranker.identity if reranker is not None else None,
         "seed": arguments.seed,
-        "dtype": getattr(generator, "precision", "bf16" if bf16 else "fp32"),
+        "dtype": generator.precision,
         "options": {**settings, "rows": arguments.rows,
                     "image": str(arguments.image) if arguments.image else None},
     }

@@ -268,7 +268,7 @@ def plan_runs(arguments: argparse.Namespace) -> list[PlannedRun]:
 
 def plan_run(arguments: argparse.Namespace, overrides: list[str]) -> PlannedRun:
     from dalle.tasks import RUNS
-    from dalle.training.engine import split_batch
+    from dalle.training.settings import split_batch
 
     config = load_config(arguments.config, overrides, RUNS)
     if UNPRINTABLE.search(str(config.folder)):

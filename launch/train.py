@@ -57,7 +57,7 @@ def main() -> int:
     from dalle.data.loader import train_batches, validation_batches
     from dalle.data.workers import start_server
     from dalle.training.allocator import keep_freed_memory
-    from dalle.training.engine import create_engine
+    from dalle.training.engines.launching import create_engine
     from dalle.training.loop import Trainer
     from dalle.training.prerequisites import check_data, missing_runs_explained, prerequisites
     from dalle.training.run_folder import finished_steps
@@ -90,7 +90,7 @@ def main() -> int:
         if config.train.evaluate_every and not arguments.dry_run:
             evaluate = small_evaluation(task, config, engine.device)
     if arguments.dry_run:
-        if engine.is_main:
+        if engine.is_rank0:
             print_plan(task, config, needed())
         return 0
     share["needs_classes"] = task.needs_classes
@@ -107,16 +107,16 @@ def main() -> int:
 
 def make_prerequisites(needed, dry_run: bool) -> int | None:
     """Train what is not finished; the status to end with at once, or None to go on."""
+    from dalle.training.engines.slurm import adopt_slurm
     from dalle.training.prerequisites import say, train_prerequisites
-    from dalle.training.slurm import adopt_slurm
 
     adopt_slurm()
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_rank0 = os.environ.get("RANK", "0") == "0"
     if not dry_run:
-        return train_prerequisites(needed, [sys.executable, __file__], is_main, say) or None
+        return train_prerequisites(needed, [sys.executable, __file__], is_rank0, say) or None
     if all(one.state == "finished" for one in needed):
         return None
-    if is_main:      # the task cannot be built before they are there
+    if is_rank0:      # the task cannot be built before they are there
         print(json.dumps({"prerequisites": [one.describe() for one in needed]}, indent=2))
     return 0
 

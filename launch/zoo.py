@@ -117,7 +117,7 @@ def main() -> int:
                 failed.append(system)
                 continue
             path.write_text(json.dumps(asdict(row), indent=2) + "\n")
-            print(one_line(row), flush=True)
+            print(summary(row), flush=True)
     found = [Row(**json.loads(path.read_text())) for path in sorted(rows.glob("*.json"))]
     if not found:
         raise UserError(f"{rows} holds no row yet: run without --table")
@@ -178,7 +178,7 @@ def train(config: Path, arguments: argparse.Namespace, row: Row) -> Path:
     if arguments.measure:
         return loaded.folder
     status = train_prerequisites(prerequisites(str(config), loaded, RUNS),
-                                 [sys.executable, str(ROOT / "launch/train.py")], is_main=True, say=print)
+                                 [sys.executable, str(ROOT / "launch/train.py")], is_rank0=True, say=print)
     if status:
         raise UserError(f"a prerequisite of {config} ended with status {status}")
     before = children_seconds()
@@ -243,14 +243,13 @@ def painting_speed(run: Path, data: str) -> float:
 
     from dalle.data.index import ShardIndex
     from dalle.evaluation.captions import draw_captions
-    from dalle.sampling.generator import load_generator
+    from dalle.store import load_generator
 
     gans.register()
     generator = load_generator(run)
     captions = [one.caption for one in draw_captions(ShardIndex.load(data), TIMED_PICTURES, 0)[0]]
     size = generator.image_size
-    options = {"sources": torch.zeros(len(captions), 3, size, size, dtype=torch.uint8)} \
-        if getattr(generator, "edits", False) else {}
+    options = {"sources": torch.zeros(len(captions), 3, size, size, dtype=torch.uint8)} if generator.edits else {}
     speeds = []
     for _ in range(TIMED_ROUNDS):
         began = time.perf_counter()
@@ -312,7 +311,7 @@ def human(row: Row) -> str:
     return f"{sum(row.parameters.values()):,}" if row.parameters else "-"
 
 
-def one_line(row: Row) -> str:
+def summary(row: Row) -> str:
     what = "colour" if COLOUR in row.figures else "R-precision"
     return f"{row.system}: {what} {merit(row):.3f} after {row.steps} steps, {row.seconds / 60:.1f} minutes"
 

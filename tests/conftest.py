@@ -95,7 +95,7 @@ train = Command("launch/train.py")
 def workshop(tmp_path_factory) -> Workshop:
     """Data, tokenizer and a discrete VAE trained for four steps."""
     from dalle.data.index import ShardIndex
-    from dalle.data.shapes import ShapesConfig, make_shapes
+    from dalle.data.shapes.making import ShapesConfig, make_shapes
     from dalle.data.tokenizer import CaptionTokenizer
 
     torch.set_num_threads(1)

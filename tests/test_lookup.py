@@ -9,10 +9,10 @@ import torch
 import gans
 from dalle.config import load_config
 from dalle.errors import UserError
-from dalle.lookup import GENERATORS, RERANKERS, LazyTable
+from dalle.lookup import LazyTable
 from dalle.models.base import CONFIG_FILE
-from dalle.sampling import generator as sampling
 from dalle.sampling import rerank
+from dalle.store import GENERATORS, RERANKERS, load_generator
 from dalle.tasks import RUNS, TASKS, add_tasks
 
 
@@ -61,12 +61,12 @@ def test_tasks_join_both_columns(family):
 def test_a_folder_of_a_kind_that_joined_is_loaded_by_its_loader(family, tmp_path):
     (tmp_path / CONFIG_FILE).write_text('{"model_type": "new"}')
     with pytest.raises(UserError, match="holds a 'new' model; sampling needs a generator"):
-        sampling.load_generator(tmp_path)
+        load_generator(tmp_path)
     with pytest.raises(UserError, match="holds a 'new' model; --rerank needs a 'clip'"):
         rerank.load_reranker(str(tmp_path))
     GENERATORS.add({"new": ("family", "load")})
     RERANKERS.add({"new": ("family", "load")})
-    assert sampling.load_generator(tmp_path, "cpu", torch.float32) == (tmp_path, ("cpu", torch.float32))
+    assert load_generator(tmp_path, "cpu", torch.float32) == (tmp_path, ("cpu", torch.float32))
     assert rerank.load_reranker(str(tmp_path), "cpu") == (tmp_path, ("cpu",))
 
 
@@ -76,7 +76,7 @@ def test_a_gan_before_its_family_has_joined_names_the_remedy(family, tmp_path, m
         monkeypatch.setattr(table, "_places", own)
     (tmp_path / CONFIG_FILE).write_text('{"model_type": "attngan"}')
     (tmp_path / "run.yaml").write_text("task: attngan\n")
-    asks = [lambda: sampling.load_generator(tmp_path), lambda: rerank.load_reranker(str(tmp_path)),
+    asks = [lambda: load_generator(tmp_path), lambda: rerank.load_reranker(str(tmp_path)),
             lambda: load_config(tmp_path / "run.yaml", [], RUNS)]
     for ask in asks:
         with pytest.raises(UserError, match=r"`import gans; gans.register\(\)` adds the GAN family$"):

@@ -15,9 +15,9 @@ from dalle.data.codes import DESCRIPTION_FILE, CachedCodes, CodesWriter
 from dalle.data.index import ShardIndex
 from dalle.data.loader import DataConfig, view_batches
 from dalle.errors import UserError, run_command
-from dalle.models.dvae import DiscreteVAE
-from dalle.sampling.generator import load_codec, model_folder
-from dalle.tasks.transformer import codec_digests
+from dalle.models.codec import Codec
+from dalle.pictures import to_unit
+from dalle.store import codec_digests, load_codec, model_folder
 from dalle.training.lock import FolderLock
 
 SECONDS_BETWEEN_LINES = 10
@@ -25,7 +25,7 @@ SECONDS_BETWEEN_LINES = 10
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--codec", required=True, help="a dVAE's run folder, or the folder it was exported to")
+    parser.add_argument("--codec", required=True, help="a codec's run folder, or the folder it was exported to")
     parser.add_argument("--data", required=True, help="shards: a folder, a glob or a brace range")
     parser.add_argument("--out", required=True, type=Path, help="the folder to write")
     parser.add_argument("--views", type=int, default=1, help="random crops of each picture to encode (default 1)")
@@ -68,7 +68,7 @@ def main() -> None:
         cache(arguments, codec, index, digests[0])
 
 
-def cache(arguments: argparse.Namespace, codec: DiscreteVAE, index: ShardIndex, digest: str) -> None:
+def cache(arguments: argparse.Namespace, codec: Codec, index: ShardIndex, digest: str) -> None:
     """Write the codes of every picture of ``index`` into the folder."""
     data = DataConfig(train=arguments.data, image_size=codec.config.image_size, crop=arguments.crop, workers=0,
                       bad_shards=arguments.bad_shards)
@@ -79,7 +79,7 @@ def cache(arguments: argparse.Namespace, codec: DiscreteVAE, index: ShardIndex, 
     with CodesWriter(arguments.out, index, codec_digest=digest, num_codes=codec.num_codes, grid=codec.grid,
                      views=arguments.views) as writer:
         for batch in loader:
-            images = batch["image"].flatten(0, 1).to(arguments.device).float() / 255     # [b * views, 3, S, S]
+            images = to_unit(batch["image"].flatten(0, 1).to(arguments.device))     # [b * views, 3, S, S]
             codes = codec.encode(images).view(len(batch["valid"]), arguments.views, -1)
             writer.write(codes.cpu().numpy(), batch["valid"].numpy())
             done += len(codes)

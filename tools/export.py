@@ -74,6 +74,7 @@ def main() -> int:
     gans.register()
     import torch
 
+    from dalle.store import EXPORT_FOLDER
     from dalle.tasks import RUNS, TASKS
     from dalle.training.checkpoint import AVERAGE, SavedPlayer, read_run_state
     from dalle.training.companions import check_packed
@@ -88,7 +89,7 @@ def main() -> int:
     config = validate(tree, RUNS, source=str(checkpoint))
     torch.manual_seed(config.seed)             # as when it was trained: a companion may be drawn, not loaded
     task = TASKS[config.task](config)
-    check_packed(str(checkpoint), state, config, task, copies=arguments.run / "model")
+    check_packed(str(checkpoint), state, config, task, copies=arguments.run / EXPORT_FOLDER)
     averaged = not arguments.raw and any(SavedPlayer(checkpoint / name).keys(AVERAGE) for name in task.players)
     with written_beside(out) as temporary:
         export_checkpoint(task, checkpoint, temporary, averaged=not arguments.raw)

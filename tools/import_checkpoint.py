@@ -14,9 +14,11 @@ from torch import Tensor
 
 from dalle.errors import UserError, run_command
 from dalle.models.base import CONFIG_FILE
-from dalle.models.dvae import DiscreteVAE, DVAEConfig, OpenAINetworkConfig
+from dalle.models.dvae import DiscreteVAE, DVAEConfig
+from dalle.models.dvae_networks import OpenAINetworkConfig
 from dalle.models.foreign import ForeignFileError, read_foreign_state
 from dalle.models.quantizers import GumbelConfig
+from dalle.words import one_line
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -56,7 +58,7 @@ def import_openai_dvae(encoder_file: Path, decoder_file: Path, image_size: int, 
         model.load_state_dict({f"{part}.{name}": tensor.float() for part, state in
                                (("encoder", encoder), ("decoder", decoder)) for name, tensor in state.items()})
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(f"{encoder_file} and {decoder_file} are not the encoder and the decoder of DALL-E's discrete "
                         f"VAE: {reason}") from None
     try:

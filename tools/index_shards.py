@@ -17,8 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle.data.index import DAMAGE, ShardIndex, ShardInfo, expand_braces, glob_magic, read_table
+from dalle.data.damage import DAMAGE
+from dalle.data.index import ShardIndex, read_table
 from dalle.data.reasons import printable
+from dalle.data.shard import ShardInfo
+from dalle.data.specs import expand_braces, glob_magic
 from dalle.errors import LostProcess, UserError, run_command
 
 ROWS_SHOWN = 10

@@ -61,17 +61,17 @@ def main() -> None:
 
     import torch
 
-    from dalle.data.shapes_grammar import parse_caption
+    from dalle.data.shapes.grammar import parse_caption
     from dalle.metrics.shapes_judge import colour_shape_right
     from dalle.sampling.candidates import sample_and_rerank
-    from dalle.sampling.generator import load_generator
     from dalle.sampling.progress import PaintingProgress
     from dalle.sampling.rerank import load_reranker
+    from dalle.store import load_generator
 
     captions = held_out_captions(arguments.data, arguments.captions)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     generator = load_generator(arguments.model, device)
-    if getattr(generator, "edits", False):
+    if generator.edits:
         raise UserError(f"{arguments.model} changes pictures instead of painting captions: measure it with "
                         "launch/evaluate.py --metrics judge")
     options = {name: getattr(arguments, name) for name in ("temperature", "guidance")

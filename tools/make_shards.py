@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("--workers and --samples-per-shard must be at least 1")
     shared = {"out": options.out, "workers": options.workers, "force": options.force}
     if options.command in ("shapes", "shapes-edits"):
-        from dalle.data.shapes import ShapesConfig, make_shapes
+        from dalle.data.shapes.making import ShapesConfig, make_shapes
 
         make_shapes(ShapesConfig(
             count=options.count, validation=options.validation, size=options.size, seed=options.seed,
@@ -91,7 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
         make_emoji(EmojiConfig(size=options.size, samples_per_shard=options.samples_per_shard),
                    font=options.font, annotations=options.annotations, **shared)
     else:
-        from dalle.data.folder import FolderConfig, make_folder
+        from dalle.data.folder.entries import FolderConfig
+        from dalle.data.folder.making import make_folder
 
         make_folder(FolderConfig(
             path_column=options.path_column, caption_column=options.caption_column,

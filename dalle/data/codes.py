@@ -5,7 +5,6 @@ order. A picture that could not be decoded has the dtype's sentinel in its row (
 """
 
 import json
-import os
 from collections import Counter, OrderedDict
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +13,10 @@ from typing import Any, Self
 import numpy as np
 
 from dalle.data.decode import BadSample
-from dalle.data.index import ShardIndex, most_open
+from dalle.data.index import ShardIndex
+from dalle.data.reader import most_open
 from dalle.errors import UserError
+from dalle.files import json_text, replacing
 
 DESCRIPTION_FILE = "codes.json"
 SENTINEL = {np.dtype(np.uint16): 65535, np.dtype(np.int32): -1}
@@ -73,7 +74,7 @@ class CachedCodes:
                             f"(fingerprint {fingerprint[:8]}, not {index.fingerprint[:8]}); {MAKE}")
         self._names = file_names(index)
         self._counts = index.counts
-        self.max_open, self._most = 128, 0         # as of a :class:`dalle.data.index.ShardReader`
+        self.max_open, self._most = 128, 0         # as of a :class:`dalle.data.reader.ShardReader`
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __getstate__(self) -> dict:
@@ -162,9 +163,8 @@ class CodesWriter:
         if self._shard < len(self._index.shards) or self._num_pending:
             raise ValueError(f"codes of {len(self._index.shards)} shards expected, {self._shard} are complete and "
                              f"{self._num_pending} rows are left over")
-        draft = self.folder / f".{DESCRIPTION_FILE}.part"
-        draft.write_text(json.dumps(self._description, indent=2) + "\n")
-        os.replace(draft, self.folder / DESCRIPTION_FILE)
+        with replacing(self.folder / DESCRIPTION_FILE) as file:
+            file.write(json_text(self._description).encode())
 
     def __enter__(self) -> Self:
         return self
@@ -178,12 +178,9 @@ class CodesWriter:
         while self._shard < len(self._index.shards) and self._num_pending >= self._index.shards[self._shard].count:
             count = self._index.shards[self._shard].count
             rows = np.concatenate(self._pending) if self._pending else np.empty((0, *self._shape), self._dtype)
-            path = self.folder / self._names[self._shard]
-            draft = path.with_name(f".{path.name}.part")
             try:
-                with open(draft, "wb") as file:
+                with replacing(self.folder / self._names[self._shard]) as file:
                     np.save(file, rows[:count])
-                os.replace(draft, path)
             except OSError as error:
                 raise UserError(f"the codes cannot be written into {self.folder}: {error.strerror}") from None
             self._pending = [rows[count:]]

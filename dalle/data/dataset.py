@@ -7,19 +7,17 @@ from :func:`dalle.data.order.sample_rng`, and a bad sample is replaced by the ne
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, model_validator
 from torch.utils.data import Dataset
 
-from dalle.config import FIXED, FREE, Section
+from dalle.data.batch import Fetched
 from dalle.data.codes import CachedCodes
 from dalle.data.decode import (
     IN_BAD_SHARD,
-    MAX_PIXELS,
     BadSample,
     class_id,
     decode_image,
@@ -27,89 +25,22 @@ from dalle.data.decode import (
     read_member,
     sample_captions,
 )
-from dalle.data.index import BadShards, ShardIndex, ShardReader, key_text
+from dalle.data.index import ShardIndex
+from dalle.data.members import key_text
 from dalle.data.order import Order, SequentialOrder, sample_rng
+from dalle.data.reader import ShardReader
 from dalle.data.reasons import Tally, remedy
+from dalle.data.settings import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.data.transforms import Crop, needed_side, to_square
 from dalle.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Batch = dict[str, Any]
 MOST_RECORDS = 32_768            # parsed captions a worker keeps: some 40 MB with ten captions a picture
 MOST_REPLACEMENTS_TRIED = 1000
 GONE_WITH_SHARD = ("truncated_shard", IN_BAD_SHARD)
 LOG_EVERY = 1000                 # of the bad samples of one reason, the first is logged and then every so many
-
-
-class DataConfig(Section, json_schema_extra=FIXED):
-    """What is read and how. ``train``: a folder of shards, a glob, a brace range, or several joined by ``::``.
-
-    ``tier``: ``exact`` reads local shards in an order that any resume continues to the sample; ``resampled`` and
-    ``sequential`` read them front to back, from URLs too (:mod:`dalle.data.streaming`). Validation is always exact.
-    """
-
-    train: str = Field(json_schema_extra=FREE)            # by its fingerprint: files may move
-    validation: str | None = Field(None, json_schema_extra=FREE)
-    tier: Literal["exact", "resampled", "sequential"] = "exact"
-    # missing or damaged ones: stop, or train without what is lost
-    bad_shards: BadShards = Field("refuse", json_schema_extra=FREE)
-    allow_pipe: bool = Field(False, json_schema_extra=FREE)            # pipe: URLs run a shell command
-    # s of silence from a server or a pipe before another attempt, and attempts in a row: 1, 2, 4, ... s apart
-    read_timeout: float = Field(30.0, gt=0, json_schema_extra=FREE)
-    read_retries: int = Field(4, ge=0, json_schema_extra=FREE)
-    # samples, as stored, that wait in each worker (resampled)
-    shuffle_buffer: int = Field(1000, ge=1, json_schema_extra=FREE)
-    image_size: int = Field(256, ge=1)
-    crop: Crop = "center"
-    crop_from: float = Field(1.0, ge=1, le=4)             # resize to so many times image_size, then cut at random
-    flip: bool = False
-    images: bool = True                                   # False: only text and cached codes are read
-    jpeg_draft: bool = False                              # the JPEG decoder shrinks pictures over twice the needed size
-    max_pixels: int = Field(MAX_PIXELS, ge=1, le=2 * MAX_PIXELS)
-    caption: Literal["random", "first", "none"] = "random"     # none: pictures alone, captions are not read
-    num_captions: int = Field(1, ge=1)                    # above 1, batches have so many of each sample as `captions`
-    tokenizer: str | None = Field(None, json_schema_extra=FREE)        # by its digest
-    text_length: int = Field(256, ge=1)
-    bpe_dropout: float = Field(0.1, ge=0, le=1)
-    caption_dropout: float = Field(0.0, ge=0, le=1)
-    codes: str | None = Field(None, json_schema_extra=FREE)            # by the digest of their codec
-    validation_codes: str | None = Field(None, json_schema_extra=FREE)
-    workers: int = Field(2, ge=0, json_schema_extra=FREE)
-    lanes: int = Field(64, ge=1)
-    window: int = Field(16, ge=1)
-    max_bad_fraction: float = Field(0.1, ge=0, le=1, json_schema_extra=FREE)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _older_name(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "on_missing" not in values:
-            return values
-        if "bad_shards" in values:
-            raise ValueError("on_missing is the older name of bad_shards; set bad_shards alone")
-        log.warning("data.on_missing is now data.bad_shards, which is for damaged shards, too: taken as that")
-        return {"bad_shards" if key == "on_missing" else key: value for key, value in values.items()}
-
-    @model_validator(mode="after")
-    def _something_is_read(self) -> Self:
-        if self.caption == "none" and self.tokenizer:
-            raise ValueError("caption is none, but a tokenizer is set; choose caption random or first")
-        if self.num_captions > 1 and self.caption != "random":
-            raise ValueError(f"num_captions {self.num_captions} draws captions, but caption is {self.caption}; set "
-                             "caption to random")
-        if self.caption == "none" and not self.images and not self.codes:
-            raise ValueError("images is false, caption is none and codes is not set: nothing would be read")
-        if self.crop_from > 1 and self.crop not in ("none", "random"):
-            raise ValueError(f"crop_from {self.crop_from} is for a random cut, but crop is {self.crop}; set crop "
-                             "to random, or to none to resize whole pictures whatever their shape")
-        if self.crop_from > 1 and self.codes:
-            raise ValueError(f"codes are of pictures cut when they were made, crop_from {self.crop_from} would cut "
-                             "others: leave one of them out")
-        if self.tier != "exact" and self.codes:
-            raise ValueError(f"codes belong to an index, which tier {self.tier} does not use; set tier to exact, "
-                             "or leave codes out and let the codec run")
-        return self
 
 
 class Record(NamedTuple):
@@ -136,6 +67,8 @@ class Sample(NamedTuple):
 
 class SampleMaker:
     """Captions, codes and pictures to samples and batches, the same way in every tier."""
+
+    index: ShardIndex | None = None        # a stream has none
 
     def __init__(self, config: DataConfig, *, seed: int, training: bool, tokenizer: CaptionTokenizer | None,
                  codes: CachedCodes | None, needs_classes: bool = False):
@@ -216,8 +149,8 @@ class SampleMaker:
                         self._logged[bad.reason] + 1)
         self._logged[bad.reason] += 1
 
-    def _collate(self, positions: Sequence[int], samples: list[Sample], skipped: Tally) -> Batch:
-        batch: Batch = {
+    def _collate(self, positions: Sequence[int], samples: list[Sample], skipped: Tally) -> Fetched:
+        batch: Fetched = {
             "key": [sample.record.key for sample in samples],
             "position": torch.tensor(positions, dtype=torch.int64),
             "class_id": torch.tensor([sample.record.class_id for sample in samples], dtype=torch.int64),
@@ -288,10 +221,10 @@ class ShardDataset(SampleMaker, Dataset):
         self._records: dict[tuple[int, int], Record] = {}
         self._bad: dict[tuple[int, int], tuple[str, str]] = {}     # reason and detail, so that none is decoded twice
 
-    def __getitem__(self, position: int) -> Batch:
+    def __getitem__(self, position: int) -> Fetched:
         return self.__getitems__([position])
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
+    def __getitems__(self, positions: Sequence[int]) -> Fetched:
         """The batch of these positions. A :class:`UserError` travels as the key ``error``: raised in a worker, it would
         reach the user wrapped in that worker's traceback."""
         try:
@@ -299,7 +232,7 @@ class ShardDataset(SampleMaker, Dataset):
         except UserError as error:
             return {"error": str(error)}
 
-    def fetch(self, positions: Sequence[int]) -> Batch:
+    def fetch(self, positions: Sequence[int]) -> Fetched:
         """The batch, as :mod:`dalle.data.loader` describes it, with ``skipped``: a tally of replaced positions."""
         _, shards, indices = self.order.locate(np.asarray(positions))
         skipped = Tally()
@@ -389,7 +322,7 @@ class ViewDataset(Dataset):
         self.order = SequentialOrder(index.counts)
         self._reader = ShardReader(index)
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
+    def __getitems__(self, positions: Sequence[int]) -> Fetched:
         """``image`` uint8 [b, views, 3, S, S] (black where not ``valid``), ``valid`` bool [b], ``position`` [b]."""
         try:
             _, shards, indices = self.order.locate(np.asarray(positions))
@@ -434,8 +367,3 @@ def decode_picture(data: bytes, config: DataConfig, crop: Crop) -> Image.Image:
 def image_tensor(squares: list[np.ndarray]) -> torch.Tensor:
     """uint8 [S, S, 3] each -> uint8 [b, 3, S, S], contiguous."""
     return torch.from_numpy(np.ascontiguousarray(np.stack(squares).transpose(0, 3, 1, 2)))
-
-
-def sentences(tally: Tally) -> list[str]:
-    """Its lines, not in columns: "4 empty_image (b.jpg): fetch them again"."""
-    return [" ".join(line.split(maxsplit=1)) for line in tally.lines()]

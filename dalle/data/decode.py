@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dalle.data.index import GONE, ShardReader, VanishedShard
+from dalle.data.reader import ShardReader, VanishedShard
+from dalle.data.shard import GONE
 from dalle.text_file import decode_text
 
 log = logging.getLogger(__name__)

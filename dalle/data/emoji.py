@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, features
+from pydantic import Field
 
 from dalle.config import Section
 from dalle.data import debian
@@ -35,8 +36,8 @@ MIN_SIZE, MAX_SIZE = 16, 1024
 class EmojiConfig(Section):
     """Everything that decides the bytes of the set, beside the font and the names."""
 
-    size: int = 64
-    samples_per_shard: int = 1_000
+    size: int = Field(64, description="side of a picture, in pixels")
+    samples_per_shard: int = Field(1_000, description="samples in each shard but the last of a split")
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def make_emoji(config: EmojiConfig, out: Path, font: Path | None = None, annotat
     files = [annotations / name for name in ANNOTATION_FILES]
     _check_sources(font, files)
     named = read_annotations(files)
-    recipe = {"kind": "emoji", "version": VERSION, **config.model_dump(), "font": _digest(font),
-              "annotations": [_digest(file) for file in files]}
+    recipe = {"kind": "emoji", "version": VERSION, **config.model_dump(), "font": _digest_of_source(font),
+              "annotations": [_digest_of_source(file) for file in files]}
     return build_dataset(out, recipe, lambda: _samples(named, font, config.size, workers), total=len(named),
                          samples_per_shard=config.samples_per_shard, force=force, report=report)
 
@@ -99,7 +100,8 @@ def _check_sources(font: Path, files: list[Path]) -> None:
                         f"(there is no {absent[0]}); run: {command} (or, as root, give --install)")
 
 
-def _digest(path: Path) -> str:
+def _digest_of_source(path: Path) -> str:
+    """As ``dataset.json`` keeps it; another one would say that the set was made of other files."""
     return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 

@@ -1,14 +1,16 @@
 """Which files look like pictures, by name or first bytes, and the formats that only the making of shards reads.
 
-Shards hold what training decodes (:data:`dalle.data.index.IMAGE_EXTENSIONS`); whatever else can be read is converted
+Shards hold what training decodes (:data:`dalle.data.members.IMAGE_EXTENSIONS`); whatever else can be read is converted
 on the way there, so that the formats below are never opened from a shard that came from elsewhere.
 """
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, features
 
 from dalle.data.decode import FORMATS, MAX_PIXELS, BadSample, decode_image
+from dalle.errors import UserError
 
 READABLE = ("jpg", "jpeg", "jpe", "jfif", "jif", "pjpeg", "pjp", "png", "apng", "webp", "gif", "bmp", "dib", "tif",
             "tiff", "avif", "avifs", "heic", "heics", "heif", "heifs", "hif", "jp2", "j2k", "jpf", "jpx")
@@ -83,3 +85,13 @@ def _register_heif() -> None:
     except ImportError as error:
         raise BadSample("no_reader", str(error)) from None
     register_heif_opener()
+
+
+def read_picture(path: str | Path) -> np.ndarray:
+    """A picture's file as uint8 [3, H, W]; ``UserError`` when it is missing or cannot be read."""
+    try:
+        return np.ascontiguousarray(np.array(decode_any(Path(path).read_bytes())).transpose(2, 0, 1))
+    except OSError as error:
+        raise UserError(f"cannot read the picture {path}: {error.strerror or error}") from error
+    except BadSample as error:
+        raise UserError(f"{path} is not a picture that can be read: {error}") from error

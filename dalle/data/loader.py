@@ -1,9 +1,6 @@
 """Batches for one rank: endless for training, one pass for validation.
 
-A batch of b = batch_size / world_size samples is a dict: ``image`` uint8 [b, 3, S, S], ``text`` int64 [b, T] (0:
-unfilled; all 0: the caption was dropped), ``codes`` int64 [b, N], ``caption`` list of str, ``key`` list of str,
-``position`` int64 [b], ``class_id`` int64 [b] (-1: none), and in validation ``meta``, a list of dicts. What is not
-configured is absent.
+A batch of b = batch_size / world_size samples is a :class:`dalle.data.batch.Batch`.
 Rank r of R gets the positions tB + r, tB + r + R, ... of batch t. In the exact tier a position is a sample, so any R
 that divides B sees the same global batches; in the others (:mod:`dalle.data.streaming`) it is a running number.
 """
@@ -23,11 +20,14 @@ from types import FrameType
 import torch
 from torch.utils.data import DataLoader
 
+from dalle.data.batch import Batch, BatchSource, Fetched
 from dalle.data.codes import CachedCodes
-from dalle.data.dataset import Batch, DataConfig, ShardDataset, ViewDataset, sentences
+from dalle.data.damage import DAMAGED_SHARD, MISSING_SHARD, REBUILD
+from dalle.data.dataset import ShardDataset, ViewDataset
 from dalle.data.decode import IN_BAD_SHARD
-from dalle.data.index import DAMAGED_SHARD, MISSING_SHARD, REBUILD, ShardIndex
+from dalle.data.index import ShardIndex
 from dalle.data.reasons import Tally, remedy
+from dalle.data.settings import DataConfig
 from dalle.data.streaming import StreamDataset
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.data.workers import death_of, signal_death, start_server, worker_context, worker_start
@@ -82,7 +82,7 @@ class ValidationPositions:
         return len(self.batches)
 
 
-class Loader:
+class Loader(BatchSource):
     """Iterate for batches; ``skipped`` counts this rank's bad samples (replaced, or passed over in a stream) and
     bad shards by reason, so far; ``partly_used`` the samples of which a part is not used: a caption longer than
     data.text_length, words that the tokenizer lacks, a damaged JSON. ``identity`` is what must be the same data at a
@@ -94,7 +94,7 @@ class Loader:
     def __init__(self, dataset: ShardDataset | ViewDataset | StreamDataset,
                  positions: Iterable[list[int]] | None = None, *, finite: bool = False, speaks: bool = False):
         config = dataset.config
-        self.index: ShardIndex | None = getattr(dataset, "index", None)
+        self.index: ShardIndex | None = dataset.index
         self.tokenizer: CaptionTokenizer | None = dataset.tokenizer
         self.codes: CachedCodes | None = dataset.codes
         self.samples_per_epoch: int | None = dataset.order.samples_per_epoch if self.index else None
@@ -139,8 +139,8 @@ class Loader:
 
     def report(self) -> list[str]:
         """A line for each reason why this rank's samples were left out or used in part so far."""
-        return [*(f"left out: {line}" for line in sentences(self._left_out)),
-                *(f"used in part: {line}" for line in sentences(self._lessened))]
+        return [*(f"left out: {line}" for line in self._left_out.sentences()),
+                *(f"used in part: {line}" for line in self._lessened.sentences())]
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._fetched():
@@ -151,7 +151,7 @@ class Loader:
         if self._finite:
             self._judge()
 
-    def _fetched(self) -> Iterator[Batch]:
+    def _fetched(self) -> Iterator[Fetched]:
         """What the workers make. One that died is named, whatever its end did to the connection."""
         batches = self._begun()
         while True:
@@ -168,7 +168,7 @@ class Loader:
                 return
             yield batch
 
-    def _begun(self) -> Iterator[Batch]:
+    def _begun(self) -> Iterator[Fetched]:
         if not self._loader.num_workers:
             return iter(self._loader)
         try:
@@ -204,7 +204,7 @@ class Loader:
             self._loader._iterator = None
         _WATCHED.discard(self)
 
-    def _account(self, batch: Batch) -> None:
+    def _account(self, batch: Fetched) -> None:
         self._left_out.update(batch.pop("skipped"))
         lessened = batch.pop("partly_used", None)
         if lessened is not None and lessened.counts:
@@ -217,7 +217,7 @@ class Loader:
     def _judge(self) -> None:
         bad = self.skipped.total() - sum(self.skipped[reason] for reason in self._chosen)
         if bad > self._max_bad_fraction * self._seen:
-            reasons = "; ".join(sentences(self._left_out))
+            reasons = "; ".join(self._left_out.sentences())
             raise UserError(f"{bad} of {self._seen} samples in {self._place} cannot be used, above "
                             f"data.max_bad_fraction={self._max_bad_fraction}: {reasons}")
 
@@ -284,7 +284,7 @@ def view_batches(config: DataConfig, *, seed: int, batch_size: int, views: int =
 
 def say_findings(index: ShardIndex) -> None:
     """A line for each reason why members or samples were not indexed."""
-    for line in sentences(index.findings):
+    for line in index.findings.sentences():
         log.warning("in the shards of %s: %s", index.shards[0].folder, line)
     older = next((shard.folder for shard in index.shards if shard.problems and not shard.examples), None)
     if older is not None:
@@ -306,7 +306,7 @@ def _tokenizer(config: DataConfig) -> CaptionTokenizer | None:
     return CaptionTokenizer.load(config.tokenizer) if config.tokenizer else None
 
 
-def _as_fetched(batch: Batch) -> Batch:
+def _as_fetched(batch: Fetched) -> Fetched:
     return batch
 
 

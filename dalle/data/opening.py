@@ -25,7 +25,8 @@ from urllib.request import Request, url2pathname, urlopen
 from webdataset import utils as webdataset_utils
 from webdataset.gopen import Pipe
 
-from dalle.data.index import SKIP, BadShards, expand_braces, glob_magic
+from dalle.data.damage import SKIP, BadShards
+from dalle.data.specs import expand_braces, glob_magic
 from dalle.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -114,7 +114,7 @@ class Tally:
                 for reason, number in self.counts.most_common()]
 
     def sentences(self) -> list[str]:
-        """The same lines, not in columns."""
+        """The same lines, not in columns: "4 empty_image (b.jpg): fetch them again"."""
         return [line.strip().replace("  ", " ", 1) for line in self.lines()]
 
     def summary(self) -> str:

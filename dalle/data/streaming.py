@@ -23,21 +23,24 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dalle.data.dataset import Batch, DataConfig, Record, Sample, SampleMaker, sentences
+from dalle.data.batch import Fetched
+from dalle.data.damage import MISSING_SHARD, SKIP
+from dalle.data.dataset import Record, Sample, SampleMaker
 from dalle.data.decode import BadSample, decode_captions, meta_captions
-from dalle.data.index import MISSING_SHARD, PARTS, SKIP, key_text, member_runs, why_no_sample
+from dalle.data.members import PARTS, key_text, member_runs, why_no_sample
 from dalle.data.opening import LostShard, Patience, ShardStream, refuse_absent, scheme_of, shard_urls, shown
 from dalle.data.reasons import Tally, remedy
+from dalle.data.settings import DataConfig
 from dalle.data.tar import (
     BLOCK,
     LONGEST_EXTENSION_HEADER,
     REGULAR,
     WITHOUT_PAYLOAD,
     ZEROS,
-    _name,
-    _number,
-    _pax_records,
-    _verify_checksum,
+    header_name,
+    header_number,
+    pax_records,
+    verify_checksum,
 )
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
@@ -84,8 +87,8 @@ def tar_members(stream: ShardStream, problems: Tally) -> Iterator[tuple[bytes, b
             raise DamagedShard("truncated_shard", f"it ends at byte {stream.offset} without an end marker")
         kind = header[156:157]
         try:
-            _verify_checksum(header)
-            size = 0 if kind in WITHOUT_PAYLOAD else pax.get("size", _number(header[124:136]))
+            verify_checksum(header)
+            size = 0 if kind in WITHOUT_PAYLOAD else pax.get("size", header_number(header[124:136]))
             if kind == b"S" or "sparse" in pax:
                 raise ValueError("a sparse member")
             if kind in b"LKxg" and size > LONGEST_EXTENSION_HEADER:
@@ -93,7 +96,7 @@ def tar_members(stream: ShardStream, problems: Tally) -> Iterator[tuple[bytes, b
         except ValueError as error:
             detail = f"{error} at byte {place}" if place else f"no tar ({error}); compressed ones are not read"
             raise DamagedShard("damaged_shard", detail) from None
-        name = pax.get("path") or long_name or _name(header)
+        name = pax.get("path") or long_name or header_name(header)
         try:
             data = _payload(stream, size)
         except DamagedShard:
@@ -103,7 +106,7 @@ def tar_members(stream: ShardStream, problems: Tally) -> Iterator[tuple[bytes, b
         if kind == b"L":
             long_name = data.rstrip(b"\0")
         elif kind == b"x":
-            pax = _pax_records(data)
+            pax = pax_records(data)
         elif kind not in b"Kg":
             if kind in REGULAR:
                 if data is None:
@@ -134,7 +137,7 @@ def _passed_over(stream: ShardStream, size: int) -> bool:
 
 
 def raw_samples(stream: ShardStream, problems: Tally) -> Iterator[RawSample]:
-    """The samples of one shard, as :func:`dalle.data.index.scan_shard` finds them; ``problems`` counts what is not.
+    """The samples of one shard, as :func:`dalle.data.shard.scan_shard` finds them; ``problems`` counts what is not.
 
     A stream does not wait for what may come: members that lie behind another sample's are not joined to their own, as
     the index does, but counted (``members_apart``).
@@ -180,6 +183,8 @@ class StreamDataset(SampleMaker, IterableDataset):
     ``position`` is the running number t * B + place of the batch, by which caption, crop and dropout are drawn too.
     """
 
+    index = None      # what is in the shards shows as they are read
+
     def __init__(self, config: DataConfig, *, seed: int, batch_size: int, rank: int, world_size: int, start_step: int,
                  tokenizer: CaptionTokenizer | None, needs_classes: bool = False):
         super().__init__(config, seed=seed, training=True, tokenizer=tokenizer, codes=None,
@@ -205,7 +210,7 @@ class StreamDataset(SampleMaker, IterableDataset):
         names = (url if scheme_of(url) == "pipe" else shown(url).rpartition("/")[2] for url in self.urls)
         return hashlib.blake2b("\n".join(names).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Fetched]:
         """Batches with ``skipped``; a :class:`UserError` travels as ``error``, see :class:`ShardDataset`."""
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
@@ -290,7 +295,7 @@ class StreamDataset(SampleMaker, IterableDataset):
                                      if reason in LEFT_OUT}, problems.examples))
         if problems.counts and self._logged[stream.url] == 0:
             self._logged[stream.url] += 1
-            for line in sentences(problems):
+            for line in problems.sentences():
                 log.warning("the shard %s: %s", shown(stream.url), line)
         self._barren_in_a_row = 0 if delivered else self._barren_in_a_row + 1
         if not delivered:

@@ -65,8 +65,8 @@ class TarWalk:
             hasher.update(chunk)
             kind = header[156:157]
             try:
-                _verify_checksum(header)
-                size = pax.get("size", _number(header[124:136]))
+                verify_checksum(header)
+                size = pax.get("size", header_number(header[124:136]))
                 if kind in WITHOUT_PAYLOAD:
                     size = 0
                 elif kind == b"S" or "sparse" in pax:
@@ -86,10 +86,10 @@ class TarWalk:
                 if kind == b"L":
                     long_name = os.pread(handle, size, payload).rstrip(b"\0")
                 elif kind == b"x":
-                    pax = _pax_records(os.pread(handle, size, payload))
+                    pax = pax_records(os.pread(handle, size, payload))
                 continue
             if kind in REGULAR:
-                yield Member(pax.get("path") or long_name or _name(header), payload, size)
+                yield Member(pax.get("path") or long_name or header_name(header), payload, size)
             long_name, pax = None, {}
         else:
             self._report("no_end_marker", f"no end marker after the last of {file_size} bytes")
@@ -103,13 +103,14 @@ class TarWalk:
         self.problems.append((reason, detail))
 
 
-def _verify_checksum(header: bytes) -> None:
-    expected = _number(header[148:156])
+def verify_checksum(header: bytes) -> None:
+    """Raise ``ValueError`` for a header whose bytes do not add up to what it says."""
+    expected = header_number(header[148:156])
     if sum(header) - sum(header[148:156]) + 8 * ord(" ") != expected:
         raise ValueError("a header with a wrong checksum")
 
 
-def _number(text: bytes) -> int:
+def header_number(text: bytes) -> int:
     """An octal field, or GNU's base-256 for what does not fit; never negative."""
     if text[0] == 0x80:
         return int.from_bytes(text[1:], "big")
@@ -123,7 +124,8 @@ def _number(text: bytes) -> int:
     return number
 
 
-def _name(header: bytes) -> bytes:
+def header_name(header: bytes) -> bytes:
+    """The member's name as the header has it, with ustar's prefix."""
     name = header[:100].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0":
         prefix = header[345:500].split(b"\0", 1)[0]
@@ -132,7 +134,7 @@ def _name(header: bytes) -> bytes:
     return name
 
 
-def _pax_records(data: bytes) -> dict[str, bytes | int]:
+def pax_records(data: bytes) -> dict[str, bytes | int]:
     """``path``, ``size`` and the mark of a sparse file out of 'LENGTH KEY=VALUE\\n' records, and nothing else."""
     records: dict[str, bytes | int] = {}
     position = 0

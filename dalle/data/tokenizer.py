@@ -18,7 +18,8 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from dalle.data.index import ShardIndex, ShardReader
+from dalle.data.index import ShardIndex
+from dalle.data.reader import ShardReader
 from dalle.errors import UserError
 
 UNFILLED = "<unfilled>"

@@ -8,8 +8,10 @@ from typing import Any, BinaryIO, Self
 
 import webdataset
 
-from dalle.data.index import IMAGE_EXTENSIONS, ShardIndex
+from dalle.data.index import ShardIndex
+from dalle.data.members import IMAGE_EXTENSIONS
 from dalle.errors import UserError
+from dalle.words import one_line
 
 
 class ShardWriter:
@@ -45,7 +47,7 @@ class ShardWriter:
             self._finish_shard()
             self._start_shard()
         key = f"{len(self.paths):05d}{self._count:0{self._digits}d}"
-        text = "\n".join(" ".join(caption.split()) for caption in captions)
+        text = "\n".join(map(one_line, captions))
         sample: dict[str, Any] = {"__key__": key, extension: image, "txt": text.encode("utf-8")}
         if meta is not None:
             sample["json"] = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode("utf-8")

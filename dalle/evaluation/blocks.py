@@ -16,6 +16,8 @@ import numpy as np
 
 from dalle.errors import UserError
 from dalle.evaluation.processes import Processes
+from dalle.files import json_text, replacing
+from dalle.words import duration
 
 MANIFEST = "manifest.json"
 SECONDS_BETWEEN_LINES = 10      # where the progress is no live line
@@ -39,7 +41,8 @@ class BlockStore:
                 if time.time() - torn.stat().st_mtime > SECONDS_TO_WRITE:     # else another job may be writing it
                     torn.unlink(missing_ok=True)
             if not path.exists():
-                write_atomically(path, (json.dumps(self.manifest, indent=2) + "\n").encode())
+                with replacing(path) as file:
+                    file.write(json_text(self.manifest).encode())
                 return
             known = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -61,13 +64,9 @@ class BlockStore:
 
     def write(self, block: int, arrays: Arrays) -> None:
         """Keep a block, whole or not at all."""
-        temporary = self.folder / f".{block:06d}.{os.getpid()}.tmp"
         try:
-            with temporary.open("wb") as file:
+            with replacing(self.path(block), synced=True) as file:
                 np.savez(file, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path(block))
         except OSError as error:
             raise UserError(f"{self.path(block)} cannot be written: {error.strerror or error}; "
                             "make room and start again, what is done is kept") from error
@@ -97,7 +96,7 @@ def fill(store: BlockStore, make: Callable[[int], Arrays], processes: Processes,
         return [block for block in range(store.count) if block not in done]
 
     todo = processes.from_main(missing)
-    progress = Progress(store, what, len(todo)) if processes.is_main and todo else None
+    progress = Progress(store, what, len(todo)) if processes.is_rank0 and todo else None
     for block in todo[processes.rank::processes.size]:
         store.write(block, make(block))
         if progress is not None:
@@ -131,15 +130,3 @@ class Progress:
     def _line(self, text: str, last: bool) -> None:
         print(f"\r\x1b[K{text}" if self.live else text, end="" if self.live and not last else "\n", file=sys.stderr,
               flush=True)
-
-
-def duration(seconds: float) -> str:
-    """``seconds`` as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)

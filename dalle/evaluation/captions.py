@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from dalle.data.decode import BadSample, class_id, decode_meta, read_member, sample_captions
-from dalle.data.index import ShardIndex, ShardReader
+from dalle.data.index import ShardIndex
 from dalle.data.order import SequentialOrder, stable_argsort
+from dalle.data.reader import ShardReader
 from dalle.errors import UserError
 
 

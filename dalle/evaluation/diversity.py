@@ -17,6 +17,7 @@ from dalle.evaluation.captions import CaptionSource, Drawn, shuffled_positions
 from dalle.evaluation.extraction import chosen
 from dalle.evaluation.references import References, read_pictures
 from dalle.metrics.images import ms_ssim
+from dalle.pictures import to_unit
 
 MOST_PAIRS = 2000
 BATCH = 64
@@ -56,7 +57,7 @@ def similarity_of_pairs(images: Tensor, pairs: Tensor) -> Tensor:
     """uint8 [N, 3, H, W] and [P, 2] -> the pairs' MS-SSIM, float [P]."""
     if not len(pairs):
         return torch.empty(0)
-    return torch.cat([ms_ssim(*(images[part[:, side]].float() / 255 for side in (0, 1)))
+    return torch.cat([ms_ssim(*(to_unit(images[part[:, side]]) for side in (0, 1)))
                       for part in pairs.split(BATCH)])
 
 

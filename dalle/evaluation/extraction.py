@@ -5,17 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import ImageFilter
 from torch import Tensor
 
 from dalle.evaluation.blocks import Arrays, BlockStore, fill
 from dalle.evaluation.captions import shuffled_positions
-from dalle.evaluation.pictures import Painted
+from dalle.evaluation.pictures import PaintedCaptions
 from dalle.evaluation.processes import Processes
 from dalle.evaluation.protocol import digest
 from dalle.evaluation.references import References, read_pictures
 from dalle.metrics.features import FeatureExtractor
 from dalle.metrics.vs import VSScorer
+from dalle.pictures import to_pillow
 from dalle.sampling.rerank import FeatureReranker
 
 REFERENCE_BLOCK = 64
@@ -28,7 +29,7 @@ def blurred(images: Tensor, radius: float) -> Tensor:
     if not radius:
         return images
     kernel = ImageFilter.GaussianBlur(radius)
-    soft = [np.array(Image.fromarray(image).filter(kernel)) for image in images.permute(0, 2, 3, 1).numpy()]
+    soft = [np.array(to_pillow(image).filter(kernel)) for image in images]
     return torch.from_numpy(np.stack(soft)).permute(0, 3, 1, 2).contiguous() if soft else images
 
 
@@ -71,7 +72,7 @@ def extract_reference(cache: Path, references: References, limit: int | None, si
     return store
 
 
-def extract_pairs(folder: Path, painted: Painted, judge: FeatureReranker, processes: Processes) -> BlockStore:
+def extract_pairs(folder: Path, painted: PaintedCaptions, judge: FeatureReranker, processes: Processes) -> BlockStore:
     """A CLIP's features of the pictures (``images`` [u, E]) and of the captions (``captions`` [k, E]) of each block."""
     identity = {key: value for key, value in judge.identity.items() if key != "path" or "digest" not in judge.identity}
     manifest = {"source": painted.digest, "judge": identity}
@@ -87,7 +88,8 @@ def extract_pairs(folder: Path, painted: Painted, judge: FeatureReranker, proces
     return store
 
 
-def extract_cosines(folder: Path, painted: Painted, scorer: VSScorer, weights: str, processes: Processes) -> BlockStore:
+def extract_cosines(folder: Path, painted: PaintedCaptions, scorer: VSScorer, weights: str,
+                    processes: Processes) -> BlockStore:
     """The VS model's ``cosines`` [u] of each block's pictures and their captions; ``weights`` is its digest."""
     manifest = {"source": painted.digest, "vs": weights}
     store = BlockStore(folder / f"vs-{digest(manifest)}", painted.store.count, manifest)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dalle.data.index import ShardIndex
-from dalle.data.shapes_grammar import parse_caption
+from dalle.data.shapes.grammar import parse_caption
 from dalle.errors import UserError
 from dalle.evaluation.blocks import BlockStore
 from dalle.evaluation.captions import draw_captions, shuffled_positions
@@ -26,32 +26,34 @@ from dalle.evaluation.extraction import (
 )
 from dalle.evaluation.figures import CHOICES, distribution_rows, diversity_rows, judge_rows, score_rows, vs_row
 from dalle.evaluation.job import DISTRIBUTION, OF_CAPTIONS, OF_CODECS, Job, Results, check
-from dalle.evaluation.origin import Origin, origin_of
-from dalle.evaluation.pictures import Painted, Reconstructed
+from dalle.evaluation.pictures import PaintedCaptions, Reconstructed
 from dalle.evaluation.processes import Processes
 from dalle.evaluation.protocol import Protocol, Row
 from dalle.evaluation.references import References, ShardReferences, open_references
 from dalle.evaluation.sources import PROTOCOL as EDITS
-from dalle.evaluation.sources import Sources, edits
+from dalle.evaluation.sources import Sources
+from dalle.files import file_digest
 from dalle.metrics.distributions import Moments
 from dalle.metrics.features import FeatureExtractor, load_extractor, run_name
 from dalle.metrics.judge_report import judge_report
 from dalle.metrics.retrieval import mean_and_error
 from dalle.metrics.vs import load_vs
-from dalle.models.base import CONFIG_FILE, WEIGHTS_FILE
+from dalle.models.base import WEIGHTS_FILE
 from dalle.models.clip import ClipModel
-from dalle.sampling.generator import (
+from dalle.sampling.rerank import Reranker, load_reranker
+from dalle.store import (
     CODECS,
-    EXPORT_FOLDER,
+    RERANKERS,
     Generator,
-    file_digest,
+    Origin,
+    find_model,
     identify,
+    load_codec,
     load_generator,
-    load_model,
     model_folder,
     model_kind,
+    origin_of,
 )
-from dalle.sampling.rerank import RERANKERS, Reranker, load_reranker
 
 Say = Callable[[str], None]
 
@@ -68,7 +70,7 @@ def evaluate(job: Job, processes: Processes, say: Say) -> Results | None:
         results = evaluate_generator(job, generator, reranker, origin_of(folder), processes, say)
     families = list(dict.fromkeys(row.family for row in results.rows))
     results.rows.sort(key=lambda row: families.index(row.family))
-    return results if processes.is_main else None
+    return results if processes.is_rank0 else None
 
 
 # -- generators -------------------------------------------------------------------------------------------------------
@@ -103,19 +105,18 @@ def evaluate_generator(job: Job, generator: Generator, reranker: Reranker | None
     refuse_nothing(metrics, results)
     tell_lost(captions, [reader for reader in (generator, reranker, clip) if reader is not None], say)
 
-    precision = getattr(generator, "precision", job.precision)      # some are always in fp32
-    sources = Sources(ShardReferences(job.data, index), drawn, job.seed) if edits(generator) else None
+    sources = Sources(ShardReferences(job.data, index), drawn, job.seed) if generator.edits else None
     base = Protocol(
         tool=tool(), samples=job.samples, seed=job.seed, image_size=generator.image_size, captions=job.data,
         captions_fingerprint=index.fingerprint, sources=EDITS if sources is not None else None,
         settings=listed(generator.settings(**job.options)), step=origin.step, weights=origin.weights,
-        precision=precision)
+        precision=generator.precision)
     ranker = {} if reranker is None else {"ranker": name_of(job.rerank, reranker.identity),
                                           "ranker_digest": reranker.identity.get("digest")}
     protocols = [replace(base, candidates=count, **(ranker if count > 1 else {})) for count in job.candidates]
-    painted = Painted(job.out, drawn, job.candidates, generator, reranker, job.seed, job.options, {
+    painted = PaintedCaptions(job.out, drawn, job.candidates, generator, reranker, job.seed, job.options, {
         "model": what_it_is(generator.identity), "ranker": what_it_is(reranker.identity) if reranker else None,
-        "precision": precision}, sources)
+        "precision": generator.precision}, sources)
     painted.paint(processes)
 
     if extractor is not None:
@@ -124,7 +125,7 @@ def evaluate_generator(job: Job, generator: Generator, reranker: Reranker | None
                                      blur, processes)
             made = extract(job.out, painted.digest, painted.store.count, painted.images, extractor, blur, processes,
                            "the pictures")
-            if processes.is_main:
+            if processes.is_rank0:
                 results.unreadable = left_out_of(real)
                 truth = torch.from_numpy(real.all("features"))
                 moments = Moments.of(truth)
@@ -134,21 +135,21 @@ def evaluate_generator(job: Job, generator: Generator, reranker: Reranker | None
                                                       extractor, own, job.allow_few)
     if clip is not None:
         pairs = extract_pairs(job.out, painted, clip, processes)
-        if processes.is_main:
+        if processes.is_rank0:
             add_scores(results, job, metrics, painted, pairs, protocols, clip.identity,
                        reranker.identity if reranker else None, say)
     if vs is not None:
         cosines = extract_cosines(job.out, painted, vs, vs_digest, processes)
-        if processes.is_main:
+        if processes.is_rank0:
             for column, protocol in enumerate(protocols):
                 values = torch.from_numpy(chosen(cosines, "cosines", painted.slots(column)))
                 results.rows.append(vs_row(values, replace(protocol, judge=vs_name, judge_digest=vs_digest)))
-    if "msssim" in metrics and processes.is_main:
+    if "msssim" in metrics and processes.is_rank0:
         real = similarity_of_real(ShardReferences(job.data, index), drawn, alike, generator.image_size)
         for column, protocol in enumerate(protocols):
             made = similarity_of_painted(painted.store, painted.slots(column), alike)
             results.rows += diversity_rows(made, real, generator.image_size, protocol)
-    if "judge" in metrics and processes.is_main:
+    if "judge" in metrics and processes.is_rank0:
         for column, protocol in enumerate(protocols):
             images = chosen(painted.store, "images", painted.slots(column))
             results.judge[protocol.candidates] = judge_report(images, captions)
@@ -156,7 +157,7 @@ def evaluate_generator(job: Job, generator: Generator, reranker: Reranker | None
     return results
 
 
-def add_scores(results: Results, job: Job, metrics: Sequence[str], painted: Painted, pairs: BlockStore,
+def add_scores(results: Results, job: Job, metrics: Sequence[str], painted: PaintedCaptions, pairs: BlockStore,
                protocols: Sequence[Protocol], clip: dict[str, Any], ranker: dict[str, Any] | None, say: Say) -> None:
     """CLIP score and R-precision; a CLIP does not judge what it has chosen itself."""
     name = name_of(judge_spec(job, metrics), clip)
@@ -192,7 +193,7 @@ def evaluate_codec(job: Job, folder: Path, processes: Processes, say: Say) -> Re
     identity, origin = identify(folder), origin_of(folder)
     results = Results(identity)
     metrics = left_out(results, job.metrics, OF_CAPTIONS, f"needs captions; a {identity['kind']} reads none", say)
-    codec = load_model(CODECS[identity["kind"]], folder, job.device)
+    codec = load_codec(folder, job.device)
     references = open_references(job.reference or job.data)
     if job.samples > len(references):
         raise UserError(f"--samples {job.samples}: {references.name} holds {len(references)} pictures; "
@@ -210,7 +211,7 @@ def evaluate_codec(job: Job, folder: Path, processes: Processes, say: Say) -> Re
     features = {blur: {what: extract(job.out, f"{made.digest} {what}", made.store.count, images, extractor, blur,
                                      processes, f"the {what}") for what, images in sources.items()}
                 for blur in job.blur if extractor is not None}
-    if not processes.is_main:
+    if not processes.is_rank0:
         return results
     results.unreadable = left_out_of(made.store)
     count = len(made.store.all("numbers"))
@@ -260,9 +261,8 @@ def extractor_spec(job: Job) -> str:
     if job.extractor is not None:
         return job.extractor
     for spec in (job.judge_clip, job.rerank):
-        if spec is None or not any((Path(spec) / part / CONFIG_FILE).is_file() for part in ("", EXPORT_FOLDER)):
-            continue
-        if model_kind(model_folder(spec)) == ClipModel.model_type:
+        folder = find_model(spec) if spec is not None else None
+        if folder is not None and model_kind(folder) == ClipModel.model_type:
             return f"clip:{spec}"
     raise UserError("fid, kid and is need --extractor: inception:FILE (what papers report), open_clip:NAME/TAG, or, "
                     "without any download, clip:RUN, a CLIP that was trained here")

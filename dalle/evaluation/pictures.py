@@ -15,17 +15,18 @@ from dalle.evaluation.protocol import digest
 from dalle.evaluation.references import References, read_pictures
 from dalle.evaluation.sources import Sources
 from dalle.metrics.images import psnr, ssim
-from dalle.models.dvae import DiscreteVAE
+from dalle.models.codec import Codec
+from dalle.pictures import to_bytes, to_unit
 from dalle.sampling.candidates import candidate_seed
-from dalle.sampling.generator import Generator, to_bytes
 from dalle.sampling.rerank import Reranker, rank
+from dalle.store import Generator
 
 BLOCK_PICTURES = 256     # painted together, in whole captions: what a stop can lose
 BLOCK_CAPTIONS = 64      # at most
 CODEC_BATCH = 16         # always filled up, so that no reconstruction depends on its company
 
 
-class Painted:
+class PaintedCaptions:
     """A picture for each caption and each N of ``candidates``: the best of the caption's first N by the ranker.
 
     ``max(candidates)`` are painted once and every N takes its prefix. Only the pictures that are the best of some N are
@@ -95,7 +96,7 @@ def best_of_prefixes(scores: Sequence[float], seeds: Sequence[int], candidates: 
 class Reconstructed:
     """Pictures of the references after a codec, with their PSNR and SSIM against the originals, in 8 bits both."""
 
-    def __init__(self, folder: Path, references: References, numbers: Sequence[int], codec: DiscreteVAE,
+    def __init__(self, folder: Path, references: References, numbers: Sequence[int], codec: Codec,
                  manifest: dict[str, Any]):
         self.references, self.numbers, self.codec = references, list(numbers), codec
         whole = {**manifest, "fingerprint": references.fingerprint, "numbers": digest({"numbers": self.numbers})}
@@ -122,9 +123,10 @@ class Reconstructed:
         device = next(self.codec.parameters()).device
         for start in range(0, len(originals), CODEC_BATCH):
             part = originals[start:start + CODEC_BATCH]
-            filled = torch.cat([part, part[-1:].expand(CODEC_BATCH - len(part), -1, -1, -1)]).to(device).float() / 255
-            images[start:start + len(part)] = to_bytes(self.codec.decode(self.codec.encode(filled)))[:len(part)].cpu()
-        pairs = (images.float() / 255, originals.float() / 255)
+            filled = torch.cat([part, part[-1:].expand(CODEC_BATCH - len(part), -1, -1, -1)]).to(device)
+            rebuilt = self.codec.decode(self.codec.encode(to_unit(filled)))
+            images[start:start + len(part)] = to_bytes(rebuilt)[:len(part)].cpu()
+        pairs = (to_unit(images), to_unit(originals))
         empty = torch.empty(0)
         return {"images": images.numpy(), "numbers": np.array(good, np.int64), "left_out": np.array(left_out, np.str_),
                 "psnr": (psnr(*pairs) if good else empty).numpy(), "ssim": (ssim(*pairs) if good else empty).numpy()}

@@ -28,7 +28,7 @@ class Processes:
         return cls(rank, size)
 
     @property
-    def is_main(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     def from_main(self, action: Callable[[], Result]) -> Result:
@@ -36,7 +36,7 @@ class Processes:
         if self.size == 1:
             return action()
         said: list = [None, None]
-        if self.is_main:
+        if self.is_rank0:
             try:
                 said[0] = action()
             except UserError as error:

@@ -1,10 +1,10 @@
 """How a figure was measured: stored with every figure, so that two of them can be compared or refused."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
+
+from dalle.files import json_digest
 
 # Two figures mean the same only where all of these are equal; the others say what was measured, not how.
 MEASURE = ("tool", "extractor", "extractor_digest", "resize", "samples", "reference_fingerprint", "references",
@@ -121,4 +121,4 @@ def differences(left: Protocol, right: Protocol) -> list[str]:
 
 def digest(description: Mapping[str, Any]) -> str:
     """12 hex digits of what determines some pictures or features."""
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
+    return json_digest(description, digits=12)

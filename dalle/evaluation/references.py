@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from dalle.data.decode import BadSample, decode_image, read_member
-from dalle.data.index import ShardIndex, ShardReader, key_text
+from dalle.data.index import ShardIndex
+from dalle.data.members import key_text
 from dalle.data.order import SequentialOrder
+from dalle.data.reader import ShardReader
 from dalle.data.transforms import to_square
 from dalle.errors import UserError
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dalle.errors import UserError
-from dalle.evaluation.blocks import write_atomically
 from dalle.evaluation.job import Results
 from dalle.evaluation.plots import PLOTS, draw_plots
 from dalle.evaluation.protocol import Protocol, Row, differences
+from dalle.files import json_text, replacing
+from dalle.words import cell
 
 RESULTS, TABLE = "results.json", "results.md"
 FORMAT = 1
@@ -31,8 +32,9 @@ def write_report(results: Results, out: Path) -> list[Path]:
     """``results.json``, ``results.md`` and the plots; the files that were written."""
     try:
         written = [out / RESULTS, out / TABLE]
-        write_atomically(written[0], (json.dumps(to_json(results), indent=2) + "\n").encode())
-        write_atomically(written[1], to_markdown(results).encode())
+        for path, text in zip(written, (json_text(to_json(results)), to_markdown(results)), strict=True):
+            with replacing(path) as file:
+                file.write(text.encode())
         return written + draw_plots(results.rows, results.judge, out)
     except OSError as error:
         raise UserError(f"the results cannot be written into {out}: {error.strerror or error}") from error
@@ -87,10 +89,6 @@ def figure(row: Row) -> str:
     """The value with its error, where it has one."""
     value = f"{row.value:.4g}"
     return value if row.error is None else f"{value} ± {row.error:.2g}"
-
-
-def cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
 
 
 # -- several files ----------------------------------------------------------------------------------------------------

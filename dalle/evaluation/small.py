@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dalle.data.index import BadShards, ShardIndex
+from dalle.data.damage import BadShards
+from dalle.data.index import ShardIndex
 from dalle.errors import UserError
 from dalle.evaluation.captions import draw_captions, shuffled_positions
 from dalle.evaluation.figures import distribution_rows, judge_rows, score_rows
@@ -14,13 +15,13 @@ from dalle.evaluation.measure import in_grammar, name_of, tool
 from dalle.evaluation.protocol import Protocol, Row
 from dalle.evaluation.references import ShardReferences, read_pictures
 from dalle.evaluation.small_config import LEAST, SmallEvaluationConfig
-from dalle.evaluation.sources import Sources, edits
+from dalle.evaluation.sources import Sources
 from dalle.metrics.distributions import IS_SPLITS
 from dalle.metrics.features import FeatureExtractor, load_extractor
 from dalle.metrics.judge_report import judge_report
 from dalle.sampling.candidates import candidate_seed
-from dalle.sampling.generator import Generator
 from dalle.sampling.rerank import load_reranker
+from dalle.store import Generator
 
 BATCH = 64
 
@@ -56,7 +57,7 @@ class SmallEvaluation:
         seeds = [candidate_seed(self.seed, prompt, 0) for prompt in range(len(self.captions))]
         parts = [slice(start, start + BATCH) for start in range(0, len(seeds), BATCH)]
         given = [{} for _ in parts]
-        if edits(generator):
+        if generator.edits:
             pictures = self.sources(generator.image_size)
             given = [{"sources": pictures[part]} for part in parts]
         made = []

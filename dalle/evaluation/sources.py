@@ -10,16 +10,10 @@ from dalle.errors import UserError
 from dalle.evaluation.captions import Drawn
 from dalle.evaluation.protocol import digest
 from dalle.evaluation.references import References, read_pictures
-from dalle.sampling.generator import Generator
 
 PROTOCOL = "edits: pictures of other samples"
 STREAM = 0x50_1C_E5     # no candidate has this number: a picture's source and its noise are drawn apart
 MOST_TRIED = 100
-
-
-def edits(generator: Generator) -> bool:
-    """Whether a generator changes pictures instead of painting them from nothing."""
-    return getattr(generator, "edits", False)
 
 
 class Sources:

@@ -4,11 +4,9 @@ Features are extracted once (:func:`extract`) and serve every metric. Sums are f
 many processes shared the pictures: their moments merge exactly and their rows are put back in the order of ``places``.
 """
 
-import hashlib
 import json
 import logging
 import math
-import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dalle.errors import UserError
+from dalle.files import json_digest, replacing
 
 if TYPE_CHECKING:      # every extractor's network comes with that module
     from dalle.metrics.features import FeatureExtractor
@@ -221,9 +220,9 @@ def reference_statistics(extractor: "FeatureExtractor", batches: Iterable[tuple[
     ``key`` says which pictures these are: fingerprint of the data, split, image size, limit, blur. What the extractor
     adds to it is added here. ``batches`` is not touched when all processes find the file.
     """
-    whole_key = json.dumps({**key, "extractor": extractor.name, "digest": extractor.digest, "resize": extractor.resize},
-                           sort_keys=True)
-    path = Path(folder) / f"{hashlib.sha256(whole_key.encode()).hexdigest()[:24]}.npz"
+    described = {**key, "extractor": extractor.name, "digest": extractor.digest, "resize": extractor.resize}
+    whole_key = json.dumps(described, sort_keys=True)
+    path = Path(folder) / f"{json_digest(described, digits=24)}.npz"
     found = read_reference(path, whole_key, with_features)
     if all_ranks(found is not None):
         return found
@@ -278,10 +277,8 @@ def moments_from(arrays: Mapping[str, np.ndarray]) -> Moments:
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """An npz that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
+    with replacing(path) as file:
         np.savez(file, **arrays)
-    partial.replace(path)
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -8,7 +8,6 @@
 A metric's name carries the extractor's (:func:`metric_name`): ``fid-clip:quickstart`` is no FID that others report.
 """
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 import yaml
-from PIL import Image
 from torch import Tensor, nn
 
 from dalle.errors import MissingModel, UserError
+from dalle.files import file_digest
 from dalle.models.base import CONFIG_FILE, WEIGHTS_FILE
 from dalle.models.clip import ClipModel, OpenClipScorer, first_line, load_open_clip, load_open_clip_folder
 from dalle.models.foreign import ForeignFileError, read_foreign_state
@@ -32,10 +31,12 @@ from dalle.models.inception import (
     torchvision_inception,
     unbiased_logits,
 )
+from dalle.pictures import to_pillow, to_signed
+from dalle.store import EXPORT_FOLDER, find_model
+from dalle.tensor_file import state_digest
 
 BATCH = 64
 RUN_CONFIG = "config.yaml"
-RUN_MODEL = "model"
 
 OFFLINE = "without a network, use a CLIP trained here: clip:RUN_OR_FOLDER"
 PUBLISHED = {
@@ -139,7 +140,7 @@ def load_torchvision_inception(path: str, device: torch.device | str) -> Network
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
         pixels = F.interpolate(images.float(), (INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True,
                                align_corners=False)
-        features = pooled_features(network, pixels / 127.5 - 1)
+        features = pooled_features(network, to_signed(pixels))
         return features, network.fc(features)
 
     return NetworkExtractor("inception-torchvision", file_digest(Path(path)),
@@ -193,16 +194,16 @@ def load_open_clip_tower(rest: str, device: torch.device | str) -> NetworkExtrac
 
 
 def pillow_pixels(scorer: OpenClipScorer, images: Tensor) -> Tensor:
-    pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in images]
+    pictures = [to_pillow(image) for image in images]
     return torch.stack([scorer.transform(picture) for picture in pictures]).to(scorer.device)
 
 
 def load_own_clip(path: str, device: torch.device | str) -> NetworkExtractor:
     """A CLIP trained here; its features are unit vectors, as its loss trained them."""
-    folder = next((folder for folder in (Path(path) / RUN_MODEL, Path(path)) if (folder / CONFIG_FILE).is_file()), None)
+    folder = find_model(path)
     if folder is None:
-        raise MissingModel(f"clip:{path}: neither {RUN_MODEL}/{CONFIG_FILE} nor {CONFIG_FILE} is in {path}; give the "
-                           "run folder of a trained CLIP (launch/train.py configs/quickstart/clip.yaml makes one)",
+        raise MissingModel(f"clip:{path}: neither {EXPORT_FOLDER}/{CONFIG_FILE} nor {CONFIG_FILE} is in {path}; give "
+                           "the run folder of a trained CLIP (launch/train.py configs/quickstart/clip.yaml makes one)",
                            path)
     try:
         model = ClipModel.from_pretrained(folder, device).float()
@@ -219,27 +220,12 @@ def load_own_clip(path: str, device: torch.device | str) -> NetworkExtractor:
 
 def run_name(folder: Path) -> str:
     """``quickstart`` for the model of the run ``quickstart/clip``, by its config or else by its folder."""
-    run = folder.parent if folder.name == RUN_MODEL else folder
+    run = folder.parent if folder.name == EXPORT_FOLDER else folder
     try:
         name = yaml.safe_load((run / RUN_CONFIG).read_text(encoding="utf-8"))["name"]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         name = run.resolve().name
     return str(name).removesuffix("/clip")
-
-
-def file_digest(path: Path) -> str:
-    """The first 16 hex digits of a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def state_digest(network: nn.Module) -> str:
-    """The same for weights that came from a hub: over the tensors, as their file may lie anywhere."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 LOADERS = {

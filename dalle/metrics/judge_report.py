@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 
-from dalle.data.shapes_geometry import SHAPES
-from dalle.data.shapes_grammar import Mention, Statement, parse_caption
-from dalle.data.shapes_scene import COLOURS, DIRECTIONS, MAX_OBJECTS, layout
+from dalle.data.shapes.geometry import SHAPES
+from dalle.data.shapes.grammar import Mention, Statement, parse_caption
+from dalle.data.shapes.scene import COLOURS, DIRECTIONS, MAX_OBJECTS, layout
 from dalle.metrics.shapes_judge import ReadObject, channels_last, direction, judge, score
 
 NOTHING = "nothing"        # said of an object that is not there, or seen where no object was asked for

@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from dalle.data.shapes_geometry import SHAPES, area
-from dalle.data.shapes_grammar import Statement, parse_caption
-from dalle.data.shapes_render import coverage
-from dalle.data.shapes_scene import COLOURS, DIRECTIONS, GROUNDS, PLACES, SIZES, Scene
+from dalle.data.shapes.geometry import SHAPES, area
+from dalle.data.shapes.grammar import Statement, parse_caption
+from dalle.data.shapes.render import coverage
+from dalle.data.shapes.scene import COLOURS, DIRECTIONS, GROUNDS, PLACES, SIZES, Scene
 
 READING_SIZE = 64  # larger pictures are shrunk to about this before they are read
 MIN_AREA = 25 / 64**2  # of the picture; the smallest object covers 2.5 times as much

@@ -16,9 +16,11 @@ from dalle.errors import UserError
 from dalle.models.base import PretrainedModel, read_description
 from dalle.models.clip import ClipModel
 from dalle.models.vs import InceptionResNetFeatures, VSModel
+from dalle.store import TOKENIZER_FOLDER
+from dalle.words import one_line
 
 # The parts of an exported VS model. A CLIP that gives both kinds of features is saved once, as the text's.
-IMAGE_FOLDER, TEXT_FOLDER, TOKENIZER_FOLDER = "image", "text", "tokenizer"
+IMAGE_FOLDER, TEXT_FOLDER = "image", "text"
 IMAGE_NETWORKS: dict[str, type[PretrainedModel]] = {kind.model_type: kind for kind in (ClipModel,
                                                                                       InceptionResNetFeatures)}
 TEXT_NETWORKS: dict[str, type[PretrainedModel]] = {ClipModel.model_type: ClipModel}
@@ -82,4 +84,4 @@ def load_part(folder: Path, kinds: dict[str, type[PretrainedModel]]) -> Pretrain
             raise UserError(f"{folder} holds a {kind!r} model, not {' or '.join(map(repr, kinds))}")
         return kinds[kind].from_pretrained(folder)
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"cannot load {folder}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot load {folder}: {one_line(error)}") from error

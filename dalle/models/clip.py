@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -25,11 +25,11 @@ from PIL import Image
 from pydantic import Field, PositiveFloat, TypeAdapter, ValidationError, model_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dalle.models.clip_towers  # noqa: F401  (its names become known to timm, and so to `timm_model_name`)
 from dalle.models.base import ModelConfig, PretrainedModel
+from dalle.models.kernels import kernels_for
 
 MAX_LOG_SCALE = math.log(100)   # arXiv 2103.00020, section 2.5: logits are never scaled by more than 100
 CLIP_LOG_SCALE = math.log(1 / 0.07)
@@ -59,13 +59,17 @@ class ClipArchitecture(ModelConfig):
     fields of open_clip's ``CLIPVisionCfg`` and ``CLIPTextCfg`` (vocabulary and context length are set for them).
     """
 
-    architecture: str | None = None
-    embed_dim: int = Field(64, ge=1)
-    vision: dict[str, Any] | None = None
-    text: dict[str, Any] | None = None
-    image_size: int | None = Field(None, ge=1)    # None: what the tower's own config says
-    image_mean: tuple[PixelMean, PixelMean, PixelMean] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.26862954, 0.26130258, 0.27577711)
+    architecture: str | None = Field(None, description="name of an open_clip model config, in place of vision and text")
+    embed_dim: int = Field(64, ge=1, description="length of the features that pictures and captions share; an "
+                           "architecture has its own")
+    vision: dict[str, Any] | None = Field(None, description="the image tower: fields of open_clip's CLIPVisionCfg")
+    text: dict[str, Any] | None = Field(None, description="the text tower: fields of open_clip's CLIPTextCfg")
+    image_size: int | None = Field(None, ge=1, description="side that pictures are resized to, in pixels; the tower's "
+                                   "own where it is not given")
+    image_mean: tuple[PixelMean, PixelMean, PixelMean] = Field(
+        (0.48145466, 0.4578275, 0.40821073), description="subtracted from red, green and blue in [0, 1]")
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
+        (0.26862954, 0.26130258, 0.27577711), description="what red, green and blue are then divided by")
 
     @model_validator(mode="after")
     def _one_source_of_towers(self) -> "ClipArchitecture":
@@ -83,11 +87,11 @@ class ClipArchitecture(ModelConfig):
 
 
 class ClipConfig(ClipArchitecture):
-    """The whole model: ``num_text_tokens`` is V, id 0 included; ``siglip`` starts scale and bias as SigLIP does."""
+    """The whole model: its towers, and what the tokenizer and the loss say."""
 
-    text_length: int = Field(ge=1)
-    num_text_tokens: int = Field(ge=2)
-    siglip: bool = False
+    text_length: int = Field(ge=1, description="longest caption, in tokens")
+    num_text_tokens: int = Field(ge=2, description="the tokenizer's vocabulary V, id 0 ('unfilled') included")
+    siglip: bool = Field(False, description="whether scale and bias start as SigLIP's; CLIP has no bias")
 
 
 class ClipOutput(NamedTuple):
@@ -128,12 +132,12 @@ class ClipModel(PretrainedModel):
         """[B, 3, H, W], uint8 or float in [0, 1] -> L2-normalised features [B, E]."""
         pixels = fit_to_square(images, self.image_size, self.image_mean.dtype)
         pixels = (pixels - self.image_mean) / self.image_std
-        with _fast_attention(images.device):
+        with kernels_for(images.device).tower_attention():
             return _normalised(self.towers.encode_image(pixels))
 
     def encode_text(self, text: Tensor) -> Tensor:
         """[B, T] caption ids -> L2-normalised features [B, E]."""
-        with _fast_attention(text.device):
+        with kernels_for(text.device).tower_attention():
             return _normalised(self.towers.encode_text(self.wrap_captions(text)))
 
     def wrap_captions(self, text: Tensor) -> Tensor:
@@ -308,11 +312,6 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def _normalised(features: Tensor) -> Tensor:
     return F.normalize(features.to(_wide(features)), dim=-1)
-
-
-def _fast_attention(device: torch.device) -> AbstractContextManager:
-    # The fused kernel's bf16 backward on a CPU costs more than the whole rest of a small block; plain matmuls do not.
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 class OpenClipScorer(nn.Module):

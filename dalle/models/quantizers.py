@@ -8,7 +8,6 @@ leave autocast before they enter.
 - :class:`FiniteScalarQuantizer`: FSQ (arXiv 2309.15505).
 """
 
-import contextlib
 import math
 from typing import Annotated, Literal, NamedTuple
 
@@ -18,7 +17,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from dalle.models.base import ModelConfig
-from dalle.models.precision import at_least_single
+from dalle.models.precision import at_least_single, full_precision
 
 UNIFORM_MARGIN = 1e-6
 MOST_CODES = 2**31 - 1     # a cache keeps them as int32
@@ -33,9 +32,10 @@ class GumbelConfig(ModelConfig):
     need it. The first takes hours to leave its first few dozen codes, the second minutes.
     """
 
-    kind: Literal["gumbel"] = "gumbel"
-    num_codes: int = Field(8192, ge=2, le=MOST_CODES)
-    logits: Literal["linear", "cosine"] = "linear"
+    kind: Literal["gumbel"] = Field("gumbel", description="the Gumbel-softmax relaxation of a categorical")
+    num_codes: int = Field(8192, ge=2, le=MOST_CODES, description="entries of the codebook")
+    logits: Literal["linear", "cosine"] = Field(
+        "linear", description="linear: the encoder's own, as the paper's; cosine: scaled cosines with the codes")
     dim: int = Field(32, ge=1, description="length of a code's vector (cosine logits only)")
     first_scale: float = Field(30.0, gt=0, description="factor on the cosines at the start; learned from there")
     straight_through: bool = Field(False, description="the decoder gets the sampled code, gradients the soft one")
@@ -44,8 +44,9 @@ class GumbelConfig(ModelConfig):
 class FSQConfig(ModelConfig):
     """Finite scalar quantisation: ``levels[i]`` values in channel i, the product of all is the number of codes."""
 
-    kind: Literal["fsq"] = "fsq"
-    levels: tuple[Annotated[int, Field(ge=2)], ...] = Field((4, 4, 4, 4, 4), min_length=1)
+    kind: Literal["fsq"] = Field("fsq", description="finite scalar quantisation")
+    levels: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (4, 4, 4, 4, 4), min_length=1, description="values of each channel; their product is the number of codes")
 
     @field_validator("levels")
     @classmethod
@@ -196,7 +197,7 @@ class CodebookConv(nn.Module):
 
     def forward(self, entry: Tensor) -> Tensor:
         """Relaxed codes (float [B, K, h, w]) are mixed, hard ones (int64 [B, h, w]) looked up -> [B, out, h, w]."""
-        with full_precision(entry):
+        with full_precision(entry.device):
             w, b = at_least_single(self.w), at_least_single(self.b)
             if entry.is_floating_point():
                 return F.conv2d(at_least_single(entry), w, b)
@@ -207,16 +208,8 @@ class FullPrecisionConv(nn.Conv2d):
     """A convolution in fp32, whatever the autocast and the weights' own type: for the layers that touch the codes."""
 
     def forward(self, input: Tensor) -> Tensor:
-        with full_precision(input):
+        with full_precision(input.device):
             return self._conv_forward(*map(at_least_single, (input, self.weight, self.bias)))
-
-
-def full_precision(like: Tensor) -> contextlib.AbstractContextManager:
-    """No autocast on the device of ``like`` (the meta device has none to leave)."""
-    device = like.device.type
-    if not torch.amp.is_autocast_available(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -14,7 +14,6 @@ the residual stream scaled by 1 / sqrt(2 * depth). Later pieces (RMSNorm, gated 
 query-key norm, sandwich norm, token shift) are fields of the config.
 """
 
-import copy
 import math
 from typing import Any, Literal
 
@@ -23,21 +22,13 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dalle.models.attention import Attention, AttentionConstants, Backend
+from dalle.models.attention import Attention, AttentionConstants
 from dalle.models.base import FREE, ModelConfig, PretrainedModel
-from dalle.models.blocks import (
-    Block,
-    BlockCache,
-    FeedForward,
-    MlpName,
-    NormName,
-    SubLayer,
-    TokenShift,
-    compute_dtype,
-    make_norm,
-)
+from dalle.models.blocks import Block, FeedForward, MlpName, SubLayer, TokenShift
+from dalle.models.kernels import Backend
+from dalle.models.norms import NormName, make_norm
 from dalle.models.patterns import AttentionPattern, ConvMode, PatternName, layer_patterns
-from dalle.models.precision import at_least_single
+from dalle.models.precision import at_least_single, compute_dtype
 
 IGNORED_TARGET = -100   # what `cross_entropy` leaves out
 INITIAL_STD = 0.02
@@ -46,31 +37,41 @@ INITIAL_STD = 0.02
 class TransformerArchitecture(ModelConfig):
     """Everything about a transformer that does not follow from its codec and its tokenizer."""
 
-    dim: int = Field(default=512, ge=1)
-    depth: int = Field(default=12, ge=1)
-    heads: int = Field(default=8, ge=1)
+    dim: int = Field(default=512, ge=1, description="features of a slot")
+    depth: int = Field(default=12, ge=1, description="blocks, one upon the other")
+    heads: int = Field(default=8, ge=1, description="attention heads of a block")
     head_dim: int | None = Field(default=None, ge=1, description="width of a head; dim / heads where it is not given")
-    layout: Literal["bos", "boi"] = "bos"
-    attention: Literal["dalle", "full", "row", "column", "conv"] | tuple[PatternName, ...] = "dalle"
-    conv_kernel: int = Field(default=11, ge=1)
-    conv_mode: ConvMode = "flat"
-    norm: NormName = "layernorm"
-    mlp: MlpName = "gelu_tanh"
+    layout: Literal["bos", "boi"] = Field(default="bos", description="where the start token stands: before the text "
+                                          "(bos) or before the picture (boi)")
+    attention: Literal["dalle", "full", "row", "column", "conv"] | tuple[PatternName, ...] = Field(
+        default="dalle", description="which earlier image slots a slot sees: one pattern for all blocks, a sequence "
+        "that is repeated, or the paper's order of row, column and conv (dalle)")
+    conv_kernel: int = Field(default=11, ge=1, description="side of the window of conv, in image slots; odd")
+    conv_mode: ConvMode = Field(default="flat", description="the window of conv at a row's ends: runs on into the next "
+                                "row (flat), is cut off (clamp), comes in on the other side (torus)")
+    norm: NormName = Field(default="layernorm", description="norm before each half of a block and before the heads")
+    mlp: MlpName = Field(default="gelu_tanh", description="activation of the feed-forward half; swiglu and geglu are "
+                         "gated")
     mlp_ratio: float = Field(default=4.0, gt=0, description="hidden width / dim; rounded up to a multiple of 8")
-    positions: Literal["learned", "rotary"] = "learned"
-    qk_norm: bool = False
-    bias: bool = True
-    sandwich_norm: bool = False
-    token_shift: bool = False
-    dropout: float = Field(default=0.0, ge=0, lt=1, json_schema_extra=FREE)
-    zero_init_heads: bool = False
+    positions: Literal["learned", "rotary"] = Field(
+        default="learned", description="how a slot knows its place: vectors added to the embeddings, or turned queries "
+        "and keys")
+    qk_norm: bool = Field(default=False, description="RMS norm of each head's queries and keys")
+    bias: bool = Field(default=True, description="whether layers and norms of the blocks have biases")
+    sandwich_norm: bool = Field(default=False, description="a second norm at the end of each half of a block (CogView)")
+    token_shift: bool = Field(default=False, description="take a quarter of the features from the slot before, and one "
+                              "from the slot above, ahead of each half of a block")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="share of features dropped, of the embeddings and of "
+                           "each half of a block", json_schema_extra=FREE)
+    zero_init_heads: bool = Field(default=False, description="start with heads of zeros: every token equally likely")
     embedding_std: float = Field(default=INITIAL_STD, gt=0, description="first scale of the embeddings")
     embedding_gradient: float = Field(default=1.0, gt=0, le=1,
                                       description="share of the gradient that reaches the embeddings (CogView: 0.1)",
                                       json_schema_extra=FREE)
     checkpointing: bool = Field(default=False, description="recompute each block in the backward pass",
                                 json_schema_extra=FREE)
-    attention_backend: Backend = Field(default="auto", json_schema_extra=FREE)
+    attention_backend: Backend = Field(default="auto", description="form of attention; auto: by device, pattern "
+                                       "and length", json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -98,10 +99,10 @@ class TransformerArchitecture(ModelConfig):
 class TransformerConfig(TransformerArchitecture):
     """A whole transformer: its architecture, and what its codec and its tokenizer say."""
 
-    text_length: int = Field(ge=1)
+    text_length: int = Field(ge=1, description="text slots, in tokens")
     num_text_tokens: int = Field(ge=2, description="the tokenizer's vocabulary V, id 0 ('unfilled') included")
     grid: tuple[PositiveInt, PositiveInt] = Field(description="rows and columns of image codes")
-    num_codes: int = Field(ge=1)
+    num_codes: int = Field(ge=1, description="codes of the codec")
 
     @property
     def num_image_slots(self) -> int:
@@ -187,7 +188,7 @@ class TextToImageTransformer(PretrainedModel):
         if (text.shape[1], codes.shape[1]) != expected:
             raise ValueError(f"text {tuple(text.shape)} and codes {tuple(codes.shape)} do not fit a stream of "
                              f"{expected[0]} text and {expected[1]} image slots")
-        hidden = self.norm(self._run_blocks(self._embed(text, codes[:, :-1])))
+        hidden = self.norm(self._run_blocks(self.embed(text, codes[:, :-1])))
         text_length = self.config.text_length
         return (at_least_single(self.text_head(hidden[:, :text_length])),
                 at_least_single(self.image_head(hidden[:, text_length:])))
@@ -201,14 +202,14 @@ class TextToImageTransformer(PretrainedModel):
         pads = torch.arange(text.shape[1], device=text.device) + self.config.num_text_tokens
         return torch.where(text == 0, pads, text)
 
-    def _embed(self, text: Tensor, codes: Tensor) -> Tensor:
+    def embed(self, text: Tensor, codes: Tensor) -> Tensor:
         """The stream [B, T + 1 + n, dim] of text ids [B, T] and the first n codes [B, n]."""
         start = self.start.expand(len(text), 1, -1)
         text_slots = self.text_embedding(self._fill_pads(text))
         image_slots = self.code_embedding(codes)
         if self.config.positions == "learned":
             text_slots = text_slots + self.text_position
-            image_slots = image_slots + self._image_positions()[:codes.shape[1]]
+            image_slots = image_slots + self.image_positions()[:codes.shape[1]]
         prefix = [start, text_slots] if self.config.layout == "bos" else [text_slots, start]
         stream = torch.cat([*prefix, image_slots], dim=1)
         share = self.config.embedding_gradient
@@ -216,11 +217,12 @@ class TextToImageTransformer(PretrainedModel):
             stream = stream * share + stream.detach() * (1 - share)
         return stream if self.dropout is None else self.dropout(stream)
 
-    def _image_positions(self) -> Tensor:
+    def image_positions(self) -> Tensor:
+        """[N, dim]: a learned vector for the row and one for the column of each image slot."""
         return (self.row_position + self.column_position).flatten(0, 1)
 
     def _run_blocks(self, hidden: Tensor) -> Tensor:
-        constants = self._constants(hidden.shape[1], hidden.device, compute_dtype(hidden))
+        constants = self.attention_constants(hidden.shape[1], hidden.device, compute_dtype(hidden))
         for block, layer in zip(self.blocks, constants, strict=True):
             if self.config.checkpointing and torch.is_grad_enabled():
                 hidden = checkpoint(block, hidden, layer, use_reentrant=False)
@@ -229,37 +231,9 @@ class TextToImageTransformer(PretrainedModel):
         return hidden
 
     @torch.compiler.disable
-    def _constants(self, length: int, device: torch.device, dtype: torch.dtype) -> list[AttentionConstants]:
+    def attention_constants(self, length: int, device: torch.device, dtype: torch.dtype) -> list[AttentionConstants]:
         # Outside of the graph, where the masks would be built anew at every call.
         return [block.attention.body.constants(length, device, dtype) for block in self.blocks]
-
-    # Decoding: `prefill` once a caption, `DecodingState.expand` to the candidates, then `decode_step` for each code.
-
-    def prefill(self, text: Tensor, codes: Tensor) -> tuple[Tensor, "DecodingState"]:
-        """Run text [P, T] and the n known codes [P, n] at once: logits of the next code, fp32 [P, K], and the state."""
-        hidden = self._embed(text, codes)
-        state = DecodingState(self, len(text), hidden.shape[1])
-        constants = self._constants(hidden.shape[1], hidden.device, hidden.dtype)
-        for block, layer, cache in zip(self.blocks, constants, state.caches, strict=True):
-            hidden = block(hidden, layer, cache)
-        state.slot = hidden.shape[1]
-        return at_least_single(self.image_head(self.norm(hidden[:, -1]))), state
-
-    def decode_step(self, codes: Tensor, state: "DecodingState") -> Tensor:
-        """Append one code to each sequence, [B]: logits of the next, fp32 [B, K]. Moves ``state`` on by one slot."""
-        hidden = self.code_embedding(codes)
-        if self.config.positions == "learned":
-            hidden = hidden + state.image_positions[state.slot - self.config.prefix]
-        for block, cache in zip(self.blocks, state.caches, strict=True):
-            hidden = block.step(hidden, state.slot, cache)
-        state.slot += 1
-        return at_least_single(self.image_head(self.norm(hidden)))
-
-    def for_decoding(self, dtype: torch.dtype | None = None) -> "TextToImageTransformer":
-        """This model if it has ``dtype`` already, else a copy of it in that type; dropout is off in the copy."""
-        if dtype in (None, self.start.dtype):
-            return self
-        return copy.deepcopy(self).to(dtype).eval()
 
     def embedding_parameters(self) -> list[str]:
         """Names of the position tables, which an optimiser treats as the embeddings that they are added to."""
@@ -304,42 +278,3 @@ def make_block(config: TransformerConfig, pattern: AttentionPattern) -> Block:
         return SubLayer(body, make_norm(config.norm, config.dim, config.bias), norm_out, shift, config.dropout)
 
     return Block(sub_layer(attention), sub_layer(feed_forward))
-
-
-class DecodingState:
-    """The caches of all layers for B sequences, and the next slot to fill."""
-
-    def __init__(self, model: TextToImageTransformer, batch: int, length: int):
-        weight = model.start
-        self.model, self.batch = model, batch
-        self.slot = 0
-        self.caches = [BlockCache(block, batch, length, weight.device, weight.dtype) for block in model.blocks]
-        self.image_positions = model._image_positions() if model.config.positions == "learned" else None
-
-    def expand(self, rows: Tensor) -> "DecodingState":
-        """A state with room for the whole stream whose sequence b goes on from sequence ``rows[b]`` of this one."""
-        state = DecodingState(self.model, len(rows), self.model.config.length)
-        state._take(self, rows, first=0)
-        return state
-
-    @staticmethod
-    def join(states: "list[DecodingState]") -> "DecodingState":
-        """The sequences of all ``states``, which are at the same slot, one after the other."""
-        joined = DecodingState(states[0].model, sum(state.batch for state in states), states[0].slot)
-        first = 0
-        for state in states:
-            joined._take(state, torch.arange(state.batch, device=state.model.start.device), first)
-            first += state.batch
-        return joined
-
-    def _take(self, source: "DecodingState", rows: Tensor, first: int) -> None:
-        self.slot = source.slot
-        for cache, other in zip(self.caches, source.caches, strict=True):
-            cache.copy_rows(other, rows, self.slot, first)
-
-
-def cache_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
-    """Bytes of decoding caches for one sequence."""
-    keys_values = 2 * config.length * config.heads * config.width_of_head
-    shifts = 2 * config.grid[1] * (config.dim // 2) if config.token_shift else 0
-    return config.depth * (keys_values + shifts) * dtype.itemsize

@@ -23,9 +23,9 @@ MARGIN = 0.2
 class VSConfig(ModelConfig):
     """Lengths of the two kinds of features and of the space that they are mapped into."""
 
-    image_dim: int = Field(default=1536, ge=1)
-    text_dim: int = Field(default=1024, ge=1)
-    embed_dim: int = Field(default=512, ge=1)
+    image_dim: int = Field(default=1536, ge=1, description="numbers of a picture's features")
+    text_dim: int = Field(default=1024, ge=1, description="numbers of a caption's features")
+    embed_dim: int = Field(default=512, ge=1, description="dimensions of the common space")
 
 
 class VSModel(PretrainedModel):
@@ -70,7 +70,7 @@ def vs_ranking_loss(similarity: Tensor, margin: float = MARGIN) -> Tensor:
 class InceptionResNetConfig(ModelConfig):
     """The side of the square that pictures are resized to."""
 
-    image_size: int = Field(default=299, ge=75)
+    image_size: int = Field(default=299, ge=75, description="side that pictures are resized to, in pixels")
 
 
 class InceptionResNetFeatures(PretrainedModel):

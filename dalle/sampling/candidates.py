@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dalle.sampling.generator import Generator
 from dalle.sampling.rerank import Reranker, rank
+from dalle.store import Generator
 
 PICTURES_AT_ONCE = 512    # painted, ranked and reported together, in whole captions
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dalle.config import FREE, Section
 from dalle.errors import UserError
-from dalle.models.transformer import DecodingState, TextToImageTransformer, TransformerConfig, cache_bytes
+from dalle.models.decoding import DecodingState, cache_bytes, decode_step, for_decoding, prefill
+from dalle.models.transformer import TextToImageTransformer, TransformerConfig
 
 BATCH_SIZE = {"cpu": 16, "cuda": 64}    # candidates side by side where memory allows
 CPU_CACHE_BYTES = 2 << 30
@@ -25,13 +26,15 @@ PREFILL_ROWS = 4                        # captions run through the model at once
 class SamplingConfig(Section, json_schema_extra=FREE):
     """How the next code is chosen. The defaults are the paper's: the model's own distribution."""
 
-    temperature: float = Field(default=1.0, ge=0, description="0 takes the most probable code, and so does all that is "
-                               "near enough to 0")
-    top_k: int | None = Field(default=None, ge=1, description="so many of the most probable codes; of equal ones the "
-                              "lower come first")
-    top_p: float | None = Field(default=None, gt=0, le=1, description="the fewest most probable codes of so much mass")
+    temperature: float = Field(default=1.0, ge=0, description="what logits are divided by; 0 takes the most probable "
+                               "code, and so does all that is near enough to 0")
+    top_k: int | None = Field(default=None, ge=1, description="codes to choose among, the most probable; of equal "
+                              "ones the lower come first; null: all")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="probability in (0, 1] that the fewest most "
+                                "probable codes must hold to be chosen among; null: all")
     guidance: float = Field(default=1.0, ge=0, le=10_000,      # far beyond use, and far from an overflow
-                            description="logits = u + guidance (c - u); 1 is off (arXiv 2406.06525)")
+                            description="scale of classifier-free guidance, from the logits u without the caption to c "
+                            "with it: u + guidance (c - u); 1 is off (arXiv 2406.06525)")
 
     @property
     def streams(self) -> int:
@@ -64,7 +67,7 @@ def sample_codes(model: TextToImageTransformer, text: Tensor, seeds: Sequence[in
     model.eval()
     try:
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            decoder = model.for_decoding(dtype)
+            decoder = for_decoding(model, dtype)
             drawn = uniforms(seeds, config.num_image_slots).to(device)
             codes = torch.zeros(len(seeds), config.num_image_slots, dtype=torch.int64, device=device)
             for candidates, rows, logits, state in _batches(decoder, text, known, per_caption, batch_size, options):
@@ -141,7 +144,7 @@ def _prefill(model: TextToImageTransformer, text: Tensor, known: Tensor, streams
         text, known = torch.cat([text, torch.zeros_like(text)]), torch.cat([known, known])
     rows = -(-len(text) // PREFILL_ROWS) * PREFILL_ROWS
     filled = torch.arange(rows, device=text.device).clamp_(max=len(text) - 1)
-    parts = [model.prefill(text[part], known[part]) for part in filled.split(PREFILL_ROWS)]
+    parts = [prefill(model, text[part], known[part]) for part in filled.split(PREFILL_ROWS)]
     return torch.cat([logits for logits, _ in parts]), DecodingState.join([state for _, state in parts])
 
 
@@ -156,7 +159,7 @@ def _decode(model: TextToImageTransformer, state: DecodingState, logits: Tensor,
         finite &= guided.amax(dim=-1).isfinite().all()         # of NaN, infinity or nothing else there is no softmax
         codes[:, slot] = choose_codes(guided, numbers[:, slot], options)
         if slot < last:
-            logits = model.decode_step(codes[:, slot].repeat(options.streams), state)
+            logits = decode_step(model, codes[:, slot].repeat(options.streams), state)
         on_share((slot + 1 - first) / (last + 1 - first))
     if not finite:
         raise UserError("the transformer's logits are not finite: its weights are damaged")

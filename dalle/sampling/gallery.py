@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from PIL import Image, ImageFont
 from torch import Tensor
 
 from dalle.errors import UserError
+from dalle.pictures import png, to_pillow
 from dalle.sampling.candidates import Candidate, PromptResult
 from dalle.sampling.lettering import Lettering
 
@@ -132,17 +132,6 @@ def project_version() -> str | None:
         return version("tessera-t2i")
     except PackageNotFoundError:
         return None
-
-
-def png(image: Tensor) -> bytes:
-    """uint8 [3, H, W] -> the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    to_pillow(image).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def to_pillow(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def sheet(results: Sequence[PromptResult], keep: int, source: Tensor | None = None) -> Image.Image:

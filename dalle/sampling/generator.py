@@ -1,68 +1,26 @@
-"""What makes pictures from captions, behind one interface; rerank, galleries and judges know only that."""
+"""The transformer as a painter of captions: what the store's ``Generator`` is for its exported folder."""
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
 from dalle.data.tokenizer import CaptionTokenizer
-from dalle.errors import MissingModel, UserError
-from dalle.lookup import GENERATORS
-from dalle.models.base import CONFIG_FILE, WEIGHTS_FILE, PretrainedModel, read_description
-from dalle.models.dvae import DiscreteVAE
+from dalle.errors import UserError
+from dalle.models.codec import Codec
 from dalle.models.transformer import TextToImageTransformer
+from dalle.pictures import fit_picture, to_bytes
+from dalle.sampling.caption_warnings import lost_warnings
 from dalle.sampling.decode import SamplingConfig, sample_codes
+from dalle.store import CODEC_FOLDER, TOKENIZER_FOLDER, OnProgress, identify, load_codec, load_model, load_tokenizer
 
-EXPORT_FOLDER = "model"    # of a run folder
-EXPORT = "python tools/export.py RUN --out FOLDER"
-TRAIN_TOKENIZER = "python tools/train_tokenizer.py SHARDS"
 DECODE_BATCH = 16          # codec pictures at a time; always filled up, so that no picture depends on its company
-
-CODECS: dict[str, type[PretrainedModel]] = {DiscreteVAE.model_type: DiscreteVAE}
-
-
-OnProgress = Callable[[float], None]      # pictures' worth of work done
-Model = TypeVar("Model", bound=PretrainedModel)
-
-
-class Generator(Protocol):
-    """A model that paints captions. The same seed, caption and model give the same picture, alone or in any batch.
-
-    One with the attribute ``edits = True`` changes pictures: its calls take ``sources``, uint8 [N, 3, S, S], too. One
-    whose networks stay in a type of their own says so in ``precision`` (``"fp32"``).
-    """
-
-    image_size: int
-    identity: dict[str, Any]    # what goes into results.json: kind, path, digest
-
-    def generate(self, captions: list[str], seeds: list[int], **options: Any) -> Tensor:
-        """One picture for each (caption, seed): uint8 [N, 3, H, W]."""
-        ...
-
-    def generate_with_details(
-        self, captions: list[str], seeds: list[int], **options: Any
-    ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """The pictures, and for each what it was made of (for the transformer: its ``codes``).
-
-        The option ``on_progress`` is told, now and then, how many pictures' worth of the work is done.
-        """
-        ...
-
-    def caption_warnings(self, captions: list[str]) -> list[str]:
-        """A line for every caption that the model cannot take whole."""
-        ...
-
-    def settings(self, **options: Any) -> dict[str, Any]:
-        """All that changes a picture, with the defaults of what ``options`` leave out; ``UserError`` for a bad one."""
-        ...
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class TransformerGenerator:
@@ -72,11 +30,14 @@ class TransformerGenerator:
     ``batch_size``, the number of pictures decoded side by side (none: sized to the memory).
     """
 
+    edits: ClassVar[bool] = False
+    completes: ClassVar[bool] = True
+
     def __init__(
         self,
         transformer: TextToImageTransformer,
         tokenizer: CaptionTokenizer,
-        codec: DiscreteVAE,
+        codec: Codec,
         identity: dict[str, Any] | None = None,
     ):
         check_codec(transformer, codec)
@@ -93,14 +54,15 @@ class TransformerGenerator:
     def load(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> "TransformerGenerator":
         """Read an export folder; the codec stays in fp32, where its last layer's rounding would be seen."""
         transformer = load_model(TextToImageTransformer, folder, device).to(dtype)
-        codec = load_codec(folder / "codec", device)
-        tokenizer = load_tokenizer(folder / "tokenizer")
-        return cls(transformer, tokenizer, codec, identify(folder, codec=folder / "codec"))
+        codec = load_codec(folder / CODEC_FOLDER, device)
+        tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
+        return cls(transformer, tokenizer, codec, identify(folder, codec=folder / CODEC_FOLDER))
 
     @property
-    def rows(self) -> int:
-        """Rows of codes in a picture."""
-        return self.codec.grid[0]
+    def precision(self) -> str:
+        """That of the transformer."""
+        dtype = next(self.transformer.parameters()).dtype
+        return PRECISIONS.get(dtype, str(dtype))
 
     def caption_warnings(self, captions: list[str]) -> list[str]:
         return lost_warnings(captions, self.tokenizer, self.transformer.config.text_length, "prompt")
@@ -168,85 +130,7 @@ class TransformerGenerator:
         return images
 
 
-def load_generator(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Generator:
-    """The generator of a run folder (which has ``model/``) or of a model folder; ``UserError`` for anything else."""
-    folder = model_folder(path)
-    kind = model_kind(folder)
-    if kind not in GENERATORS:
-        raise UserError(f"{path} holds a {kind!r} model; sampling needs a generator: "
-                        f"{', '.join(sorted(GENERATORS))}{GENERATORS.remedy}")
-    return GENERATORS[kind](folder, device, dtype)
-
-
-def model_folder(path: str | Path) -> Path:
-    """The folder with the ``config.json``: ``path`` itself or its ``model/``; a ``UserError`` lists what is near."""
-    path = Path(path)
-    for folder in (path / EXPORT_FOLDER, path):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-    if path.is_dir():
-        raise MissingModel(f"{path} holds no model: neither {EXPORT_FOLDER}/{CONFIG_FILE} nor {CONFIG_FILE} is there; "
-                           "has its training exported one?", path)
-    near = neighbours(path)
-    raise MissingModel(f"{path} does not exist; " + (f"models near it: {', '.join(near)}" if near
-                                                     else "train one first"), path)
-
-
-def neighbours(path: Path) -> list[str]:
-    """Folders with a model beside ``path``, or below the nearest parent that exists."""
-    parent = path.parent
-    while not parent.is_dir() and parent != parent.parent:
-        parent = parent.parent
-    places = [*parent.glob(f"*/{EXPORT_FOLDER}/{CONFIG_FILE}"), *parent.glob(f"*/*/{EXPORT_FOLDER}/{CONFIG_FILE}")]
-    return sorted(str(place.parent.parent) for place in places)[:8]
-
-
-def model_kind(folder: Path) -> str:
-    """The ``model_type`` written in a model folder."""
-    try:
-        kind = read_description(folder).get("model_type")
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error)) from error
-    if not isinstance(kind, str):
-        raise UserError(f"{folder / CONFIG_FILE} does not say which kind of model it describes (model_type)")
-    return kind
-
-
-def load_model(kind: type[Model], folder: Path, device: torch.device | str) -> Model:
-    """``kind.from_pretrained`` with a user's one line for a folder that is incomplete or damaged."""
-    try:
-        return kind.from_pretrained(folder, device)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"cannot load {folder}: {one_line(error)}") from error
-
-
-def load_codec(folder: Path, device: torch.device | str) -> DiscreteVAE:
-    """The codec of an export folder, of any kind in ``CODECS``."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{folder.parent} has no {folder.name}/, which belongs to an exported transformer: copy the "
-                        f"whole folder again, or make it from the run with `{EXPORT}`")
-    kind = model_kind(folder)
-    if kind not in CODECS:
-        raise UserError(f"{folder} holds a {kind!r}, not a codec: {', '.join(sorted(CODECS))}")
-    return load_model(CODECS[kind], folder, device)
-
-
-def load_tokenizer(folder: Path) -> CaptionTokenizer:
-    """The tokenizer in ``folder``, of a data set or of a model; where it is missing, how to get one of its kind."""
-    if not folder.parent.is_dir():
-        raise MissingModel(f"{folder.parent} does not exist; its tokenizer is looked for there (one of a data set is "
-                           f"made by `{TRAIN_TOKENIZER} --out {folder}`)", folder)
-    if not folder.is_dir() and (folder.parent / CONFIG_FILE).is_file():
-        raise UserError(f"{folder.parent} has no {folder.name}/, which belongs to the model: copy the whole folder "
-                        f"again, or make it from the run with `{EXPORT}`")
-    if not folder.is_dir():
-        raise UserError(f"the tokenizer {folder} does not exist; train one: `{TRAIN_TOKENIZER} --out {folder}`")
-    return CaptionTokenizer.load(folder)
-
-
-def check_codec(transformer: TextToImageTransformer, codec: DiscreteVAE) -> None:
+def check_codec(transformer: TextToImageTransformer, codec: Codec) -> None:
     """``UserError`` when the codec does not speak the transformer's codes."""
     config = transformer.config
     if tuple(codec.grid) != tuple(config.grid):
@@ -267,30 +151,6 @@ def sampling_config(options: dict[str, Any]) -> SamplingConfig:
         raise UserError(f"--{name.replace('_', '-')}: {first['msg']} (got {first.get('input')!r})") from error
 
 
-def lost_warnings(captions: Sequence[str], tokenizer: CaptionTokenizer, length: int, what: str) -> list[str]:
-    """A line for each different caption of more than ``length`` tokens, and for each with words that are unknown."""
-    lines = []
-    for caption in dict.fromkeys(captions):
-        lost = tokenizer.what_is_lost(caption, length)
-        if lost.cut:
-            lines.append(cut_warning(what, caption, length + lost.cut, length))
-        if lost.unknown:
-            lines.append(unknown_warning(what, caption, lost.unknown))
-    return lines
-
-
-def cut_warning(what: str, caption: str, count: int, length: int, unit: str = "tokens") -> str:
-    """That a model reads ``length`` of the ``count`` units of a caption."""
-    return (f"the {what} \"{shorten(caption)}\" has {count} {unit}, this model reads {length}: "
-            f"the first {length} are kept")
-
-
-def unknown_warning(what: str, caption: str, unknown: Sequence[str], unit: str = "words") -> str:
-    """That a model cannot tell ``unknown`` from one another."""
-    return (f"the {what} \"{shorten(caption)}\" has {unit} that this model does not know, all the same to it: "
-            f"{shorten(' '.join(unknown))}")
-
-
 def told_after(on_progress: OnProgress, done: int, pictures: float) -> None:
     """Tell what one group of pictures adds to those that are done."""
     on_progress(done + pictures)
@@ -305,54 +165,3 @@ def equal_groups(captions: Sequence[str]) -> list[list[list[int]]]:
     for indices in by_caption.values():
         by_size.setdefault(len(indices), []).append(indices)
     return list(by_size.values())
-
-
-def to_bytes(pixels: Tensor) -> Tensor:
-    """float in [0, 1] -> uint8, rounded."""
-    return (pixels.float() * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def fit_picture(image: Tensor, size: int) -> Tensor:
-    """uint8 [3, H, W] -> float [3, size, size] in [0, 1]: shorter side resized (antialiased), centre kept."""
-    height, width = image.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[None, :, top : top + side, left : left + side].float() / 255
-    if side == size:
-        return square[0]
-    return F.interpolate(square, (size, size), mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
-
-
-def read_picture(path: str | Path) -> Tensor:
-    """An image file as uint8 [3, H, W]; ``UserError`` when it is missing or cannot be read."""
-    from dalle.data.decode import BadSample
-    from dalle.data.formats import decode_any
-
-    try:
-        picture: Image.Image = decode_any(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read the picture {path}: {error.strerror or error}") from error
-    except BadSample as error:
-        raise UserError(f"{path} is not a picture that can be read: {error}") from error
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-
-
-def identify(folder: Path, **parts: Path) -> dict[str, Any]:
-    """Kind, path and digest of a model folder (and of named parts), so that a result says what made it."""
-    identity = {"kind": model_kind(folder), "path": str(folder), "digest": file_digest(folder / WEIGHTS_FILE)}
-    identity.update({f"{name}_digest": file_digest(part / WEIGHTS_FILE) for name, part in parts.items()})
-    return identity
-
-
-def file_digest(path: Path) -> str:
-    """The first 16 hex digits of a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def shorten(text: str, length: int = 60) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
-from dalle.lookup import RERANKERS
+from dalle.files import file_digest, hub_digest
 from dalle.models.clip import (
     LOCAL_FOLDER_CONFIG,
     ClipModel,
@@ -20,13 +20,13 @@ from dalle.models.clip import (
     load_open_clip,
     load_open_clip_folder,
 )
-from dalle.sampling.generator import (
-    cut_warning,
-    file_digest,
+from dalle.sampling.caption_warnings import cut_warning, lost_warnings
+from dalle.store import (
+    RERANKERS,
+    TOKENIZER_FOLDER,
     identify,
     load_model,
     load_tokenizer,
-    lost_warnings,
     model_folder,
     model_kind,
 )
@@ -98,7 +98,7 @@ def clip_reranker(model: ClipModel, tokenizer: CaptionTokenizer, identity: dict[
 def load_clip_reranker(folder: Path, device: torch.device | str) -> FeatureReranker:
     """A CLIP's model folder, with its tokenizer."""
     model = load_model(ClipModel, folder, device)
-    return clip_reranker(model, load_tokenizer(folder / "tokenizer"), identify(folder))
+    return clip_reranker(model, load_tokenizer(folder / TOKENIZER_FOLDER), identify(folder))
 
 
 def load_reranker(spec: str, device: torch.device | str = "cpu") -> Reranker:
@@ -129,7 +129,7 @@ def open_clip_reranker(name: str, spec: str, device: torch.device | str) -> Feat
     try:
         if Path(name).is_dir():
             scorer = load_open_clip_folder(name, device)
-            identity["digest"] = newest_digest(Path(name))
+            identity["digest"] = hub_digest(Path(name))
         else:
             architecture, _, weights = name.partition("/")
             scorer = load_open_clip(architecture, weights or None, device)
@@ -154,12 +154,6 @@ def open_clip_warnings(tokenizer: Any, captions: Sequence[str], what: str) -> li
     """A line for each different caption that an open_clip tokenizer cuts; the marks around a caption count."""
     length, counts = tokenizer.context_length, {caption: count_tokens(tokenizer, caption) for caption in captions}
     return [cut_warning(what, caption, count, length) for caption, count in counts.items() if count > length]
-
-
-def newest_digest(folder: Path) -> str:
-    """The digest of a hub folder's weights (safetensors before others, as they are looked for)."""
-    files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin")), *sorted(folder.glob("*.pth"))]
-    return file_digest(files[0])
 
 
 def rank(scores: Sequence[float], seeds: Sequence[int]) -> list[int]:

@@ -1,6 +1,6 @@
 """Training CLIP or SigLIP on captioned pictures: one player, one phase, a loss that couples the whole global batch.
 
-Half of the pictures may be replaced by their dVAE reconstruction, so that the model learns to judge what a transformer
+Half of the pictures may be replaced by a codec's reconstruction, so that the model learns to judge what a transformer
 will paint: pictures out of the codec's decoder, not photographs.
 """
 
@@ -17,7 +17,9 @@ from dalle.config import FIXED, FREE, Section
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.clip import ClipArchitecture, ClipConfig, ClipModel, ClipOutput, contrastive_loss
-from dalle.sampling.generator import load_codec, model_folder
+from dalle.models.precision import full_precision
+from dalle.pictures import to_bytes, to_unit
+from dalle.store import TOKENIZER_FOLDER, load_codec, model_folder
 from dalle.training.gathering import of_everyone
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
@@ -31,24 +33,26 @@ RECONSTRUCTION_STREAM = 0xC11B   # keeps this choice apart from every other use 
 class ClipLossConfig(Section, json_schema_extra=FREE):
     """Which contrastive loss, and how much of the batch is seen through the codec."""
 
-    kind: Literal["clip", "siglip"] = Field("clip", json_schema_extra=FIXED)         # the models differ by a bias
+    kind: Literal["clip", "siglip"] = Field(        # the models differ by a bias
+        "clip", description="clip: each pair against all others of the batch by a softmax; siglip: each by itself, by "
+        "a sigmoid", json_schema_extra=FIXED)
     reconstructions: float = Field(0.0, ge=0, le=1, description="share of pictures replaced by their reconstruction")
-    codec: str | None = Field(None, description="run or model folder of the discrete VAE that reconstructs")
+    codec: str | None = Field(None, description="run or model folder of the codec that reconstructs")
 
     @model_validator(mode="after")
     def _codec_is_given(self) -> "ClipLossConfig":
         if self.reconstructions > 0 and self.codec is None:
-            raise ValueError("reconstructions need a codec: set loss.codec to a discrete VAE's run folder")
+            raise ValueError("reconstructions need a codec: set loss.codec to the run folder of one")
         return self
 
 
 class ClipRun(RunConfig):
     """A CLIP run: the towers, how they move and what they are asked."""
 
-    task: Literal["clip"] = "clip"
-    model: ClipArchitecture
-    optimizer: OptimizerConfig = OptimizerConfig()
-    loss: ClipLossConfig = ClipLossConfig()
+    task: Literal["clip"] = Field("clip", description="what is trained: a CLIP or SigLIP")
+    model: ClipArchitecture = Field(description="the two towers")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how their weights move")
+    loss: ClipLossConfig = Field(ClipLossConfig(), description="what they are asked")
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> "ClipRun":
@@ -99,16 +103,15 @@ class ClipTask(Task):
             return batch
         images = batch["image"].clone()
         codec = networks.bare("codec")
-        codes = batch["codes"][chosen] if "codes" in batch else codec.encode(images[chosen].float() / 255)
-        pixels = codec.decode(codes).float()
-        images[chosen] = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+        codes = batch["codes"][chosen] if "codes" in batch else codec.encode(to_unit(images[chosen]))
+        images[chosen] = to_bytes(codec.decode(codes))
         return {**batch, "image": images}
 
     def contrast(self, networks: Networks, batch: Batch, step: int) -> Loss:
         """The symmetric cross-entropy over the global batch, or SigLIP's sigmoids."""
         output = ClipOutput(*networks["clip"](batch["image"], batch["text"]))
         loss = contrastive_loss(self.config.loss.kind, networks.rank, networks.world_size)
-        with full_precision(output.image_features.device):
+        with full_precision(output.image_features.device):      # bf16 would round logits of up to 100 to steps of 0.5
             total = loss(*output)
         parts = {"contrast": total.detach(), "logit_scale": output.logit_scale.detach()}
         if output.logit_bias is not None:
@@ -123,14 +126,14 @@ class ClipTask(Task):
         largest power of two that is.
         """
         model = networks.bare("clip")
-        with full_precision(model.image_mean.device):
+        with full_precision(model.image_mean.device):           # in bf16, cosines tie
             pairs = [(model.encode_image(batch["image"]), model.encode_text(batch["text"])) for batch in batches]
             return pooled_recalls(pairs, networks.world_size)
 
     def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:
         """``config.json``, ``model.safetensors`` and ``tokenizer/``: all that a reranker needs."""
         self.players["clip"].module.save_pretrained(folder, states["clip"])
-        self.tokenizer.save(Path(folder) / "tokenizer")
+        self.tokenizer.save(Path(folder) / TOKENIZER_FOLDER)
 
 
 def pooled_recalls(pairs: Sequence[tuple[Tensor, Tensor]], world_size: int = 1) -> dict[str, Mean]:
@@ -174,8 +177,3 @@ def chosen_positions(positions: Tensor, seed: int, share: float) -> Tensor:
     """bool [b]: which samples are replaced; a pure function of the run's seed and each sample's position."""
     draws = [np.random.default_rng((RECONSTRUCTION_STREAM, seed, position)).random() for position in positions.tolist()]
     return torch.tensor([draw < share for draw in draws], dtype=torch.bool)
-
-
-def full_precision(device: torch.device) -> torch.autocast:
-    """No autocast: in bf16, cosines tie and logits of up to 100 are rounded to steps of 0.5."""
-    return torch.autocast(device.type, enabled=False)

@@ -22,7 +22,8 @@ from dalle.data.loader import train_batches, validation_batches
 from dalle.models.dvae import PIXEL_MARGIN, DiscreteVAE, DVAEConfig, DVAEOutput, map_pixels
 from dalle.models.perceptual import edge_distance
 from dalle.models.quantizers import FSQConfig
-from dalle.training.figures import Counts, Figure, Largest, Mean, Perplexity, Used
+from dalle.pictures import side_by_side, to_bytes, to_unit
+from dalle.training.figures import Counts, Figure, Max, Mean, Perplexity, Used
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.schedules import cosine
@@ -39,8 +40,8 @@ CODES_TO_JUDGE_USAGE = 10     # times the number of codes, before a low share me
 class CosineRamp(Section, json_schema_extra=FREE):
     """From ``start`` to ``end`` along half a cosine, over a share of the run's updates; constant after that."""
 
-    start: float = Field(ge=0)
-    end: float = Field(ge=0)
+    start: float = Field(ge=0, description="value at the first update")
+    end: float = Field(ge=0, description="value from the end of the ramp on")
     over: float = Field(1.0, gt=0, le=1, description="share of the run's updates")
     at_least: int = Field(1, ge=1, description="updates, where the share comes to fewer")
 
@@ -51,8 +52,10 @@ class CosineRamp(Section, json_schema_extra=FREE):
 class DVAELossConfig(Section, json_schema_extra=FREE):
     """The defaults are the paper's: of 3,000,000 updates, beta takes 5,000 and the temperature 150,000."""
 
-    beta: CosineRamp = CosineRamp(start=0.0, end=6.6, over=1 / 600, at_least=500)
-    temperature: CosineRamp = CosineRamp(start=1.0, end=1 / 16, over=0.05)
+    beta: CosineRamp = Field(CosineRamp(start=0.0, end=6.6, over=1 / 600, at_least=500),
+                             description="weight of the KL divergence from the uniform prior over codes")
+    temperature: CosineRamp = Field(CosineRamp(start=1.0, end=1 / 16, over=0.05),
+                                    description="of the Gumbel-softmax: what noisy logits are divided by")
     even_usage: float = Field(0.0, ge=0, description="weight of ln K - H(mean of q), per position, beside beta's")
     edges: float = Field(0.0, ge=0, description="weight of the edge distance, per value, on [-1, 1]")
     log_scale_floor: float | None = Field(-7.0, ge=-80, le=80, description="bound on ln b: a collapsed b has unbounded "
@@ -68,10 +71,10 @@ class DVAELossConfig(Section, json_schema_extra=FREE):
 class DVAERun(RunConfig):
     """A dVAE run: the network, how it moves and what it is asked."""
 
-    task: Literal["dvae"] = "dvae"
-    model: DVAEConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    loss: DVAELossConfig = DVAELossConfig()
+    task: Literal["dvae"] = Field("dvae", description="what is trained: a discrete VAE")
+    model: DVAEConfig = Field(description="the codec: its networks and its codes")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how its weights move")
+    loss: DVAELossConfig = Field(DVAELossConfig(), description="what it is asked")
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> "DVAERun":
@@ -82,6 +85,12 @@ class DVAERun(RunConfig):
         if isinstance(self.model.quantizer, FSQConfig) and self.loss.even_usage > 0:
             raise ValueError("loss.even_usage needs a categorical: FSQ has none, set it to 0")
         return self
+
+
+class DVAEBatch(Batch, total=False):
+    """Pictures as the losses take them."""
+
+    image: Tensor                   # float [b, 3, S, S] on [0, 1]
 
 
 class DVAETask(Task):
@@ -99,11 +108,11 @@ class DVAETask(Task):
         self.usage = CodeUsage(model.num_codes, USAGE_WINDOW)
         self.preview_images: Tensor | None = None
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> DVAEBatch:
         """Pictures to float on [0, 1]."""
-        return {**batch, "image": batch["image"].float() / 255}
+        return {**batch, "image": to_unit(batch["image"])}
 
-    def reconstruct(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def reconstruct(self, networks: Networks, batch: DVAEBatch, step: int) -> Loss:
         """The bound on one micro-batch, in nats per value of the picture, and the parts it is made of."""
         images, weights, total_steps = batch["image"], self.config.loss, self.config.train.steps
         values = images[0].numel()                                             # C*H*W; 196,608 in the paper
@@ -122,7 +131,7 @@ class DVAETask(Task):
             kl = kl_to_uniform(log_q)
             total = total + weights.beta.at(step, total_steps) * kl.mean() / values
             parts["kl_per_position"] = kl.detach().mean() / output.codes.shape[1]
-            parts["max_logit"] = Largest(output.code_logits.detach().abs().max())
+            parts["max_logit"] = Max(output.code_logits.detach().abs().max())
             if weights.even_usage > 0:
                 unevenness = uneven_usage(log_q)
                 total = total + weights.even_usage * output.codes.shape[1] * unevenness / values
@@ -142,7 +151,7 @@ class DVAETask(Task):
         if self.preview_images is None:
             self.preview_images = self._first_pictures()
         images = self.preview_images.to(next(model.parameters()).device)
-        rebuilt = model.decode(model.encode(images.float() / 255))
+        rebuilt = model.decode(model.encode(to_unit(images)))
         return {"reconstruction": torch.cat([side_by_side(images), side_by_side(to_bytes(rebuilt))], dim=1)}
 
     @torch.no_grad()
@@ -152,7 +161,7 @@ class DVAETask(Task):
         psnr, gap = Mean(), Mean()
         usage = CodeUsage(self.num_codes, window=None)
         for batch in batches:
-            images = batch["image"].float() / 255
+            images = to_unit(batch["image"])
             codes = model.encode(images)
             usage.add(codes)
             hard = peak_signal_to_noise(model.decode(codes), images)
@@ -273,12 +282,3 @@ class CodeUsage:
 def peak_signal_to_noise(images: Tensor, others: Tensor) -> Tensor:
     """PSNR in dB of each picture on [0, 1]: [B]. Equal pictures give 100, so that a mean stays finite."""
     return -10 * (images - others).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    return (images * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def side_by_side(images: Tensor) -> Tensor:
-    """[N, 3, H, W] -> [3, H, N*W]."""
-    return torch.cat(list(images), dim=2)

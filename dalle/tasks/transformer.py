@@ -7,21 +7,19 @@ run's ``model`` section leaves out and the codec or the tokenizer knows is fille
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Required
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from dalle.config import FREE, Section
 from dalle.data.codes import codes_digest
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.evaluation.small_config import SmallEvaluationConfig
-from dalle.models.base import WEIGHTS_FILE
-from dalle.models.dvae import DiscreteVAE
+from dalle.models.codec import Codec
 from dalle.models.transformer import (
     IGNORED_TARGET,
     PRESETS,
@@ -29,9 +27,17 @@ from dalle.models.transformer import (
     TransformerArchitecture,
     TransformerConfig,
 )
+from dalle.pictures import grid, to_unit
 from dalle.sampling.decode import SamplingConfig
-from dalle.sampling.generator import TransformerGenerator, file_digest, load_codec, load_tokenizer, model_folder
-from dalle.training.companions import module_digest
+from dalle.sampling.generator import TransformerGenerator
+from dalle.store import (
+    CODEC_FOLDER,
+    TOKENIZER_FOLDER,
+    codec_digests,
+    load_codec,
+    load_tokenizer,
+    model_folder,
+)
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
@@ -68,29 +74,31 @@ class TransformerModelConfig(TransformerArchitecture):
 class TransformerLossConfig(Section, json_schema_extra=FREE):
     """The weights of the two cross-entropies; the paper's are 1/8 and 7/8."""
 
-    text_weight: float = Field(default=1 / 8, ge=0)
-    image_weight: float = Field(default=7 / 8, ge=0)
+    text_weight: float = Field(default=1 / 8, ge=0, description="factor on the mean cross-entropy of text tokens")
+    image_weight: float = Field(default=7 / 8, ge=0, description="factor on the mean cross-entropy of image tokens")
     text_pads: bool = Field(default=True, description="whether the pads of empty text slots are targets too")
 
 
 class PreviewConfig(Section, json_schema_extra=FREE):
     """The pictures in the log: each caption with ``columns`` seeds, counted from 0."""
 
-    captions: tuple[str, ...] = PREVIEW_CAPTIONS
-    columns: int = Field(default=4, ge=1)
-    sampling: SamplingConfig = SamplingConfig()
+    captions: tuple[str, ...] = Field(default=PREVIEW_CAPTIONS, description="one a row; none turns previews off")
+    columns: int = Field(default=4, ge=1, description="pictures of each caption")
+    sampling: SamplingConfig = Field(default=SamplingConfig(), description="how their codes are chosen")
 
 
 class TransformerRun(RunConfig):
     """A transformer run: its codec, the model, how it moves and what it is asked."""
 
-    task: Literal["transformer"] = "transformer"
-    codec: str = Field(description="run or model folder of the discrete VAE", json_schema_extra=FREE)    # by its digest
-    model: TransformerModelConfig = TransformerModelConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    loss: TransformerLossConfig = TransformerLossConfig()
-    preview: PreviewConfig = PreviewConfig()
-    evaluation: SmallEvaluationConfig = SmallEvaluationConfig()
+    task: Literal["transformer"] = Field(default="transformer", description="what is trained: a transformer over "
+                                         "captions and the codes of their pictures")
+    codec: str = Field(description="run or model folder of the codec", json_schema_extra=FREE)    # by its digest
+    model: TransformerModelConfig = Field(default=TransformerModelConfig(), description="the network")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="how its weights move")
+    loss: TransformerLossConfig = Field(default=TransformerLossConfig(), description="what it is asked")
+    preview: PreviewConfig = Field(default=PreviewConfig(), description="pictures for the log")
+    evaluation: SmallEvaluationConfig = Field(default=SmallEvaluationConfig(), description="a small evaluation on the "
+                                              "validation set")
 
     @model_validator(mode="after")
     def _data_has_what_is_needed(self) -> "TransformerRun":
@@ -101,6 +109,13 @@ class TransformerRun(RunConfig):
         if not self.data.images and self.data.validation is not None and self.data.validation_codes is None:
             raise ValueError("validation needs codes: set data.validation_codes to a cache, or data.images to true")
         return self
+
+
+class StreamBatch(Batch, total=False):
+    """Captions and the codes of their pictures, which are always there once a batch is prepared."""
+
+    text: Required[Tensor]          # int64 [b, T] token ids; 0: unfilled
+    codes: Required[Tensor]         # int64 [b, N], of a cache or of the codec
 
 
 class TransformerTask(Task):
@@ -124,14 +139,14 @@ class TransformerTask(Task):
         # Kept apart from the frozen module, which an engine may cast: what is exported is what was loaded.
         self.codec_state = {name: tensor.clone() for name, tensor in codec.state_dict().items()}
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> StreamBatch:
         """Add ``codes`` [b, N] unless a cache delivered them."""
         if "codes" in batch:
             return batch
         codec = networks.bare("codec")
-        return {**batch, "codes": codec.encode(batch["image"].float() / 255)}
+        return {**batch, "codes": codec.encode(to_unit(batch["image"]))}
 
-    def next_token_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def next_token_loss(self, networks: Networks, batch: StreamBatch, step: int) -> Loss:
         """text_weight * CE_text + image_weight * CE_image, each a mean over its kind of slots.
 
         With ``text_pads`` off the pads count as slots with no loss, so that the mean of micro-batches is the mean of
@@ -144,7 +159,7 @@ class TransformerTask(Task):
         return Loss(weights.text_weight * text + weights.image_weight * image,
                     {"text_ce": text.detach(), "image_ce": image.detach()})
 
-    def _cross_entropies(self, networks: Networks, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _cross_entropies(self, networks: Networks, batch: StreamBatch) -> tuple[Tensor, Tensor, Tensor, int]:
         """Sum and count of the scored text slots, then of the image slots."""
         text, codes = batch["text"], batch["codes"]
         text_logits, image_logits = networks["transformer"](text, codes)
@@ -180,7 +195,7 @@ class TransformerTask(Task):
         seeds = list(range(settings.columns)) * len(settings.captions)
         images = self.generator(networks).generate(captions, seeds, **settings.sampling.model_dump())
         model.train(was_training)
-        return {"samples": make_grid(images, nrow=settings.columns, padding=2)}
+        return {"samples": grid(images, settings.columns)}
 
     def generator(self, networks: Networks) -> TransformerGenerator:
         """What paints with the networks as they are now; sets them to evaluation mode."""
@@ -189,15 +204,15 @@ class TransformerTask(Task):
     def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:
         """The transformer, ``tokenizer/`` and ``codec/``: all that sampling needs."""
         self._model.save_pretrained(folder, states["transformer"])
-        self.tokenizer.save(Path(folder) / "tokenizer")
-        self.frozen["codec"].save_pretrained(Path(folder) / "codec", self.codec_state)
+        self.tokenizer.save(Path(folder) / TOKENIZER_FOLDER)
+        self.frozen["codec"].save_pretrained(Path(folder) / CODEC_FOLDER, self.codec_state)
 
     @property
     def _model(self) -> TextToImageTransformer:
         return self.players["transformer"].module
 
 
-def check_cached_codes(config: TransformerRun, codec: DiscreteVAE, codec_folder: Path) -> None:
+def check_cached_codes(config: TransformerRun, codec: Codec, codec_folder: Path) -> None:
     """``UserError`` when a cache of codes was made with other weights than the codec's: their codes mean nothing."""
     folders = [folder for folder in (config.data.codes, config.data.validation_codes) if folder]
     digests = codec_digests(codec, codec_folder) if folders else ()
@@ -207,12 +222,7 @@ def check_cached_codes(config: TransformerRun, codec: DiscreteVAE, codec_folder:
                             "delete them and run tools/cache_codes.py again")
 
 
-def codec_digests(codec: DiscreteVAE, folder: Path) -> tuple[str, str]:
-    """What ``codes.json`` may call the codec: its digest or, in caches of older versions, that of its file."""
-    return module_digest(codec), file_digest(folder / WEIGHTS_FILE)
-
-
-def resolve_model(config: TransformerRun, codec: DiscreteVAE, tokenizer: CaptionTokenizer) -> TransformerConfig:
+def resolve_model(config: TransformerRun, codec: Codec, tokenizer: CaptionTokenizer) -> TransformerConfig:
     """The model section with what it leaves out filled in; ``UserError`` where it contradicts its companions."""
     given, data = config.model, config.data
     grid = (codec.grid[0], codec.grid[1])

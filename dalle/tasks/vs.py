@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from dalle.config import FIXED, FREE, Section
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
-from dalle.metrics.vs import IMAGE_FOLDER, TEXT_FOLDER, TOKENIZER_FOLDER
+from dalle.metrics.vs import IMAGE_FOLDER, TEXT_FOLDER
 from dalle.models.clip import ClipModel, first_line
+from dalle.models.precision import full_precision
 from dalle.models.vs import MARGIN, InceptionResNetFeatures, VSConfig, VSModel, vs_ranking_loss
-from dalle.sampling.generator import load_model, load_tokenizer, model_folder, model_kind
-from dalle.tasks.clip import full_precision, pooled_recalls
+from dalle.store import TOKENIZER_FOLDER, load_model, load_tokenizer, model_folder, model_kind
+from dalle.tasks.clip import pooled_recalls
 from dalle.training.gathering import in_global_order
 from dalle.training.optimizers import Betas, OptimizerConfig
 from dalle.training.run import RunConfig
@@ -31,22 +32,23 @@ INCEPTION = InceptionResNetFeatures.model_type
 class VSArchitecture(Section, json_schema_extra=FIXED):
     """The length of the common space; those of the features follow from their networks."""
 
-    embed_dim: int = Field(default=512, ge=1)
+    embed_dim: int = Field(default=512, ge=1, description="dimensions of the common space")
 
 
 class VSOptimizer(OptimizerConfig):
     """The paper's: Adam at a constant rate, without clipping."""
 
-    lr: float = Field(default=2e-4, gt=0)
-    betas: Betas = (0.5, 0.999)
-    clip: float = Field(default=0.0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr: float = Field(default=2e-4, gt=0, description="peak learning rate of Adam")
+    betas: Betas = Field(default=(0.5, 0.999), description="decay of Adam's means of the gradient and of its square")
+    clip: float = Field(default=0.0, ge=0, description="largest norm of the gradient; 0 turns clipping off")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="how the learning rate falls after the warm-up")
 
 
 class VSLossConfig(Section, json_schema_extra=FREE):
     """By how much a pair must be nearer than every mismatched one."""
 
-    margin: float = Field(default=MARGIN, gt=0)
+    margin: float = Field(default=MARGIN, gt=0, description="in cosine similarity")
 
 
 class VSRun(RunConfig):
@@ -55,13 +57,13 @@ class VSRun(RunConfig):
     The paper trained on the test pictures, too: ``data.train`` takes both splits, as ``TRAIN::TEST``.
     """
 
-    task: Literal["vs"] = "vs"
+    task: Literal["vs"] = Field(default="vs", description="what is trained: a VS similarity")
     image_features: str = Field(description=f"a CLIP's run or model folder, {INCEPTION} (of timm's hub) or "
                                             f"{INCEPTION}:FILE", json_schema_extra=FREE)
     text_features: str = Field(description="a CLIP's run or model folder", json_schema_extra=FREE)
-    model: VSArchitecture = VSArchitecture()
-    optimizer: VSOptimizer = VSOptimizer()
-    loss: VSLossConfig = VSLossConfig()
+    model: VSArchitecture = Field(default=VSArchitecture(), description="the two maps")
+    optimizer: VSOptimizer = Field(default=VSOptimizer(), description="how their weights move")
+    loss: VSLossConfig = Field(default=VSLossConfig(), description="what they are asked")
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> "VSRun":
@@ -72,6 +74,13 @@ class VSRun(RunConfig):
         if self.train.batch_size < 2:
             raise ValueError("the ranking loss compares the pairs of a batch: set train.batch_size to 2 or more")
         return self
+
+
+class FeaturesBatch(Batch, total=False):
+    """The frozen features of the whole global batch, in the same order on every process; no other key is left."""
+
+    image_features: Tensor          # [B, image_dim]
+    text_features: Tensor           # [B, text_dim]
 
 
 class VSTask(Task):
@@ -98,7 +107,7 @@ class VSTask(Task):
         found = super().companions()
         return {**found, "image": found.get("image", Companion(self.frozen["text"], "image_features"))}
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> FeaturesBatch:
         """The frozen features of the whole global batch, in the same order on every process.
 
         Each process then computes the one loss, whose gradient is that of the global batch and so the mean over them.
@@ -112,7 +121,7 @@ class VSTask(Task):
         with full_precision(batch["image"].device):
             return image.encode_image(batch["image"]), text.encode_text(batch["text"])
 
-    def rank(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def rank(self, networks: Networks, batch: FeaturesBatch, step: int) -> Loss:
         """The summed ranking loss; also the mean cosine of the pairs."""
         with full_precision(batch["image_features"].device):
             image, text = networks["vs"](batch["image_features"], batch["text_features"])

@@ -10,9 +10,7 @@ Nothing in a checkpoint is code: safetensors and JSON only.
 """
 
 import errno
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -25,11 +23,11 @@ from torch import Tensor
 
 from dalle.config import FIXED, RESUME, resume_rule
 from dalle.errors import UserError
+from dalle.files import sha256_of, sync, write_json
 from dalle.tensor_file import write_synced
 
 MANIFEST, STATE = "manifest.json", "state.json"
 FORMAT = 2
-PIECE = 1 << 20                               # bytes hashed at once
 PREFIX = "step_"
 WEIGHTS, OPTIMIZER, AVERAGE = "weights", "optimizer", "average"
 STATE_TYPES = {"step": int, "players": list, "config": dict, "data": dict, "excluded_batches": list, "rollbacks": int,
@@ -187,7 +185,7 @@ def listed(path: Path) -> Entries:
 def check_hash(path: Path, name: str, expected: Mapping[str, Any], came: Callable[[], None] = lambda: None) -> None:
     """Raise :class:`Damage` when the file ``name`` has not the sha256 of its entry; ``came()`` after every piece."""
     try:
-        if digest(path / name, came) != expected["sha256"]:
+        if sha256_of(path / name, came) != expected["sha256"]:
             raise Damage(f"{name} is damaged (its sha256 differs)")
     except FileNotFoundError:
         raise Damage(f"{name} is missing") from None
@@ -234,7 +232,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": digest(path)}
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def check_is_checkpoint(path: Path) -> None:
@@ -308,39 +306,3 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") ->
             yield from changes(value, other, f"{key}.")
         elif value != other:
             yield key, value, other
-
-
-def digest(path: Path, came: Callable[[], None] = lambda: None) -> str:
-    """The sha256 of a file; ``came()`` after every piece of it."""
-    sha256, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            sha256.update(piece[:count])        # other threads run meanwhile
-            came()
-    return sha256.hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def replace_folder(temporary: Path, place: Path) -> None:
-    """Put the folder ``temporary`` where ``place`` was; a reader finds the old, the new or, for an instant, none."""
-    for path in [*temporary.rglob("*"), temporary]:
-        sync(path)
-    old = place.with_name(f".{place.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    temporary.rename(place)
-    sync(place.parent)
-    shutil.rmtree(old, ignore_errors=True)

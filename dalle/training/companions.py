@@ -5,44 +5,22 @@ keeps the digest of every companion, and neither a resume nor an export goes on 
 cached codes names its codec by the same digest.
 """
 
-import hashlib
 import logging
 import socket
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor, nn
+from typing import Any
 
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
+from dalle.tensor_file import module_digest
+from dalle.training.engines.base import Engine
+from dalle.training.run import RunConfig
 from dalle.training.task import Companion, Task
-
-if TYPE_CHECKING:
-    from dalle.training.engine import Engine
-    from dalle.training.run import RunConfig
 
 log = logging.getLogger(__name__)
 
-DIGEST_BYTES = 16
 Records = dict[str, dict[str, str]]      # name -> {"digest": ..., "setting": the key of the config that names it}
-
-
-def module_digest(module: nn.Module) -> str:
-    """32 hex digits of the names, types, shapes and bytes of a module's state, wherever it lies."""
-    state = module.state_dict()
-    whole = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:      # hashing leaves Python's lock
-        for name, part in zip(state, threads.map(tensor_digest, state.values()), strict=True):
-            whole.update(f"{name} {state[name].dtype} {list(state[name].shape)} ".encode() + part)
-    return whole.hexdigest()
-
-
-def tensor_digest(tensor: Tensor) -> bytes:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 def records_of(task: Task) -> Records:
@@ -60,7 +38,7 @@ def companion_digest(companion: Companion, seen: dict[int, str]) -> str:
     return f"{seen[key]}+{companion.made_from}" if companion.made_from else seen[key]
 
 
-def agreed_records(engine: "Engine", task: Task) -> Records:
+def agreed_records(engine: Engine, task: Task) -> Records:
     """:func:`records_of`, which must be the same on every rank: a path may lie on another disk of each node."""
     answers = engine.gather((socket.gethostname(), records_of(task)))
     host, first = answers[0]
@@ -98,7 +76,7 @@ def check_companions(what: str, saved: Mapping[str, Any], config: Mapping[str, A
                         f"{way_out(name, new, copies)}{others}")
 
 
-def check_packed(what: str, saved: Mapping[str, Any], config: "RunConfig", task: Task, copies: Path) -> None:
+def check_packed(what: str, saved: Mapping[str, Any], config: RunConfig, task: Task, copies: Path) -> None:
     """Raise :class:`UserError` unless what an export takes from elsewhere is what ``saved`` was trained with."""
     found = {name: record for name, record in records_of(task).items() if name not in task.unpacked}
     # an export cannot be told to take another one: its weights would mean nothing beside it

@@ -20,7 +20,7 @@ def full_access(parameters: list[nn.Parameter], owner: int | None) -> AbstractCo
     return nullcontext()
 
 
-class Average:
+class EMA:
     """average <- decay * average + (1 - decay) * weight, from the initial weights on; buffers are not averaged.
 
     ``warmup`` lets the decay grow over the first updates; it follows from the step alone, so there is nothing to save.

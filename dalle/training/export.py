@@ -6,12 +6,14 @@ from typing import Any
 
 import yaml
 
-from dalle.training.checkpoint import AVERAGE, SavedPlayer, read_state, write_json
+from dalle.files import write_json
+from dalle.store import SOURCE_FILE
+from dalle.training.checkpoint import AVERAGE, SavedPlayer, read_state
 from dalle.training.run_log import read_log
 from dalle.training.task import Task
+from dalle.words import cell
 
 CARD = "README.md"
-SOURCE_FILE = "source.json"      # read by dalle/evaluation/origin.py
 
 
 def export_checkpoint(task: Task, checkpoint: Path, folder: Path, averaged: bool = True) -> None:
@@ -39,17 +41,12 @@ def write_card(folder: Path, state: Mapping[str, Any], figures: Mapping[str, flo
             "data fingerprint": state["data"].get("fingerprint", "unknown"),
             **{name: f"{value:.4g}" for name, value in figures.items()},
             **{f"{name} version": version for name, version in state["versions"].items()}}
-    table = "\n".join(f"| {name} | {one_line(value)} |" for name, value in rows.items())
+    table = "\n".join(f"| {name} | {cell(value)} |" for name, value in rows.items())
     settings = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    text = (f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {one_line(config['name'])}\n\n"
+    text = (f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {cell(config['name'])}\n\n"
             f"Trained with Tessera.\n\n| | |\n| --- | --- |\n{table}\n\n"
             f"## Configuration\n\n```yaml\n{settings}```\n")
     (folder / CARD).write_text(text, encoding="utf-8")
-
-
-def one_line(value: Any) -> str:
-    """``value`` as one cell of a table."""
-    return " ".join(str(value).replace("|", "\\|").split())
 
 
 def newest_validation(run: Path, step: int) -> dict[str, float]:

@@ -45,17 +45,17 @@ class Mean(Figure):
 
 
 @dataclass
-class Largest(Figure):
+class Max(Figure):
     """The largest of all that was seen; from a loss, a 0-d tensor that stays on its device until a line is due."""
 
-    largest: float | Tensor = -math.inf
+    maximum: float | Tensor = -math.inf
 
     def joined(self, other: Self) -> Self:
-        return Largest(max(self.largest, other.largest))
+        return Max(max(self.maximum, other.maximum))
 
     @property
     def value(self) -> float:
-        return float(self.largest) if self.largest > -math.inf else math.nan
+        return float(self.maximum) if self.maximum > -math.inf else math.nan
 
 
 @dataclass

@@ -10,24 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor
 
-from dalle.config import FREE, Section
 from dalle.errors import LostProcess, UserError
+from dalle.training.settings import SpikeConfig
 from dalle.training.task import Phase
+from dalle.words import one_line
 
 KEYS_SHOWN = 16
-
-
-class SpikeConfig(Section, json_schema_extra=FREE):
-    """Roll back to the newest checkpoint, and leave out the batch, when a phase's loss jumps."""
-
-    zscore: float | None = Field(default=None, gt=0, description="standard deviations above the mean; null: off. Reads "
-                                 "the loss in every step, which waits for the device")
-    history: int = Field(default=128, ge=4, description="newest losses that mean and deviation are taken of")
-    skip_batches: int = Field(default=1, ge=1, description="batches left out, from the one with the spike on")
-    max_rollbacks: int = Field(default=8, ge=1, description="in the run, before it stops")
 
 
 @dataclass
@@ -137,7 +127,7 @@ def lost_processes_named(rank: int, where: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         if isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "c10d")):
             reason = text.split(". This is")[0][-160:]
             raise LostProcess(f"rank {rank}, step {where.step}: lost another rank while {where.what} ({reason}); its "

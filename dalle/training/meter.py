@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle.training.figures import Figure, Largest, Mean
+from dalle.training.figures import Figure, Max, Mean
 
 # dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets
 PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -24,19 +24,20 @@ class Meter:
     def __init__(self) -> None:
         self.waited = 0.0                                     # seconds for data
         self._figures: dict[str, list[Tensor]] = defaultdict(list)
-        self._largest: set[str] = set()                       # names of figures whose largest is asked for
-        self._reset()
+        self._maxima: set[str] = set()                       # names of figures whose maximum is asked for
+        self.restart()
 
-    def _reset(self) -> None:
+    def restart(self) -> None:
+        """Forget what was collected, and count the time from now on."""
         self._figures.clear()
         self.waited = self._paused = 0.0
         self._began = time.perf_counter()
         self.steps = 0
 
-    def add(self, name: str, value: Tensor | float | Largest) -> None:
-        if isinstance(value, Largest):
-            self._largest.add(name)
-            value = value.largest
+    def add(self, name: str, value: Tensor | float | Max) -> None:
+        if isinstance(value, Max):
+            self._maxima.add(name)
+            value = value.maximum
         self._figures[name].append(value.detach() if isinstance(value, Tensor) else torch.tensor(float(value)))
 
     @contextmanager
@@ -60,11 +61,11 @@ class Meter:
         figures: dict[str, Figure] = {}
         for name, values in self._figures.items():
             finite = [number for number in (next(numbers) for _ in values) if abs(number) < float("inf")]
-            figures[name] = (Largest(max(finite, default=Largest.largest)) if name in self._largest
+            figures[name] = (Max(max(finite, default=Max.maximum)) if name in self._maxima
                              else Mean(sum(finite), len(finite)))
         seconds = time.perf_counter() - self._began - self._paused
         waited = self.waited
-        self._reset()
+        self.restart()
         return figures, max(seconds, 1e-9), waited
 
 

@@ -1,7 +1,7 @@
 """How a player's weights move: one config section, and the optimiser built from it."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from pydantic import Field, model_validator
@@ -18,22 +18,27 @@ class OptimizerConfig(Section, json_schema_extra=FREE):
     """One player's optimiser, learning-rate schedule, clipping and weight average."""
 
     # the other optimiser's state is none of this one's
-    name: Literal["adamw", "muon"] = Field(default="adamw", json_schema_extra=FIXED)
+    name: Literal["adamw", "muon"] = Field(default="adamw", description="muon: Muon on the matrices of the blocks, "
+                                           "AdamW on the rest", json_schema_extra=FIXED)
     lr: float = Field(default=3e-4, gt=0, description="peak learning rate of AdamW")
-    betas: Betas = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
+    betas: Betas = Field(default=(0.9, 0.95), description="AdamW's decays of the first and second moment, shares a "
+                         "step")
+    eps: float = Field(default=1e-8, gt=0, description="what AdamW adds to the root of the second moment")
     weight_decay: float = Field(default=0.0, ge=0, description="not applied to embeddings (position tables "
                                 "and codebooks are some) and tensors below two axes")
     clip: float = Field(default=1.0, ge=0, description="largest norm of the player's gradient; 0 turns clipping off")
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
-    schedule: Literal["constant", "linear", "cosine", "step"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "step"] = Field(
+        default="cosine", description="of the learning rate after the warm-up, down to the run's last step; step: a "
+        "staircase")
     final_fraction: float = Field(default=0.0, ge=0, le=1, description="last learning rate as a share of the peak, "
                                   "of linear and cosine")
     step_every: int | None = Field(default=None, ge=1, description="of the schedule step: multiply every so many steps")
     step_factor: float = Field(default=0.5, gt=0, le=1, description="of the schedule step: by this")
     muon_lr: float = Field(default=0.02, gt=0, description="peak learning rate of Muon, for the block matrices")
-    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
-    muon_scaling: Literal["original", "match_rms_adamw"] = "original"
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's decay of the momentum, a share a step")
+    muon_scaling: Literal["original", "match_rms_adamw"] = Field(
+        default="original", description="Muon's step by a matrix's shape: as published, or as large as AdamW's")
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the weight average; 0 keeps none")
     ema_every: int = Field(default=1, ge=1, description="update the average every so many steps")
     ema_warmup: bool = Field(default=True, description="shorter averages at the start of the run: the n-th update "
@@ -94,13 +99,29 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
+@runtime_checkable
+class NamesEmbeddings(Protocol):
+    """A module, or a part of one, that has embeddings beside its ``nn.Embedding`` layers."""
+
+    def embedding_parameters(self) -> list[str]:
+        """Names of the parameters whose rows are taken as they are: position tables, codebooks. None of them decays."""
+
+
+@runtime_checkable
+class NamesMatrices(Protocol):
+    """A player's module that Muon can train."""
+
+    def matrix_parameters(self) -> list[str]:
+        """Names of the two-dimensional weights inside the blocks, which are multiplied and no embeddings or heads."""
+
+
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimiser over the trainable parameters of ``module``.
 
     AdamW is the fused one: fastest on every device, and it can skip a non-finite step on the device (``found_inf``).
-    Nothing below two axes decays, no weight of an ``nn.Embedding``, and none of the parameters that a module names by a
-    method ``embedding_parameters()``: position tables and others whose rows are taken as they are.
-    With ``muon``, the module's ``matrix_parameters()`` lists the names of the 2-D weights that Muon moves.
+    Nothing below two axes decays, no weight of an ``nn.Embedding``, and none of the parameters that a module, or a part
+    of it, names as :class:`NamesEmbeddings`. With ``muon``, the module is a :class:`NamesMatrices`: those are what Muon
+    moves.
     Every group keeps its peak learning rate as ``peak_lr``. Raises ``ValueError`` when there is nothing to train, when
     a name is unknown or an embedding is listed for Muon, or when the module does not say which matrices that is for.
     """
@@ -147,7 +168,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def _matrix_names(module: nn.Module, embeddings: set[int]) -> list[str]:
-    if not hasattr(module, "matrix_parameters"):
+    if not isinstance(module, NamesMatrices):
         raise UserError(f"optimizer.name muon needs {type(module).__name__}.matrix_parameters(), which it does not "
                         "have; use adamw")
     names = module.matrix_parameters()
@@ -160,7 +181,7 @@ def _matrix_names(module: nn.Module, embeddings: set[int]) -> list[str]:
 def _embedding_parameters(module: nn.Module) -> set[int]:
     """By identity: weights of embedding layers, and what the module and its parts declare."""
     found = {id(part.weight) for part in module.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag))}
-    declaring = [part for part in module.modules() if hasattr(part, "embedding_parameters")]
+    declaring = [part for part in module.modules() if isinstance(part, NamesEmbeddings)]
     return found | {id(_parameter(part, name, "embedding_parameters"))
                     for part in declaring for name in part.embedding_parameters()}
 

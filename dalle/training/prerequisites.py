@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 from dalle.config import load_config, read_yaml
 from dalle.data.codes import codes_digest
-from dalle.data.dataset import DataConfig
 from dalle.data.index import check_shards
 from dalle.data.opening import refuse_absent, shard_urls
+from dalle.data.settings import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import MissingModel, UserError
+from dalle.store import EXPORT_FOLDER
 from dalle.training.run import RunConfig
 from dalle.training.run_folder import finished_steps
 from dalle.training.signals import run_to_its_end
@@ -35,7 +36,6 @@ RECIPES = {
               "python tools/train_tokenizer.py {root}/train --out {root}/tokenizer --vocab-size 4096"),
 }
 
-EXPORT_FOLDER = "model"
 # keys of `data` that follow from the model, so that a run and its prerequisites may well differ in them
 OF_THE_MODEL = {"image_size", "crop", "flip", "images", "caption", "num_captions", "text_length", "bpe_dropout",
                 "caption_dropout", "codes", "validation_codes"}
@@ -54,7 +54,7 @@ class Prerequisite(NamedTuple):
     def state(self) -> State:
         """How far it is; a model without checkpoints was brought from elsewhere and counts as finished."""
         folder = self.config.folder
-        exported = (folder / "model" / "config.json").is_file()
+        exported = (folder / EXPORT_FOLDER / "config.json").is_file()
         if not (folder / "checkpoints").is_dir():
             return "finished" if exported else "missing"
         return "finished" if exported and finished_steps(folder) >= self.config.train.steps else "unfinished"
@@ -110,14 +110,14 @@ def is_shared(key: str, value: str, prerequisite: RunConfig) -> bool:
     return name not in OF_THE_MODEL
 
 
-def train_prerequisites(needed: Sequence[Prerequisite], command: Sequence[str], is_main: bool,
+def train_prerequisites(needed: Sequence[Prerequisite], command: Sequence[str], is_rank0: bool,
                         say: Callable[[str], None]) -> int:
     """Train what is missing or unfinished, in order, each by ``command`` and its config; the first status but 0, or 0.
 
     Of several processes the main one does it and the others wait; where it fails, their launcher ends them.
     """
     for one in needed:
-        if not is_main:
+        if not is_rank0:
             while one.state != "finished":
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         elif one.state != "finished":

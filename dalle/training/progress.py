@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from dalle.words import duration
+
 BAR_WIDTH, NAME_WIDTH = 14, 16       # letters
 SHOWN = ("loss", "grad_norm", "lr", "samples_per_second", "data_wait")
 
@@ -59,10 +61,3 @@ class ProgressLine:
 
     def _remaining(self, done: int) -> float:
         return (time.monotonic() - self._began) / max(done - self._start, 1) * (self.steps - done)
-
-
-def duration(seconds: float) -> str:
-    """``seconds`` as h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

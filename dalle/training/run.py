@@ -7,25 +7,23 @@ from pydantic import Field, field_validator, model_validator
 
 from dalle.config import FIXED, FREE, Section
 from dalle.data.loader import DataConfig
-from dalle.training.engine import EngineConfig
-from dalle.training.loop import TrainConfig
-from dalle.training.trackers import LogConfig
+from dalle.training.settings import EngineConfig, LogConfig, TrainConfig
 
 
 class RunConfig(Section, json_schema_extra=FIXED):
     """One run: what it is called, its data, and how the loop trains it."""
 
-    task: str
+    task: str = Field(description="what is trained")
     name: str = Field(min_length=1, description="the run's folder below `output`", json_schema_extra=FREE)
-    output: str = Field(default="runs", json_schema_extra=FREE)
-    seed: int = Field(default=0, ge=0)
+    output: str = Field(default="runs", description="the folder that runs are in", json_schema_extra=FREE)
+    seed: int = Field(default=0, ge=0, description="of the first weights, the reading order and every draw")
     prerequisites: tuple[str, ...] = Field(default=(), description="configs of the runs that this one reads; "
                                            "launch/train.py --with-prerequisites trains them first",
                                            json_schema_extra=FREE)
-    data: DataConfig
-    train: TrainConfig = TrainConfig()
-    log: LogConfig = LogConfig()
-    engine: EngineConfig = EngineConfig()
+    data: DataConfig = Field(description="what is read, and how")
+    train: TrainConfig = Field(default=TrainConfig(), description="how long, how much at once, how often to look")
+    log: LogConfig = Field(default=LogConfig(), description="trackers beside the run's own log")
+    engine: EngineConfig = Field(default=EngineConfig(), description="what the launcher does not say about the backend")
 
     @field_validator("name")
     @classmethod

@@ -15,12 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dalle.training.checkpoint import STATE, CheckpointStore, Entries, write_json, write_tensors
-
-if TYPE_CHECKING:
-    from dalle.training.engine import Engine, Snapshot
+from dalle.files import write_json
+from dalle.training.checkpoint import STATE, CheckpointStore, Entries, write_tensors
+from dalle.training.engines.base import Engine, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class Saver:
     ``publish(checkpoint)`` runs on rank 0 after a checkpoint is in its place (the export).
     """
 
-    def __init__(self, store: CheckpointStore, engine: "Engine", players: list[str], publish: Callable[[Path], None]):
+    def __init__(self, store: CheckpointStore, engine: Engine, players: list[str], publish: Callable[[Path], None]):
         self.store, self.engine, self.players, self.publish = store, engine, players, publish
         self.stage, self.step = IDLE, 0
         self.failures = 0                               # in a row
@@ -58,7 +57,7 @@ class Saver:
                                        for section in snapshot.values() for tensor in section.values()))
         self.step, self._state = step, dict(state)
         try:
-            self.engine.together(lambda: self._open(step, sum(sizes)), only_main=True)
+            self.engine.together(lambda: self._open(step, sum(sizes)), only_rank0=True)
         except OSError as error:
             self.failures += 1
             raise SaveFailed(*error.args) from error
@@ -86,7 +85,7 @@ class Saver:
             parts = self.engine.gather(self._entries)
             entries = {name: entry for part in parts for name, entry in part.items()}
             self.stage = COMMITTING
-            if self.engine.is_main:
+            if self.engine.is_rank0:
                 self._run(lambda: self._commit(entries))
             return
         self.stage, self._thread, self.failures = IDLE, None, 0
@@ -96,7 +95,7 @@ class Saver:
         while self.stage != IDLE:
             if self._thread is not None:
                 self._thread.join()
-            busy, failed = self.engine.largest(int(self.busy), int(self.failed))
+            busy, failed = self.engine.all_reduce_max(int(self.busy), int(self.failed))
             self.advance(bool(busy), bool(failed))
 
     def close(self) -> None:
@@ -122,7 +121,7 @@ class Saver:
         self._thread = threading.Thread(target=guarded, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _write(self, snapshots: "dict[str, Snapshot]") -> None:
+    def _write(self, snapshots: dict[str, Snapshot]) -> None:
         self._entries = {}
         for name, snapshot in snapshots.items():
             for section, tensors in snapshot.items():
@@ -143,6 +142,6 @@ class Saver:
         first = next(text for text in errors if text is not None)
         self.stage, self._thread, self._error = IDLE, None, None
         self.failures += 1
-        if self.engine.is_main:
+        if self.engine.is_rank0:
             self.store.discard(self.step)
         raise SaveFailed(first)

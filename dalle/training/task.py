@@ -10,12 +10,11 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from dalle.training.figures import Figure, Largest, Mean
+from dalle.data.batch import Batch
+from dalle.training.figures import Figure, Max, Mean
 from dalle.training.optimizers import OptimizerConfig
 
-__all__ = ["Batch", "Figure", "Largest", "Loss", "Mean", "Networks", "Phase", "Player", "Task", "parameter_count"]
-
-Batch = dict[str, Any]
+__all__ = ["Batch", "Figure", "Loss", "Max", "Mean", "Networks", "Phase", "Player", "Task", "parameter_count"]
 
 
 @dataclass
@@ -33,10 +32,10 @@ class Player:
 @dataclass
 class Loss:
     """One micro-batch's scalar ``total`` (with gradient) and its named ``parts``: detached scalars, whose mean is
-    logged, or a :class:`Largest` of one."""
+    logged, or a :class:`Max` of one."""
 
     total: Tensor
-    parts: dict[str, Tensor | Largest] = field(default_factory=dict)
+    parts: dict[str, Tensor | Max] = field(default_factory=dict)
 
 
 class Networks(Protocol):
@@ -54,7 +53,7 @@ class Networks(Protocol):
     def bare(self, name: str) -> nn.Module:
         """The plain module, for calls without gradient (sampling a preview, encoding a validation batch)."""
 
-    def mean(self, value: Tensor) -> Tensor:
+    def all_reduce_mean(self, value: Tensor) -> Tensor:
         """``value`` averaged over the ranks, without gradient (an adaptive weight); every rank must ask."""
 
 

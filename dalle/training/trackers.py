@@ -25,9 +25,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import psutil
 from PIL import Image
-from pydantic import Field
 
-from dalle.config import FREE, Section
+from dalle.training.settings import LogConfig
 
 log = logging.getLogger(__name__)
 
@@ -37,19 +36,6 @@ MOST_PICTURES_WAITING = 16
 PROBE_SECONDS = 5
 WANDB_INIT_SECONDS = 60
 WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-class LogConfig(Section, json_schema_extra=FREE):
-    """Trackers beside the JSONL, which is always written."""
-
-    wandb: Literal["online", "offline", "disabled"] = "disabled"
-    wandb_project: str = "tessera"
-    wandb_entity: str | None = None
-    wandb_tags: tuple[str, ...] = ()
-    tensorboard: bool = False
-    images: bool = Field(default=True, description="send previews to wandb and TensorBoard; PNGs are always written")
-
-
 Images = Mapping[str, np.ndarray]      # name -> uint8 [H, W, 3]
 
 
@@ -309,7 +295,7 @@ class Destination:
             while (item := self._queue.get()) is not None:
                 kind, step, payload = item
                 try:
-                    getattr(tracker, kind)(step, payload)
+                    (tracker.log if kind == "log" else tracker.images)(step, payload)
                 except Exception as error:
                     if not self._lossless:
                         raise

@@ -3,18 +3,15 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dalle.training.checkpoint import Damage, Entries, check_hash, listed
-
-if TYPE_CHECKING:
-    from dalle.training.engine import Engine
+from dalle.training.engines.base import Engine
 
 THREADS = 4                      # of each rank; hashing and reading leave the interpreter to others
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
-def newest_that_verifies(engine: "Engine", checkpoints: Sequence[Path], feed: Callable[[], None]) \
+def newest_that_verifies(engine: Engine, checkpoints: Sequence[Path], feed: Callable[[], None]) \
         -> tuple[Path | None, dict[Path, str]]:
     """The first of ``checkpoints`` that verifies, and what is wrong with each before it; every rank must ask, with the
     same ones, as for :func:`find_fault_together`."""
@@ -27,12 +24,12 @@ def newest_that_verifies(engine: "Engine", checkpoints: Sequence[Path], feed: Ca
     return None, faults
 
 
-def find_fault_together(engine: "Engine", path: Path, feed: Callable[[], None]) -> str | None:
+def find_fault_together(engine: Engine, path: Path, feed: Callable[[], None]) -> str | None:
     """:func:`dalle.training.checkpoint.find_fault` by all ranks, each of which hashes its share of the files.
 
     Every rank must ask, and all get the same answer. ``feed()`` is called whenever a rank has come forward.
     """
-    entries = engine.together(lambda: _listed(path), only_main=True)
+    entries = engine.together(lambda: _listed(path), only_rank0=True)
     if isinstance(entries, str):
         return entries
     mine = sorted(entries, key=lambda name: entries[name]["size"], reverse=True)[engine.rank::engine.world_size]
@@ -42,7 +39,7 @@ def find_fault_together(engine: "Engine", path: Path, feed: Callable[[], None]) 
         busy = 1
         while busy:
             wait(work, SECONDS_BETWEEN_LOOKS)
-            busy, came = engine.largest(int(not all(one.done() for one in work)), int(bool(hashed)))
+            busy, came = engine.all_reduce_max(int(not all(one.done() for one in work)), int(bool(hashed)))
             if came:
                 hashed.clear()
                 feed()

@@ -11,10 +11,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 from dalle.errors import EXIT_LOST_PROCESS
+from dalle.training.settings import EngineConfig
+from dalle.training.steps import Steps
+
+Item = TypeVar("Item")
 
 
 class Watchdog:
@@ -63,3 +68,26 @@ class Watchdog:
             sys.stderr.flush()
         finally:
             os._exit(EXIT_LOST_PROCESS)      # also where stderr was a pipe to a launcher that is dead
+
+
+class Limits:
+    """The times that the settings allow for what a run does; the watchdog ends a process that takes longer."""
+
+    def __init__(self, watchdog: Watchdog, options: EngineConfig, steps: Steps):
+        self._watchdog, self._steps = watchdog, steps
+        self._long = 60 * options.timeout_minutes
+        self._short = 60 * min(options.timeout_minutes, options.step_timeout_minutes)
+
+    def allow(self, what: str, long: bool = True) -> AbstractContextManager:
+        """What happens in here, the part ``what`` of the step, has the time of a long part or of a usual one."""
+        return self._watchdog.allow(self._long if long else self._short, self._steps.done, what)
+
+    def feed(self) -> None:
+        """Something came forward: the time begins anew."""
+        self._watchdog.feed()
+
+    def each(self, items: Iterable[Item]) -> Iterator[Item]:
+        """``items``, each of which may take the time that was allowed for one."""
+        for item in items:
+            self.feed()
+            yield item

@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from dalle.data.building import hash_fraction
-from dalle.data.folder import FolderConfig, encode, make_folder
+from dalle.data.folder.entries import FolderConfig
+from dalle.data.folder.making import make_folder
+from dalle.data.folder.pictures import encode
 from dalle.errors import UserError
 
 

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from dalle.data.decode import BadSample
-from dalle.data.formats import decode_any, kind_of
-from dalle.sampling.generator import read_picture
+from dalle.data.formats import decode_any, kind_of, read_picture
 
 
 def encoded(kind: str, orientation: int | None = None) -> bytes:

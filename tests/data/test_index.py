@@ -6,7 +6,10 @@ import tarfile
 import numpy as np
 import pytest
 
-from dalle.data.index import ShardIndex, ShardReader, expand_braces, split_name
+from dalle.data.index import ShardIndex
+from dalle.data.members import split_name
+from dalle.data.reader import ShardReader
+from dalle.data.specs import expand_braces
 from dalle.errors import UserError
 
 BLOCK = 512
@@ -312,7 +315,7 @@ def test_reader_keeps_few_shards_open(tmp_path):
 def test_large_tables_load_quickly(tmp_path):
     from time import perf_counter
 
-    from dalle.data.index import ShardInfo
+    from dalle.data.shard import ShardInfo
     shards = [ShardInfo(f"{number:06d}.tar", str(tmp_path), 10_000, 10**9, "0" * 32, {}) for number in range(20_000)]
     index = ShardIndex(shards)
     started = perf_counter()

@@ -13,13 +13,13 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from dalle.data import shapes_grammar
-from dalle.data.shapes import ShapesConfig, make_shapes
-from dalle.data.shapes_edits import make_edit
-from dalle.data.shapes_geometry import POLYGONS, SHAPES, area, inside
-from dalle.data.shapes_grammar import Mention, Statement, canonical_caption, captions, parse_caption
-from dalle.data.shapes_render import coverage, encode_png, mask, render
-from dalle.data.shapes_scene import COLOURS, GROUNDS, INVERSE, Scene, SceneObject, make_scene
+from dalle.data.shapes import grammar
+from dalle.data.shapes.edits import make_edit
+from dalle.data.shapes.geometry import POLYGONS, SHAPES, area, inside
+from dalle.data.shapes.grammar import Mention, Statement, canonical_caption, captions, parse_caption
+from dalle.data.shapes.making import ShapesConfig, make_shapes
+from dalle.data.shapes.render import coverage, encode_png, mask, render
+from dalle.data.shapes.scene import COLOURS, GROUNDS, INVERSE, Scene, SceneObject, make_scene
 from dalle.errors import UserError
 
 
@@ -256,7 +256,7 @@ def test_parse_names_what_is_wrong(caption, complaint):
 
 
 def test_the_grammar_covers_every_relation_and_its_inverse():
-    assert {INVERSE[INVERSE[name]] for name in INVERSE} == set(INVERSE) == set(shapes_grammar._RELATION_WORDS)
+    assert {INVERSE[INVERSE[name]] for name in INVERSE} == set(INVERSE) == set(grammar._RELATION_WORDS)
 
 
 # -- whole sets
@@ -283,7 +283,7 @@ def read_set(folder):
 
 
 def test_the_bytes_depend_on_the_seed_and_on_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr("dalle.data.shapes.CHUNK", 10)
+    monkeypatch.setattr("dalle.data.shapes.making.CHUNK", 10)
     make(tmp_path / "one")
     make(tmp_path / "two", workers=2)
     make(tmp_path / "other", seed=1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dalle.data.tables import delimiter_of, open_table
+from dalle.data.folder.tables import delimiter_of, open_table
 from dalle.errors import UserError
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dalle.data.dataset import DataConfig
 from dalle.data.index import ShardIndex
 from dalle.data.loader import train_batches
+from dalle.data.settings import DataConfig
 from dalle.data.tokenizer import UNKNOWN, CaptionTokenizer
 from dalle.data.writer import ShardWriter
 from dalle.errors import UserError

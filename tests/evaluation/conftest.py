@@ -10,14 +10,14 @@ from evaluation_stubs import MeanColour, Redness, StubGenerator, stub_job  # noq
 
 from dalle.evaluation import measure  # noqa: E402
 from dalle.evaluation.job import Job  # noqa: E402
-from dalle.evaluation.origin import Origin  # noqa: E402
 from dalle.evaluation.processes import Processes  # noqa: E402
+from dalle.store import Origin  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def split(tmp_path_factory) -> str:
     """Twenty-four pictures of shapes, 16 pixels, ten captions each."""
-    from dalle.data.shapes import ShapesConfig, make_shapes
+    from dalle.data.shapes.making import ShapesConfig, make_shapes
 
     folder = tmp_path_factory.mktemp("split")
     make_shapes(ShapesConfig(count=4, validation=24, size=16, samples_per_shard=10), folder)

@@ -22,7 +22,7 @@ def png(size=(SIZE, SIZE), colour=(200, 30, 30)) -> bytes:
 class StubGenerator:
     """Paints one colour: a pure function of caption and seed."""
 
-    image_size = SIZE
+    image_size, precision, edits, completes = SIZE, "fp32", False, False
     identity = {"kind": "stub", "path": "nowhere", "digest": "00"}
 
     def __init__(self):

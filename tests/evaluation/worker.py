@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from evaluation_stubs import MeanColour, Redness, StubGenerator, stub_job  # noqa: E402
 
 from dalle.evaluation import measure, pictures  # noqa: E402
-from dalle.evaluation.origin import Origin  # noqa: E402
 from dalle.evaluation.processes import Processes  # noqa: E402
+from dalle.store import Origin  # noqa: E402
 
 
 class Slow(StubGenerator):

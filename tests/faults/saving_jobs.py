@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from dalle.training import checkpoint, saving
 from dalle.training.checkpoint import CheckpointStore, find_fault
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.optimizers import OptimizerConfig
 
@@ -242,8 +242,8 @@ def ranks(out: Path) -> None:
     trainer = Trainer(toys.SingleTask(OPTIMIZER), config, engine,
                       lambda start: toys.ToyLoader(start, engine.rank, engine.world_size))
     seen = []
-    failed = trainer._save_failed
-    trainer._save_failed = lambda error, required: (seen.append(str(error)), failed(error, required))
+    failed = trainer.checkpoints.failed
+    trainer.checkpoints.failed = lambda error, required: (seen.append(str(error)), failed(error, required))
     with full_disk_at(4) if engine.rank == 1 else contextlib.nullcontext():
         summary = trainer.run()
     (out / f"rank{engine.rank}.json").write_text(json.dumps({"status": summary.status, "failed": seen}))

@@ -30,9 +30,10 @@ from toys import SingleTask, ToyLoader, toy_run
 from dalle.errors import EXIT_STOPPED_BY_SIGNAL, run_command
 from dalle.training import checkpoint, loop, saving
 from dalle.training.checkpoint import CheckpointStore, find_fault
-from dalle.training.engine import create_engine
-from dalle.training.loop import FAILED_SAVES_ALLOWED, Trainer
+from dalle.training.engines.launching import create_engine
+from dalle.training.loop import Trainer
 from dalle.training.optimizers import OptimizerConfig
+from dalle.training.state import FAILED_SAVES_ALLOWED
 
 OPTIMIZER = OptimizerConfig(name="muon", lr=1e-2, ema=0.8, ema_every=2, warmup=1, weight_decay=0.1)
 BOTH = pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])

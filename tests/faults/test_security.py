@@ -9,7 +9,6 @@ import fnmatch
 import importlib.util
 import io
 import json
-import os
 import pickle
 import shutil
 import sys
@@ -27,65 +26,18 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from payloads import PAYLOADS, payloads_for
 from PIL import Image
 from torch import nn
 
 from dalle.errors import run_command
+from dalle.files import sha256_of
 from dalle.models.base import CONFIG_FILE, WEIGHTS_FILE
-from dalle.training.checkpoint import digest
 from tests.conftest import ROOT, Workshop
 
 STEP = "step_00000002"
 CHECKPOINT = f"runs/transformer/checkpoints/{STEP}"
 REFUSED, HARMLESS = (2,), (0, 2)
-
-
-class Payload:
-    """Makes the folder ``marker`` when it is unpickled."""
-
-    def __init__(self, marker: Path):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
-
-
-def as_pickle(marker: Path) -> bytes:
-    return pickle.dumps(Payload(marker))
-
-
-def as_torch(marker: Path) -> bytes:
-    file = io.BytesIO()
-    torch.save({"state_dict": Payload(marker)}, file)
-    return file.getvalue()
-
-
-def as_numpy(marker: Path) -> bytes:
-    file = io.BytesIO()
-    np.save(file, np.array([Payload(marker)], dtype=object), allow_pickle=True)
-    return file.getvalue()
-
-
-def as_yaml(marker: Path) -> bytes:
-    return f"!!python/object/apply:os.mkdir ['{marker}']\n".encode()
-
-
-def as_nested(marker: Path) -> bytes:
-    return b"[" * 100_000
-
-
-def as_nothing(marker: Path) -> bytes:
-    return b""
-
-
-PAYLOADS = {function.__name__.removeprefix("as_"): function
-            for function in (as_pickle, as_torch, as_numpy, as_yaml, as_nested, as_nothing)}
-TEXT = {".json", ".jsonl", ".yaml", ".txt", ".csv", ".tsv", ".xml"}
-
-
-def payloads_for(path: Path) -> list[str]:
-    """Those that the reader of such a file might take; the others end where a file of zeros would."""
-    return ["pickle", "yaml", "nested"] if path.suffix in TEXT else ["pickle", "torch", "numpy", "nothing"]
 
 
 def test_the_payloads_work(tmp_path):
@@ -291,7 +243,7 @@ class Scene:
             manifest = parent / "manifest.json"
             if manifest.is_file() and manifest != path:
                 listed = json.loads(manifest.read_text())
-                listed["files"][path.relative_to(parent).as_posix()] = {"size": len(content), "sha256": digest(path)}
+                listed["files"][path.relative_to(parent).as_posix()] = {"size": len(content), "sha256": sha256_of(path)}
                 manifest.write_text(json.dumps(listed))
             if parent == self.folder:
                 break

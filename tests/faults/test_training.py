@@ -25,7 +25,7 @@ from toys import GanTask, ToyLoader, toy_run
 
 from dalle.errors import EXIT_LOST_PROCESS, EXIT_STOPPED_BY_SIGNAL, UserError
 from dalle.training.checkpoint import CheckpointStore, find_fault
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.sample_log import surviving
 

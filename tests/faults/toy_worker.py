@@ -23,7 +23,7 @@ from launching import ROOT, free_port
 from toys import BATCH
 
 from dalle.errors import USER_ERROR_STATUS, UserError, run_command
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.task import Loss
 
@@ -132,8 +132,8 @@ def train(toy: Toy, out: Path, last: bool = True) -> dict:
         start, engine.rank, engine.world_size, without=toy.without, hangs_at=toy.hangs_at), stop_after=toy.stop_after)
     summary = trainer.run()
     return {"exit": summary.exit_status, "status": summary.status, "steps": summary.steps, "kind": engine.kind,
-            "skipped": trainer.skips.total, "excluded": trainer.numbers.excluded, "rollbacks": trainer.rollbacks,
-            "digest": digest(task.players["net"].module.state_dict())}
+            "skipped": trainer.skips.total, "excluded": trainer.evolving.numbers.excluded,
+            "rollbacks": trainer.evolving.rollbacks, "digest": digest(task.players["net"].module.state_dict())}
 
 
 def digest(state: Mapping[str, torch.Tensor]) -> str:

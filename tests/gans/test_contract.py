@@ -17,11 +17,11 @@ from torch import nn
 import gans
 from dalle.config import load_config, resume_rule
 from dalle.data.loader import train_batches
-from dalle.sampling.generator import load_generator
+from dalle.store import load_generator
 from dalle.tasks import RUNS, TASKS
 from dalle.training.checkpoint import read_state
 from dalle.training.companions import records_of
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.optimizers import OptimizerConfig, build_optimizer
 from gans import SYSTEMS
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from dalle.data.dataset import DataConfig
+from dalle.data.settings import DataConfig
 from dalle.errors import UserError
-from dalle.training.engine import Engine
-from dalle.training.loop import TrainConfig
+from dalle.training.engines.base import Engine
+from dalle.training.settings import TrainConfig
 from gans import gan_int_cls
 from gans.gan_int_cls import (
     Discriminator,

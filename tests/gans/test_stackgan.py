@@ -9,11 +9,11 @@ from bare import BareNetworks, loss_of
 from scipy import stats
 from torch import nn
 
-from dalle.data.dataset import DataConfig
+from dalle.data.settings import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.clip import ClipConfig, ClipModel
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.loop import train_step
 from dalle.training.meter import Meter
 from gans.generator import load_gan

@@ -9,11 +9,11 @@ from bare import BareNetworks, loss_of
 from pydantic import ValidationError
 from torch import nn
 
-from dalle.data.dataset import DataConfig
+from dalle.data.settings import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.clip import ClipConfig, ClipModel
-from dalle.training.ema import Average
+from dalle.training.ema import EMA
 from gans.generator import load_gan
 from gans.stackgan_v2 import (
     Discriminators,
@@ -169,7 +169,7 @@ def test_the_condition_without_noise_is_the_mean():
 
 def test_the_average_starts_as_the_live_weights():
     generator = tiny()
-    average = Average(generator, StackGANv2Run.model_fields["generator_optimizer"].default.ema)
+    average = EMA(generator, StackGANv2Run.model_fields["generator_optimizer"].default.ema)
     live = {name: parameter.clone() for name, parameter in generator.named_parameters()}
     with average.applied():
         assert all(torch.equal(live[name], parameter) for name, parameter in generator.named_parameters())

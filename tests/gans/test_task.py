@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gans.text
-from dalle.data.dataset import DataConfig
+from dalle.data.settings import DataConfig
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.training.companions import records_of

@@ -16,7 +16,7 @@ from dalle.config import load_config
 from dalle.data.loader import train_batches
 from dalle.errors import UserError
 from dalle.tasks import RUNS, TASKS
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.loop import Trainer
 
 

@@ -13,7 +13,7 @@ import torch.distributed.run
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,15 +65,14 @@ def launched(monkeypatch, bare):
 
 def made(monkeypatch, environment: dict[str, str]) -> tuple[str, str]:
     """(engine, its stage or version) that ``create_engine`` makes of an environment; nothing is started."""
-    from dalle.training import engine_ddp, engine_deepspeed, engine_fsdp
+    from dalle.training.engines import ddp, fsdp, zero
 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    starts = {"ddp": engine_ddp.DistributedEngine, "zero": engine_deepspeed.DeepSpeedEngine,
-              "fsdp": engine_fsdp.FSDPEngine}
+    starts = {"ddp": ddp.DistributedEngine, "zero": zero.DeepSpeedEngine, "fsdp": fsdp.FSDPEngine}
     for kind, owner in starts.items():
         monkeypatch.setattr(owner, "start", lambda config, kind=kind: kind)
-    monkeypatch.setattr("dalle.training.engine.meet_others", lambda config: None)
+    monkeypatch.setattr("dalle.training.engines.launching.meet_others", lambda config: None)
     kind = create_engine(RunConfig(task="any", name="any", data={"train": "any"}, train={"batch_size": 8}))
     numbers = {"ddp": "", "zero": os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"),
                "fsdp": os.environ.get("FSDP_VERSION")}

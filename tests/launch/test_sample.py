@@ -17,7 +17,7 @@ from dalle.errors import UserError
 from dalle.models.clip import ClipConfig, ClipModel
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
-from dalle.sampling.generator import GENERATORS
+from dalle.store import GENERATORS
 from launch import sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +102,7 @@ def test_completion_keeps_the_rows_of_the_picture(runs, tmp_path, monkeypatch):
 class Editor:
     """Mixes the picture that it is given with one colour a seed; its only option is ``truncation``."""
 
-    edits, image_size, identity, precision = True, 16, {"kind": "editor"}, "fp32"
+    edits, completes, image_size, identity, precision = True, False, 16, {"kind": "editor"}, "fp32"
 
     def caption_warnings(self, captions):
         return []

@@ -81,7 +81,7 @@ if words[:2] == ["-m", "accelerate.commands.launch"]:
     done = subprocess.run(task, env=dict(os.environ, RANK=words[words.index("--machine_rank") + 1]))
     sys.exit(1 if done.returncode else 0)
 sys.path.insert(0, os.environ["PYTHONPATH"].split(":")[0])
-from dalle.training.slurm import adopt_slurm
+from dalle.training.engines.slurm import adopt_slurm
 adopt_slurm()
 rank = int(os.environ.get("RANK", "0"))
 stopped = []

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle.data.shapes_grammar import canonical_caption, parse_caption
-from dalle.data.shapes_render import render
-from dalle.data.shapes_scene import Scene, SceneObject, make_scene
+from dalle.data.shapes.grammar import canonical_caption, parse_caption
+from dalle.data.shapes.render import render
+from dalle.data.shapes.scene import Scene, SceneObject, make_scene
 from dalle.metrics.judge_report import NOTHING, Confusion, JudgeReport, assign, judge_report
 from dalle.metrics.shapes_judge import ReadObject, accuracy
 

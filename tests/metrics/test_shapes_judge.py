@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy import ndimage
 
-from dalle.data.shapes_grammar import canonical_caption, captions
-from dalle.data.shapes_render import render
-from dalle.data.shapes_scene import Scene, SceneObject, make_scene
+from dalle.data.shapes.grammar import canonical_caption, captions
+from dalle.data.shapes.render import render
+from dalle.data.shapes.scene import Scene, SceneObject, make_scene
 from dalle.metrics.shapes_judge import Reading, ReadObject, accuracy, colour_shape_right, judge, score
 
 

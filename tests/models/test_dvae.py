@@ -6,13 +6,12 @@ from pydantic import ValidationError
 
 from dalle.models.dvae import (
     PRESETS,
-    CompactNetworkConfig,
     DiscreteVAE,
     DVAEConfig,
-    OpenAINetworkConfig,
     map_pixels,
     unmap_pixels,
 )
+from dalle.models.dvae_networks import CompactNetworkConfig, OpenAINetworkConfig
 from dalle.models.quantizers import FSQConfig, GumbelConfig
 
 

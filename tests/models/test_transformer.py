@@ -1,4 +1,4 @@
-"""The transformer: what each slot may know, what it is scored against, its sizes, and cached decoding."""
+"""The transformer: what each slot may know, what it is scored against, and its sizes."""
 
 import itertools
 import math
@@ -7,53 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from small_transformers import PIECES, each_layout, each_piece, make_batch, make_model
 
-from dalle.models.blocks import FeedForward, ShiftSlots, SquaredRelu
+from dalle.models.blocks import FeedForward
 from dalle.models.transformer import (
     IGNORED_TARGET,
-    MODERN,
     PRESETS,
     TextToImageTransformer,
     TransformerConfig,
     attention_patterns,
-    cache_bytes,
 )
-
-PIECES = {
-    "plain": {},
-    "full": {"attention": "full"},
-    "row": {"attention": "row"},
-    "column": {"attention": "column"},
-    "conv": {"attention": "conv"},
-    "clamp": {"attention": "conv", "conv_mode": "clamp"},
-    "torus": {"attention": "conv", "conv_mode": "torus"},
-    "list": {"attention": ("row", "column", "conv", "full")},
-    "shift": {"token_shift": True, "mlp": "relu2"},
-    "sandwich": {"sandwich_norm": True, "mlp": "geglu", "head_dim": 12},
-    "modern": MODERN,
-    "modern_shift": {**MODERN, "token_shift": True, "attention": "full"},
-    "swiglu": {"mlp": "swiglu", "bias": False, "norm": "rmsnorm"},
-    "gelu": {"mlp": "gelu"},
-}
-each_piece = pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES.keys())
-each_layout = pytest.mark.parametrize("layout", ["bos", "boi"])
-
-
-def make_model(seed: int = 0, **changes) -> TextToImageTransformer:
-    """A model of 4 text and 3 x 4 image slots with weights large enough that every path matters."""
-    torch.manual_seed(seed)
-    sizes = {"dim": 16, "depth": 4, "heads": 2, "text_length": 4, "num_text_tokens": 9, "grid": (3, 4), "num_codes": 7,
-             "conv_kernel": 3}
-    model = TextToImageTransformer(TransformerConfig(**{**sizes, **changes})).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.4)
-    return model
-
-
-def make_batch(model: TextToImageTransformer, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    config = model.config
-    text = torch.randint(0, config.num_text_tokens, (batch, config.text_length))
-    return text, torch.randint(0, config.num_codes, (batch, config.num_image_slots))
 
 
 @each_layout
@@ -76,7 +39,7 @@ def run_stream(model: TextToImageTransformer, stream: torch.Tensor) -> torch.Ten
 @each_piece
 def test_no_slot_sees_the_future(pieces, layout):
     model = make_model(layout=layout, **pieces)
-    stream = model._embed(*make_batch(model, 1))[:, :16].detach().requires_grad_()
+    stream = model.embed(*make_batch(model, 1))[:, :16].detach().requires_grad_()
     outputs = run_stream(model, stream)
     for slot in range(16):
         gradient, = torch.autograd.grad(outputs[0, slot].sum(), stream, retain_graph=True)
@@ -88,7 +51,7 @@ def test_no_slot_sees_the_future(pieces, layout):
 @pytest.mark.parametrize("name", ["full", "row", "column", "conv"])
 def test_one_layer_sees_exactly_what_its_pattern_permits(name):
     model = make_model(depth=1, attention=name)
-    stream = model._embed(*make_batch(model, 1))[:, :16].detach().requires_grad_()
+    stream = model.embed(*make_batch(model, 1))[:, :16].detach().requires_grad_()
     outputs = run_stream(model, stream)
     mask = attention_patterns(model.config)[0].mask()
     for slot in range(16):
@@ -100,7 +63,7 @@ def test_stream_layouts():
     for layout, start_slot in (("bos", 0), ("boi", 4)):
         model = make_model(layout=layout, positions="rotary")   # no position vectors in the way
         text, codes = torch.tensor([[3, 0, 5, 0]]), torch.arange(12)[None] % 7
-        stream = model._embed(text, codes[:, :-1])
+        stream = model.embed(text, codes[:, :-1])
         assert stream.shape == (1, 16, 16)
         assert torch.equal(stream[0, start_slot], model.start)
         words = torch.cat([stream[0, :start_slot], stream[0, start_slot + 1:]])[:4]
@@ -116,7 +79,7 @@ def test_text_targets_name_pads_by_position():
 
 def test_positions_are_rows_plus_columns():
     model = make_model()
-    stream = model._embed(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 12, dtype=torch.long))
+    stream = model.embed(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 12, dtype=torch.long))
     at_row_1_column_2 = model.code_embedding.weight[0] + model.row_position[1, 0] + model.column_position[0, 2]
     torch.testing.assert_close(stream[0, 5 + 6], at_row_1_column_2)
     torch.testing.assert_close(stream[0, 1 + 2], model.text_embedding.weight[9 + 2] + model.text_position[2])
@@ -150,65 +113,6 @@ def test_loss_at_initialisation_is_that_of_a_guess():
 def test_zero_heads_guess_exactly():
     model = TextToImageTransformer(PRESETS["debug"].model_copy(update={"zero_init_heads": True, "num_codes": 32}))
     assert model(*make_batch(model))[1].abs().max() == 0
-
-
-def cached_logits(model: TextToImageTransformer, text: torch.Tensor, codes: torch.Tensor, known: int) -> torch.Tensor:
-    logits, prefilled = model.prefill(text, codes[:, :known])
-    state = prefilled.expand(torch.arange(len(text)))
-    steps = [logits]
-    for slot in range(known, codes.shape[1] - 1):
-        steps.append(model.decode_step(codes[:, slot], state))
-    return torch.stack(steps, dim=1)
-
-
-@pytest.mark.parametrize("known", [0, 6])
-@each_layout
-@each_piece
-def test_cached_logits_equal_the_full_forward(pieces, layout, known):
-    model = make_model(layout=layout, **pieces)
-    text, codes = make_batch(model, 3)
-    with torch.inference_mode():
-        expected = model(text, codes)[1][:, known:]
-        torch.testing.assert_close(cached_logits(model, text, codes, known), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_decoding_leaves_training_possible():
-    model = make_model(**PIECES["modern"])
-    text, codes = make_batch(model)
-    with torch.inference_mode():
-        cached_logits(model, text, codes, 0)
-    model(text, codes)[1].sum().backward()     # constants first built in inference mode may still be saved for this
-    assert model.start.grad is not None
-
-
-def test_joined_states_go_on_like_their_parts():
-    model = make_model(token_shift=True)
-    text, codes = make_batch(model, 3)
-    with torch.inference_mode():
-        together = cached_logits(model, text, codes, 0)
-        parts = [model.prefill(text[part], codes[part, :0])[1] for part in (slice(0, 2), slice(2, 3))]
-        state = parts[0].join(parts).expand(torch.tensor([2, 0]))
-        torch.testing.assert_close(model.decode_step(codes[[2, 0], 0], state), together[[2, 0], 1])
-
-
-@pytest.mark.parametrize("shape", [(2, 15, 8), (1, 4, 8), (1, 1, 8)])
-def test_token_shift_against_loops(shape):
-    inputs = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-    prefix, width = 3, 4
-    expected = inputs.detach().clone()
-    for slot in range(shape[1]):
-        if slot > 0:
-            expected[:, slot, :2] = inputs[:, slot - 1, :2]
-        if slot - prefix >= width:
-            expected[:, slot, 2:4] = inputs[:, slot - width, 2:4]
-    torch.testing.assert_close(ShiftSlots.apply(inputs, prefix + width, width), expected)
-    assert torch.autograd.gradcheck(lambda x: ShiftSlots.apply(x, prefix + width, width), (inputs,))
-
-
-def test_squared_relu():
-    inputs = torch.tensor([-2.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
-    assert SquaredRelu.apply(inputs).tolist() == [0, 0.25, 9]
-    assert torch.autograd.gradcheck(SquaredRelu.apply, (inputs,))
 
 
 @pytest.mark.parametrize(("kind", "expected"), [
@@ -305,12 +209,6 @@ def test_a_large_model_costs_about_six_operations_a_weight():
     with torch.device("meta"):
         model = TextToImageTransformer(PRESETS["12b"])
     assert model.flops_per_sample() == pytest.approx(6 * 12_092_178_432 * 1280, rel=0.03)
-
-
-def test_cache_bytes_of_the_paper():
-    assert cache_bytes(PRESETS["12b"], torch.float16) == 2 * 64 * 1280 * 3968 * 2     # 1.30 GB a candidate
-    config = PRESETS["debug"].model_copy(update={"token_shift": True})
-    assert cache_bytes(config, torch.float32) == 4 * 4 * (2 * 32 * 64 + 2 * 4 * 32)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

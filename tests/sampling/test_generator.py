@@ -7,20 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
+from dalle.data.formats import read_picture
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.dvae import DiscreteVAE, DVAEConfig
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
-from dalle.sampling.generator import (
-    GENERATORS,
-    TransformerGenerator,
-    equal_groups,
-    load_generator,
-    load_tokenizer,
-    lost_warnings,
-    read_picture,
-    sampling_config,
-)
+from dalle.sampling.caption_warnings import lost_warnings
+from dalle.sampling.generator import TransformerGenerator, equal_groups, sampling_config
+from dalle.store import GENERATORS, load_generator, load_tokenizer
 
 CODEC = {
     "image_size": 32,

@@ -23,7 +23,7 @@ from dalle.tasks.dvae import (
     squared_error,
     uneven_usage,
 )
-from dalle.training.figures import Largest, joined_values
+from dalle.training.figures import Max, joined_values
 
 
 class Networks:
@@ -231,7 +231,7 @@ def test_a_few_steps_lower_the_loss(model):
         loss.total.backward()
         optimizer.step()
         losses.append(loss.total.item())
-        parts = [part.largest if isinstance(part, Largest) else part for part in loss.parts.values()]
+        parts = [part.maximum if isinstance(part, Max) else part for part in loss.parts.values()]
         assert all(not part.requires_grad for part in parts)
     assert losses[-1] < losses[0]
     assert set(task.metrics(20)) >= {"codes_used", "perplexity"}

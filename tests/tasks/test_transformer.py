@@ -12,9 +12,10 @@ from pydantic import ValidationError
 
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
+from dalle.files import file_digest
 from dalle.models import dvae
 from dalle.models.transformer import TextToImageTransformer
-from dalle.sampling.generator import file_digest, load_generator
+from dalle.store import load_generator
 from dalle.tasks.transformer import TransformerModelConfig, TransformerRun, TransformerTask
 
 CAPTIONS = ["a red circle", "a blue square", "a green star above a red ring", "two red circles"] * 5

@@ -13,7 +13,7 @@ from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.metrics.vs import load_vs, mean_and_deviation, vs_similarity
 from dalle.models.clip import ClipConfig, ClipModel
-from dalle.sampling.generator import model_folder
+from dalle.store import model_folder
 from dalle.tasks.vs import VSRun, VSTask
 from dalle.training.optimizers import build_optimizer
 

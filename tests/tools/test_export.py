@@ -6,7 +6,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dalle.errors import UserError
-from dalle.sampling.generator import load_generator
+from dalle.store import load_generator
 from dalle.training.checkpoint import CheckpointStore, SavedPlayer
 
 

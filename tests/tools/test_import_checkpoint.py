@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from dalle.errors import UserError
-from dalle.models.dvae import DiscreteVAE, DVAEConfig, OpenAINetworkConfig
+from dalle.models.dvae import DiscreteVAE, DVAEConfig
+from dalle.models.dvae_networks import OpenAINetworkConfig
 from dalle.models.quantizers import GumbelConfig
-from dalle.sampling.generator import load_codec
+from dalle.store import load_codec
 
 SMALL = DVAEConfig(image_size=32, network=OpenAINetworkConfig(hidden=8, blocks_per_group=1, decoder_input=6),
                    quantizer=GumbelConfig(num_codes=10))

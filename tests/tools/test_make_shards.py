@@ -114,9 +114,9 @@ def test_a_folder_where_the_set_is_written_first_is_not_emptied(command, tmp_pat
 
 
 def test_an_interrupted_run_leaves_no_set_and_the_next_one_succeeds(command, tmp_path, monkeypatch):
-    import dalle.data.shapes
+    import dalle.data.shapes.making
 
-    original, calls = dalle.data.shapes.make_sample, []
+    original, calls = dalle.data.shapes.making.make_sample, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -124,7 +124,7 @@ def test_an_interrupted_run_leaves_no_set_and_the_next_one_succeeds(command, tmp
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(dalle.data.shapes, "make_sample", interrupted)
+    monkeypatch.setattr(dalle.data.shapes.making, "make_sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         command(shapes(tmp_path / "set"))
     assert list(tmp_path.iterdir()) == []

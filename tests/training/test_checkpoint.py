@@ -13,6 +13,7 @@ from toys import ToyRun
 
 from dalle.config import FIXED, FREE, Section, apply_override
 from dalle.errors import UserError
+from dalle.files import replace_folder, write_json
 from dalle.training.checkpoint import (
     FORMAT,
     CheckpointStore,
@@ -20,8 +21,6 @@ from dalle.training.checkpoint import (
     check_resumable,
     find_fault,
     read_state,
-    replace_folder,
-    write_json,
     write_tensors,
 )
 from dalle.training.optimizers import OptimizerConfig

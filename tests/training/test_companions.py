@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toys import GanTask, ToyLoader, toy_run
 
 from dalle.errors import UserError
+from dalle.tensor_file import module_digest
 from dalle.training.checkpoint import CheckpointStore, read_state
-from dalle.training.companions import agreed_records, module_digest, records_of
-from dalle.training.engine import create_engine
+from dalle.training.companions import agreed_records, records_of
+from dalle.training.engines.launching import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.task import Companion
 
@@ -60,7 +61,7 @@ def test_a_companion_that_was_changed_on_purpose_is_taken_loudly_and_is_then_the
 
 
 def test_a_checkpoint_that_is_older_than_the_record_goes_on_and_says_so(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("dalle.training.loop.agreed_records", lambda engine, task: None)
+    monkeypatch.setattr("dalle.training.state.agreed_records", lambda engine, task: None)
     train(tmp_path, Companioned(), stop_after=2)
     monkeypatch.undo()
     assert train(tmp_path, Companioned(1.0)).status == "finished"
@@ -70,7 +71,7 @@ def test_a_checkpoint_that_is_older_than_the_record_goes_on_and_says_so(tmp_path
 @pytest.mark.parametrize("known", [[], {"half": None}, {"half": {"digest": 3}},
                                    {"half": {"digest": "x", "setting": 5}}])
 def test_a_hostile_record_is_refused_or_passed_over_in_one_line(tmp_path, monkeypatch, known):
-    monkeypatch.setattr("dalle.training.loop.agreed_records", lambda engine, task: known)
+    monkeypatch.setattr("dalle.training.state.agreed_records", lambda engine, task: known)
     train(tmp_path, Companioned(), stop_after=2)
     monkeypatch.undo()
     try:

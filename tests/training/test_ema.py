@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from dalle.training.ema import Average
+from dalle.training.ema import EMA
 
 
 def zero_module() -> nn.Linear:
@@ -18,7 +18,7 @@ def zero_module() -> nn.Linear:
 @pytest.mark.parametrize("every", [1, 3])
 def test_k_updates_with_a_constant_weight_give_its_geometric_share(every):
     module = zero_module()
-    average = Average(module, decay=0.9, every=every, warmup=False)
+    average = EMA(module, decay=0.9, every=every, warmup=False)
     nn.init.constant_(module.weight, 2.0)
     for step in range(1, 7):
         average.update(step)
@@ -29,7 +29,7 @@ def share_of_the_start(decay: float, steps: int, every: int = 1, warmup: bool = 
     """What is left of a first weight of 1 after ``steps`` steps at 0."""
     module = nn.Linear(1, 1, bias=False)
     nn.init.ones_(module.weight)
-    average = Average(module, decay, every, warmup=warmup)
+    average = EMA(module, decay, every, warmup=warmup)
     nn.init.zeros_(module.weight)
     for step in range(1, steps + 1):
         average.update(step)
@@ -55,7 +55,7 @@ def test_a_short_run_keeps_nothing_of_its_random_start():
 def test_a_run_that_goes_on_warms_up_as_if_it_had_not_stopped():
     """What is saved is the average alone: the count follows from the step."""
     module = zero_module()
-    straight, first, second = (Average(module, 0.999) for _ in range(3))
+    straight, first, second = (EMA(module, 0.999) for _ in range(3))
     for step in range(1, 9):
         nn.init.constant_(module.weight, step)
         if step == 5:
@@ -67,7 +67,7 @@ def test_a_run_that_goes_on_warms_up_as_if_it_had_not_stopped():
 
 def test_applied_lends_the_average_and_gives_the_live_weights_back():
     module = zero_module()
-    average = Average(module, decay=0.5, warmup=False)
+    average = EMA(module, decay=0.5, warmup=False)
     nn.init.constant_(module.weight, 1.0)
     live = module.weight.detach().clone()
     average.update(1)
@@ -78,7 +78,7 @@ def test_applied_lends_the_average_and_gives_the_live_weights_back():
 
 def test_split_over_two_owners_it_is_the_same_average():
     module = zero_module()
-    parts = [Average(module, 0.5, warmup=False, rank=rank, owners=2) for rank in (0, 1)]
+    parts = [EMA(module, 0.5, warmup=False, rank=rank, owners=2) for rank in (0, 1)]
     nn.init.constant_(module.weight, 1.0)
     for part in parts:
         part.update(1)
@@ -99,7 +99,7 @@ def test_split_with_a_single_owner_it_goes_through_the_access():
             whole[id(parameter)], parameter.data = parameter.data, torch.empty(0)
 
     whole = {id(parameter): parameter.data for parameter in module.parameters()}
-    average = Average(module, 0.5, warmup=False, access=gathered)
+    average = EMA(module, 0.5, warmup=False, access=gathered)
     whole[id(module.weight)] = torch.ones(2, 2)
     average.update(1)
     assert torch.equal(average.state_dict()["weight"], torch.full((2, 2), 0.5))
@@ -107,5 +107,5 @@ def test_split_with_a_single_owner_it_goes_through_the_access():
 
 def test_a_state_of_other_names_is_refused():
     with pytest.raises(ValueError, match="other"):
-        Average(zero_module(), 0.5).load_state_dict({"weight": torch.zeros(2, 2), "bias": torch.zeros(2),
+        EMA(zero_module(), 0.5).load_state_dict({"weight": torch.zeros(2, 2), "bias": torch.zeros(2),
                                                      "other": torch.zeros(1)})

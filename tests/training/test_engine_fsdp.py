@@ -35,8 +35,9 @@ from toys import SingleTask, toy_run
 
 from dalle.errors import UserError
 from dalle.training.checkpoint import SavedPlayer
-from dalle.training.engine import Engine, create_engine
-from dalle.training.engine_fsdp import blocks_of
+from dalle.training.engines.base import Engine
+from dalle.training.engines.fsdp import blocks_of
+from dalle.training.engines.launching import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.task import Mean, Player

@@ -28,7 +28,7 @@ from launching import (
 )
 from toys import GanTask, OftenTask, PaintsOnceTask, SingleTask, ToyLoader, toy_run
 
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.optimizers import OptimizerConfig
 
@@ -216,7 +216,8 @@ def test_a_single_process_equals_plain_torch(tmp_path):
 def test_a_launcher_that_starts_too_few_processes_is_refused():
     """``accelerate launch --cpu --num_processes 2`` starts one process and says nothing."""
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import toys; from dalle.errors import run_command; "
-            "from dalle.training.engine import create_engine; run_command(lambda: create_engine(toys.toy_run('x')))")
+            "from dalle.training.engines.launching import create_engine; "
+            "run_command(lambda: create_engine(toys.toy_run('x')))")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_MIXED_PRECISION": "no",
                    "MASTER_ADDR": "127.0.0.1"}
     environment.pop("WORLD_SIZE", None)

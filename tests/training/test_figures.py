@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dalle.training.figures import Largest, Mean, Perplexity, Used, joined_values
+from dalle.training.figures import Max, Mean, Perplexity, Used, joined_values
 from dalle.training.meter import Meter
 
 
@@ -27,16 +27,16 @@ def test_shares_of_a_histogram_are_added_before_anything_is_made_of_them():
 
 
 def test_the_largest_of_all_shares():
-    assert joined_values([{"logit": Largest(3.0)}, {"logit": Largest()}, {"logit": Largest(7.0)}]) == {"logit": 7.0}
-    assert math.isnan(Largest().value)
+    assert joined_values([{"logit": Max(3.0)}, {"logit": Max()}, {"logit": Max(7.0)}]) == {"logit": 7.0}
+    assert math.isnan(Max().value)
 
 
 def test_the_meter_averages_or_takes_the_largest_of_what_is_finite_and_starts_over():
     meter = Meter()
     for loss, logit in ((1.0, 5.0), (2.0, 9.0), (float("nan"), float("inf")), (6.0, 8.0)):
         meter.add("loss", torch.tensor(loss))
-        meter.add("logit", Largest(torch.tensor(logit)))
+        meter.add("logit", Max(torch.tensor(logit)))
     figures, _, _ = meter.read()
     assert joined_values([figures]) == {"loss": 3.0, "logit": 9.0}
-    meter.add("logit", Largest(torch.tensor(1.0)))
+    meter.add("logit", Max(torch.tensor(1.0)))
     assert joined_values([meter.read()[0]]) == {"logit": 1.0}

@@ -3,7 +3,7 @@
 import pytest
 
 from dalle.errors import UserError
-from dalle.training.launcher_settings import check_launcher
+from dalle.training.engines.launcher_settings import check_launcher
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 

@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from toys import GanTask, NanOnOneRank, OftenPaintsOnceTask, OftenTask, PaintsOnceTask, SingleTask, ToyLoader, toy_run
 
 from dalle.errors import UserError
-from dalle.training.engine import create_engine, split_batch
-from dalle.training.loop import Trainer, seed_random, split
+from dalle.training.engines.launching import create_engine
+from dalle.training.loop import Trainer, split
 from dalle.training.optimizers import OptimizerConfig
+from dalle.training.randomness import seed_random
+from dalle.training.settings import split_batch
 from dalle.training.task import Loss, detached
 
 FULL = OptimizerConfig(name="muon", lr=1e-2, ema=0.8, ema_every=2, warmup=1, weight_decay=0.1)

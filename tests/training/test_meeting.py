@@ -14,7 +14,7 @@ from launching import free_port
 
 from dalle.errors import LostProcess, UserError
 from dalle.training import meeting
-from dalle.training.meeting import meet
+from dalle.training.engines.meeting import meet
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from dalle.config import load_config, resume_rule
-from dalle.data.dataset import DataConfig
+from dalle.data.settings import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import MissingModel, UserError
 from dalle.training.prerequisites import (

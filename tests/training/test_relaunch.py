@@ -2,7 +2,7 @@
 
 import pytest
 
-from dalle.training.engine import asked_processes
+from dalle.training.engines.launching import asked_processes
 
 
 @pytest.mark.parametrize("command, asked", [

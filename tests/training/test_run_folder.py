@@ -13,13 +13,13 @@ from toys import SingleTask, ToyData, ToyLoader, toy_run
 
 from dalle.errors import UserError
 from dalle.training import loop
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.export import newest_validation
 from dalle.training.lock import FolderLock
 from dalle.training.loop import Trainer
 from dalle.training.run_folder import exported_step, finished_steps
 from dalle.training.run_log import read_log
-from dalle.training.trackers import LogConfig
+from dalle.training.settings import LogConfig
 
 
 class Killed(BaseException):

@@ -15,7 +15,7 @@ from toys import SingleTask, toy_run
 
 from dalle.training import saving
 from dalle.training.checkpoint import FORMAT, CheckpointStore, find_fault
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.saving import COMMITTING, IDLE, WRITING, SaveFailed, Saver
 
 STATE = {"format": FORMAT, "step": 3}
@@ -34,7 +34,7 @@ class WithAnotherRank:
         others = {dict: self.entries, int: 1000, type(None): self.error, str: self.error}
         return [value, others.get(type(value))]
 
-    def largest(self, busy, failed):
+    def all_reduce_max(self, busy, failed):
         return max(busy, self.busy), max(failed, int(self.error is not None))
 
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dalle.training.slurm import adopt_slurm, first_host, tasks_of_node
+from dalle.training.engines.slurm import adopt_slurm, first_host, tasks_of_node
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from dalle.training import trackers
-from dalle.training.trackers import Destination, JsonlTracker, LogConfig, Trackers
+from dalle.training.settings import LogConfig
+from dalle.training.trackers import Destination, JsonlTracker, Trackers
 
 
 class Broken:

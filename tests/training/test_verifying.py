@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from toys import SingleTask, ToyLoader, toy_run
 
+from dalle.files import write_json
 from dalle.training import checkpoint, verifying
-from dalle.training.checkpoint import FORMAT, CheckpointStore, find_fault, write_json, write_tensors
-from dalle.training.engine import create_engine
+from dalle.training.checkpoint import FORMAT, CheckpointStore, find_fault, write_tensors
+from dalle.training.engines.launching import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.verifying import find_fault_together, newest_that_verifies
@@ -32,7 +33,7 @@ class ThreadedRank:
 
     def __init__(self, rank: int, meeting: threading.Barrier, table: list[Any]):
         self.rank, self.world_size, self.meeting, self.table = rank, len(table), meeting, table
-        self.is_main = rank == 0
+        self.is_rank0 = rank == 0
 
     def gather(self, value: Any) -> list[Any]:
         self.table[self.rank] = value
@@ -41,10 +42,10 @@ class ThreadedRank:
         self.meeting.wait()
         return values
 
-    def largest(self, *values: int) -> tuple[int, ...]:
+    def all_reduce_max(self, *values: int) -> tuple[int, ...]:
         return tuple(map(max, zip(*self.gather(values), strict=True)))
 
-    def together(self, action: Callable[[], Any], only_main: bool) -> Any:
+    def together(self, action: Callable[[], Any], only_rank0: bool) -> Any:
         return self.gather(action() if self.rank == 0 else None)[0]
 
 
@@ -61,13 +62,13 @@ def no_food() -> None:
 @pytest.fixture
 def hashed(monkeypatch) -> list[str]:
     """The files that were read to be hashed, in the order of their reading."""
-    read, real = [], checkpoint.digest
+    read, real = [], checkpoint.sha256_of
 
     def counted(path: Path, *rest: Any) -> str:
         read.append(path.name)
         return real(path, *rest)
 
-    monkeypatch.setattr(checkpoint, "digest", counted)
+    monkeypatch.setattr(checkpoint, "sha256_of", counted)
     return read
 
 
@@ -125,7 +126,7 @@ def test_the_watchdog_is_fed_by_any_rank_that_comes_forward_and_by_none_that_han
     """One file comes a piece at a time, when it is asked for: each feeds every rank once, and a wait feeds none."""
     path = save(CheckpointStore(tmp_path, 3), 1)
     demand, fed, nothing_came = threading.Semaphore(0), [0] * RANKS, threading.Event()
-    real = checkpoint.digest
+    real = checkpoint.sha256_of
 
     def in_pieces(file: Path, came: Callable[[], None]) -> str:
         for _ in range(3 if file.name == Path(FILE).name else 0):
@@ -134,9 +135,9 @@ def test_the_watchdog_is_fed_by_any_rank_that_comes_forward_and_by_none_that_han
         return real(file)
 
     def verify(rank: ThreadedRank) -> str | None:
-        agree = rank.largest
+        agree = rank.all_reduce_max
 
-        def largest(*values: int) -> tuple[int, ...]:
+        def watched(*values: int) -> tuple[int, ...]:
             busy, came = agree(*values)
             if not came:
                 nothing_came.set()
@@ -145,11 +146,11 @@ def test_the_watchdog_is_fed_by_any_rank_that_comes_forward_and_by_none_that_han
         def feed() -> None:
             fed[rank.rank] += 1
 
-        rank.largest = largest
+        rank.all_reduce_max = watched
         return find_fault_together(rank, path, feed)
 
     monkeypatch.setattr(verifying, "SECONDS_BETWEEN_LOOKS", 0.01)
-    monkeypatch.setattr(checkpoint, "digest", in_pieces)
+    monkeypatch.setattr(checkpoint, "sha256_of", in_pieces)
     with ThreadPoolExecutor(1) as pool:
         answers = pool.submit(on_all_ranks, verify)
         for piece in range(3):
@@ -187,7 +188,7 @@ def test_what_rank_0_knows_decides_for_all_which_checkpoint_a_rollback_takes(tmp
 
     def choose(rank: ThreadedRank) -> tuple[Path | None, int]:
         trainer = Trainer(SingleTask(), toy_run(tmp_path), rank, ToyLoader)
-        trainer.unexported = None if rank.is_main else store.path(1)
-        return trainer._choose_checkpoint(newest=True), trainer.done
+        trainer.checkpoints.unexported = None if rank.is_rank0 else store.path(1)
+        return trainer.checkpoints.choose(newest=True), trainer.steps.done
 
     assert on_all_ranks(choose, 2) == [(store.path(3), 3)] * 2

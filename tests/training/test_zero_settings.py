@@ -13,9 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toys import toy_run
 
 from dalle.errors import UserError
-from dalle.training.engine import EngineConfig
-from dalle.training.engine_deepspeed import DeepSpeedEngine, launched_zero
-from dalle.training.loop import TrainConfig
+from dalle.training.engines.zero import DeepSpeedEngine, launched_zero
+from dalle.training.settings import EngineConfig, TrainConfig
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "launch" / "engines" / "zero3_offload.json"
 
@@ -37,8 +36,7 @@ def launched(monkeypatch):
 def settings(zero: dict, **options: bool) -> dict:
     """DeepSpeed's ``zero_optimization`` of an engine on the CPU that was launched with ``zero``."""
     config = SimpleNamespace(engine=EngineConfig(**options), train=TrainConfig(batch_size=4))
-    engine = DeepSpeedEngine(config, torch.device("cpu"), 0, 2)
-    engine.zero, engine.stage = zero, zero["stage"]
+    engine = DeepSpeedEngine(config, torch.device("cpu"), 0, 2, zero)
     return engine.settings(SimpleNamespace(settings=SimpleNamespace(clip=1.0)))["zero_optimization"]
 
 

@@ -10,11 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dalle.config import FIXED, FREE, Section
-from dalle.training.engine import EngineConfig
-from dalle.training.loop import TrainConfig
+from dalle.data.batch import BatchSource
 from dalle.training.optimizers import OptimizerConfig
+from dalle.training.settings import EngineConfig, LogConfig, TrainConfig
 from dalle.training.task import Loss, Mean, Phase, Player, Task
-from dalle.training.trackers import LogConfig
 
 BATCH = 8
 
@@ -47,12 +46,11 @@ def toy_run(folder: str | Path, *, seed: int = 0, engine: dict | None = None, **
     return ToyRun(output=str(folder), seed=seed, train=TrainConfig(**settings), engine=EngineConfig(**(engine or {})))
 
 
-class ToyLoader:
+class ToyLoader(BatchSource):
     """Rank r of R gets rows r, r + R, ... of each global batch, as the real loader deals them."""
 
     def __init__(self, start: int = 0, rank: int = 0, world_size: int = 1, steps: int = 10**9):
         self.start, self.rank, self.world_size, self.steps = start, rank, world_size, steps
-        self.skipped: dict[str, int] = {}
         self.identity = {"fingerprint": "toy"}
 
     def __iter__(self):

@@ -14,7 +14,7 @@ import torch
 import toys
 
 from dalle.errors import UserError
-from dalle.training.engine import create_engine
+from dalle.training.engines.launching import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.optimizers import OptimizerConfig
 

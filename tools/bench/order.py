@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from dalle.data.index import INDEX_FOLDER, TABLE_FILE, VERSION, ShardIndex, ShardInfo, read_table
+from dalle.data.index import INDEX_FOLDER, TABLE_FILE, VERSION, ShardIndex, read_table
 from dalle.data.order import Order
+from dalle.data.shard import ShardInfo
 
 SHARD_BYTES = 1 << 20
 FAR = 987_654_321

@@ -22,6 +22,7 @@ next block. It holds meter, progress, agreement and all else of an iteration, an
 
 import argparse
 import contextlib
+import itertools
 import os
 import statistics
 import tempfile
@@ -33,13 +34,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from dalle.data.batch import Batch, BatchSource
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
 from dalle.tasks.transformer import TransformerRun, TransformerTask
 from dalle.training.allocator import keep_freed_memory
-from dalle.training.engine import Engine
+from dalle.training.engines.base import Engine
 from dalle.training.loop import Summary, Trainer
 from dalle.training.saving import SaveFailed
-from dalle.training.task import Batch, Phase, Player, parameter_count
+from dalle.training.state import Checkpoints
+from dalle.training.task import Phase, Player, parameter_count
 
 TEXT_LENGTH, NUM_WORDS = 32, 2048
 BATCHES_IN_MEMORY = 8
@@ -116,32 +119,31 @@ class Block:
     saved: dict[str, float] = field(default_factory=dict)     # seconds of the copy (in the step) and of the writing
 
 
-class SavingByBlocks(Trainer):
-    """The Trainer, of whose saves only those happen that the mode of the block asks for."""
+class SavingByBlocks(Checkpoints):
+    """The checkpoints of a run, of which only those are saved that the mode of the block asks for."""
 
     def __init__(self, *arguments: object, modes: list[str], clock: Callable[[], float]):
         super().__init__(*arguments)
         self.to_come, self.blocks = [Block(mode) for mode in modes], [Block("warm-up")]
         self.clock, self.began = clock, clock()
 
-    def _save(self, required: bool) -> None:
-        if self.done == 0 or not self.to_come:       # the loop's own first and last
-            self._end_block()
-            super()._save(required)
+    def save(self, required: bool) -> None:
+        self._end_block()
+        if self._steps.done == 0 or not self.to_come:       # the loop's own first and last
+            super().save(required)
             self.began = self.clock()
             return
-        self._end_block()
         self.blocks.append(self.to_come.pop(0))
         self.began = self.clock()
         if self.blocks[-1].mode != NONE:
-            super()._save(required=self.blocks[-1].mode == SYNCHRONOUS)
+            super().save(required=self.blocks[-1].mode == SYNCHRONOUS)
 
-    def _save_failed(self, error: SaveFailed, required: bool) -> None:
+    def failed(self, error: SaveFailed, required: bool) -> None:
         raise error                                  # training would go on, the figures would mean nothing
 
     def _end_block(self) -> None:
         block = self.blocks[-1]
-        self._finish_saving()                        # as the next save would
+        self.finish()                                # as the next save would
         block.seconds = self.clock() - self.began
         if block.mode in (ASYNCHRONOUS, SYNCHRONOUS):
             block.saved = dict(self.saver.seconds)
@@ -164,17 +166,15 @@ def bench_checkpoint(folder: Path, size: Size, precision: str, save_every: int, 
     engine = Engine(config, torch.device("cpu"))
     task, batches = Synthetic(config, size), make_batches(size)
 
-    def loader(start: int) -> Iterator[Batch]:
-        while True:
-            yield batches[start % len(batches)]
-            start += 1
-
-    trainer = SavingByBlocks(task, config, engine, loader, modes=modes, clock=clock)
+    trainer = Trainer(task, config, engine, lambda start: InMemory(batches, start))
+    saves = SavingByBlocks(task, config, engine, trainer.checkpoints.store, "auto", trainer.steps, trainer.evolving,
+                           trainer.limits, trainer.output, modes=modes, clock=clock)
+    trainer.checkpoints = saves
     run_quietly(trainer.run)
-    blocks = {mode: [block for block in trainer.blocks if block.mode == mode]
+    blocks = {mode: [block for block in saves.blocks if block.mode == mode]
               for mode in (NONE, ASYNCHRONOUS, SYNCHRONOUS)}
-    size_on_disk = sum(path.stat().st_size for path in trainer.store.all()[0].rglob("*") if path.is_file())
-    exported = sum(path.stat().st_size for path in (trainer.folder / "model").rglob("*") if path.is_file())
+    size_on_disk = sum(path.stat().st_size for path in saves.store.all()[0].rglob("*") if path.is_file())
+    exported = sum(path.stat().st_size for path in (config.folder / "model").rglob("*") if path.is_file())
     print(f"checkpoint: {parameter_count(task.players['transformer'].module) / 1e6:.1f} M parameters, {precision}, "
           f"batch {size.batch}, a save every {save_every} steps; a checkpoint has {size_on_disk / 1e6:.0f} MB, its "
           f"export {exported / 1e6:.0f} MB")
@@ -196,8 +196,19 @@ def bench_checkpoint(folder: Path, size: Size, precision: str, save_every: int, 
 
 # -- the step
 
-class TakingTurns:
-    """A train_loader that runs a bare loop in turns with the run that it feeds, a block of steps each."""
+class InMemory(BatchSource):
+    """The same few batches again and again."""
+
+    def __init__(self, batches: list[Batch], start: int):
+        self.batches, self.start = batches, start
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in itertools.count(self.start):
+            yield self.batches[number % len(self.batches)]
+
+
+class TakingTurns(BatchSource):
+    """Batches of a run with which a bare loop takes turns, a block of steps each."""
 
     def __init__(self, batches: list[Batch], block: int, rounds: int, bare_step: Callable[[Batch], None],
                  clock: Callable[[], float]):
@@ -206,7 +217,7 @@ class TakingTurns:
         self.bare: list[float] = []
         self.loop: list[float] = []
 
-    def __call__(self, start: int) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:
         self._run_bare()
         yield from self._block()                  # warm-up
         for index in range(self.rounds):
@@ -257,7 +268,7 @@ def bench_step(folder: Path, name: str, size: Size, precision: str, rounds: int,
     config = make_config(folder, size, precision, size.block * (rounds + 1) + 1, save_every=0, ema=0.0)
     turns = TakingTurns(make_batches(size), size.block, rounds, make_bare_step(size, config), clock)
     task = Synthetic(config, size)
-    run_quietly(Trainer(task, config, Engine(config, torch.device("cpu")), turns).run)
+    run_quietly(Trainer(task, config, Engine(config, torch.device("cpu")), lambda start: turns).run)
     print(f"step, {name}: {parameter_count(task.players['transformer'].module) / 1e6:.1f} M parameters, {precision}, "
           f"batch {size.batch}, {rounds} rounds of {size.block} steps each")
     for label, seconds in (("bare loop", turns.bare), ("Trainer", turns.loop)):

@@ -1,0 +1,1 @@
+"""Your own pictures to shards: folders of pictures with `.txt` files beside them, tables, parquet files."""

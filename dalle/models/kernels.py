@@ -1,0 +1,140 @@
+"""Which form of each operation runs on which type of device: the one place that says it.
+
+``KERNELS`` has a column a device type and a row an operation. A form that is faster on some device is a new function
+beside the others and a new name in that device's column; models ask :func:`kernels_for` and never look at the device.
+The plain forms (``dalle/models/plain.py``) are what every other is tested against.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from dalle.models import fused, plain
+from dalle.models.cpu.activations import squared_relu
+from dalle.models.cpu.attention import MATH_LONGEST, math_attention, without_fused_kernels
+from dalle.models.cpu.key_value_cache import KeyValueCache as TransposedKeyValueCache
+from dalle.models.cpu.rotary import rotate
+from dalle.models.cpu.token_shift import shift_slots
+from dalle.models.masks import additive_mask, block_mask, boolean_mask
+from dalle.models.patterns import AttentionPattern
+
+Backend = Literal["auto", "sdpa", "math", "flex"]      # what a config may ask for
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of one layer for B sequences, allocated once; the layout is the form's own affair."""
+
+    def fill(self, keys: Tensor, values: Tensor) -> None:
+        """Store the first S slots; both [B, heads, S, head_dim]."""
+
+    def put(self, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Store one slot; both [B, heads, 1, head_dim]."""
+
+    def copy_rows(self, source: Self, rows: Tensor, length: int, first: int) -> None:
+        """Take the first ``length`` slots of the sequences ``rows`` of ``source`` as sequences ``first`` and on."""
+
+    def attend(self, queries: Tensor, pattern: AttentionPattern, slot: int) -> Tensor:
+        """Attention, [B, heads, 1, head_dim] like the queries, over the slots up to ``slot`` that the pattern permits.
+        """
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """One way to compute softmax(q k^T / sqrt(head_dim) + mask) v, and the mask that it takes."""
+
+    mask: Callable[[AttentionPattern, int, torch.device, torch.dtype], Any]   # of the first so many slots
+    attend: Callable[[Tensor, Any], Tensor]                                    # q, k, v as [3, B, heads, S, head_dim]
+
+
+def _boolean_mask_or_none(pattern: AttentionPattern, length: int, device: torch.device,
+                          dtype: torch.dtype) -> Tensor | None:
+    return None if pattern.name == "full" else boolean_mask(pattern, length, device)
+
+
+def _block_mask(pattern: AttentionPattern, length: int, device: torch.device, dtype: torch.dtype) -> Any:
+    return block_mask(pattern, length, device)
+
+
+ATTENTION: dict[str, AttentionForm] = {
+    "plain": AttentionForm(additive_mask, plain.attention),
+    "math": AttentionForm(additive_mask, math_attention),
+    "sdpa": AttentionForm(_boolean_mask_or_none, fused.sdpa_attention),
+    "flex": AttentionForm(_block_mask, fused.flex_attention),
+}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The forms that run on one type of device: no default, so that each column names every operation."""
+
+    attention: Callable[[AttentionPattern, int], str]          # the entry of ATTENTION for a pattern and a length
+    tower_attention: Callable[[], AbstractContextManager]      # around networks whose attention is their own (CLIP's)
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    squared_relu: Callable[[Tensor], Tensor]
+    shift_slots: Callable[[Tensor, int, int], Tensor]
+    # from B, heads, head_dim, slots, device, type
+    key_value_cache: Callable[[int, int, int, int, torch.device, torch.dtype], KeyValueCache]
+
+
+def _attention_on_cpu(pattern: AttentionPattern, length: int) -> str:
+    return "math" if length <= MATH_LONGEST else "sdpa"
+
+
+def _attention_on_cuda(pattern: AttentionPattern, length: int) -> str:
+    return "sdpa" if pattern.name == "full" else "flex"
+
+
+# The hand-written forms of rotation, squared ReLU, shift and cache were made for CPUs and run everywhere so far.
+KERNELS: dict[str, Kernels] = {
+    "cpu": Kernels(
+        attention=_attention_on_cpu,
+        tower_attention=without_fused_kernels,
+        rotate=rotate,
+        squared_relu=squared_relu,
+        shift_slots=shift_slots,
+        key_value_cache=TransposedKeyValueCache,
+    ),
+    "cuda": Kernels(
+        attention=_attention_on_cuda,
+        tower_attention=nullcontext,
+        rotate=rotate,
+        squared_relu=squared_relu,
+        shift_slots=shift_slots,
+        key_value_cache=TransposedKeyValueCache,
+    ),
+}
+ELSEWHERE = Kernels(                                            # any other type of device
+    attention=lambda pattern, length: "sdpa",
+    tower_attention=nullcontext,
+    rotate=rotate,
+    squared_relu=squared_relu,
+    shift_slots=shift_slots,
+    key_value_cache=TransposedKeyValueCache,
+)
+PLAIN = Kernels(                                                # what they all compute
+    attention=lambda pattern, length: "plain",
+    tower_attention=nullcontext,
+    rotate=plain.rotate,
+    squared_relu=plain.squared_relu,
+    shift_slots=plain.shift_slots,
+    key_value_cache=plain.KeyValueCache,
+)
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """The column of a device's type."""
+    return KERNELS.get(device.type, ELSEWHERE)
+
+
+def choose_backend(backend: Backend, pattern: AttentionPattern, length: int, device: torch.device) -> str:
+    """The entry of ``ATTENTION`` that is meant: ``auto`` stands for the device's own, by pattern and length.
+
+    Raises ``ValueError`` for ``flex`` off CUDA: it has no backward there.
+    """
+    if backend == "flex" and device.type != "cuda":
+        raise ValueError(f"attention_backend 'flex' needs a CUDA device, not {device.type}; use 'auto'")
+    return kernels_for(device).attention(pattern, length) if backend == "auto" else backend
