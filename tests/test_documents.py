@@ -18,7 +18,7 @@ CODE = re.compile(r"`([^`]+)`")
 # a path of the repository; one of an example that a reader would write (mine, SYSTEM) is none
 PATH = re.compile(r"(?<![\w./~-])(?:dalle|gans|launch|tools|configs|tests|\.ci)/[\w./*-]*")
 EXAMPLE = re.compile(r"\b(mine|my|test_mine|mine_shapes|SYSTEM\w*)\b")
-PLACE = re.compile(r"((?:dalle|gans|launch|tools|tests)/[\w./-]+\.py): ([\w.]+(?:, [\w.]+)*)")
+PLACE = re.compile(r"`((?:dalle|gans|launch|tools|tests)/[\w./-]+\.py):\s+([\w.]+(?:,\s[\w.]+)*)`")
 
 
 def name(page: Path) -> str:
@@ -60,7 +60,7 @@ def test_the_front_page_is_short():
 @every_page
 def test_links_lead_somewhere(page):
     broken = []
-    for link in LINK.findall(page.read_text(encoding="utf-8")):
+    for link in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
         if link.startswith(("http:", "https:", "mailto:")):
             continue
         file, _, anchor = link.partition("#")
@@ -80,7 +80,7 @@ def test_what_looks_like_a_path_is_one(page):
 @every_page
 def test_named_functions_are_where_it_says(page):
     missing = [f"{file}: {one}" for file, names in PLACE.findall(page.read_text(encoding="utf-8"))
-               if not EXAMPLE.search(file) for one in names.split(", ")
+               if not EXAMPLE.search(file) for one in re.split(r",\s", names)
                if not (ROOT / file).is_file() or one not in defined(ROOT / file)]
     assert not missing
 
@@ -152,12 +152,25 @@ def test_an_example_runs(quickstart, number, monkeypatch):
 def test_the_model_of_the_example_trains_and_comes_back(quickstart, monkeypatch):
     monkeypatch.chdir(quickstart)
     own = run_example(next(block for block in EXAMPLES if "class MyTask" in block))
-    config = own["MyRun"](name="mine", data={"train": "data/shapes/train", "image_size": 16, "workers": 0,
-                                             "caption": "none"},
-                          train={"steps": 2, "batch_size": 8})
-    trainer = next(block for block in EXAMPLES if "Trainer(" in block)
-    lines = [line for line in trainer.splitlines() if not line.startswith(("config =", "task ="))]
-    run = {**own, "config": config, "task": own["MyTask"](config)}
-    exec(compile("\n".join(lines), "dalle/README.md", "exec"), run)
-    assert run["summary"].steps == 2
-    assert own["MyModel"].from_pretrained(config.folder / "model").config == config.model
+    trained(own, name="mine", data={**DATA, "caption": "none"})
+    assert own["MyModel"].from_pretrained("runs/mine/model").config == own["MyConfig"]()
+
+
+def test_the_system_of_the_example_trains_and_comes_back(quickstart, monkeypatch):
+    monkeypatch.chdir(quickstart)
+    own = run_example(FENCE.findall((ROOT / "gans" / "README.md").read_text(encoding="utf-8"))[-1][1])
+    trained(own, name="gan", data=DATA, text_encoder="runs/quickstart/clip")
+    assert own["MyGenerator"].from_pretrained("runs/gan/model").config.image_size == 16
+
+
+DATA = {"train": "data/shapes/train", "image_size": 16, "workers": 0}
+
+
+def trained(own: dict, **settings: object) -> None:
+    """Two steps of an example's task, by the lines of the page's own example of training."""
+    config = own["MyRun"](train={"steps": 2, "batch_size": 8}, **settings)
+    example = next(block for block in EXAMPLES if "Trainer(" in block)
+    lines = [line for line in example.splitlines() if not line.startswith(("config =", "task ="))]
+    namespace = {**own, "config": config, "task": own["MyTask"](config)}
+    exec(compile("\n".join(lines), "dalle/README.md", "exec"), namespace)
+    assert namespace["summary"].steps == 2
