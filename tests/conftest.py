@@ -35,13 +35,14 @@ class Command:
         name = Path(self.path).stem + "_command"
         spec = importlib.util.spec_from_file_location(name, ROOT / self.path)
         module = importlib.util.module_from_spec(spec)
-        argv = sys.argv
+        argv, path = sys.argv, sys.path
         sys.argv = [self.path, *map(str, arguments)]
+        sys.path = [str((ROOT / self.path).parent), *path]     # Python's own beginning, for parts beside the script
         try:
             spec.loader.exec_module(module)
             return module.main() or 0
         finally:
-            sys.argv = argv
+            sys.argv, sys.path = argv, path
 
 
 @dataclass

@@ -75,14 +75,16 @@ def module_graph() -> dict[str, set[str]]:
         parts = path.relative_to(ROOT).with_suffix("").parts
         files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
 
-    def owner(name: str) -> str | None:
-        """The module that ``name`` is, or is defined in."""
+    def owner(name: str, folder: str) -> str | None:
+        """The module that ``name`` is, or is defined in; a command names its parts from its own ``folder`` on."""
+        if f"{folder}.{name.split('.')[0]}" in files:
+            name = f"{folder}.{name}"
         while name and name not in files:
             name = name.rpartition(".")[0]
         return name or None
 
-    return {module: {found for name in imports(path) if (found := owner(name)) is not None} - {module}
-            for module, path in files.items()}
+    return {module: {found for name in imports(path) if (found := owner(name, module.split(".")[0])) is not None}
+            - {module} for module, path in files.items()}
 
 
 def test_no_import_goes_round_in_a_circle():

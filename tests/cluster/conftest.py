@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from slurm import Cluster, missing
+from two_nodes import Cluster, missing
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from slurm import NODES, Cluster
+from two_nodes import NODES, Cluster
 
 from dalle.errors import EXIT_LOST_PROCESS
 from dalle.training.checkpoint import CheckpointStore, read_state

@@ -1,10 +1,10 @@
 """The chaos run: what it proves on a short run, and that its proof fails when there is something to find."""
 
-import importlib.util
 import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,27 +14,22 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from chaos_parts import proof, starts
+from chaos_parts.blows import Round, find_round_faults
+from chaos_parts.damage import Truth
+from chaos_parts.report import show_round
 from dalle.training.sample_log import SampleLog, surviving
 
-ROOT = Path(__file__).resolve().parents[2]
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 BATCH, STEPS = 4, 6
 
 
-@pytest.fixture(scope="module")
-def chaos():
-    """tools/chaos.py as a module."""
-    spec = importlib.util.spec_from_file_location("chaos_tool", ROOT / "tools" / "chaos.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
 @pytest.fixture
-def truth(chaos):
+def truth():
     """Two shards of 5 + 3 samples; b, of the first, and h, the last of the second, are damaged."""
-    return chaos.Truth((("a", "b", "c", "d", "e"), ("f", "g", "h")), frozenset("bh"))
+    return Truth((("a", "b", "c", "d", "e"), ("f", "g", "h")), frozenset("bh"))
 
 
 def write_log(run: Path, steps: dict[int, list[tuple[int, str]]], world_size: int = 1, start: int = 0) -> Path:
@@ -58,17 +53,17 @@ def trained_on() -> dict[int, list[tuple[int, str]]]:
             for step in range(STEPS)}
 
 
-def faults(chaos, truth, run: Path, undisturbed: Path) -> list[str]:
-    return chaos.find_sample_faults(surviving(run), surviving(undisturbed), truth, STEPS, BATCH)
+def faults(truth, run: Path, undisturbed: Path) -> list[str]:
+    return proof.find_sample_faults(surviving(run), surviving(undisturbed), truth, STEPS, BATCH)
 
 
-def test_proof_accepts_the_samples_of_a_run_that_was_killed_and_resumed_with_other_processes(chaos, truth, tmp_path):
+def test_proof_accepts_the_samples_of_a_run_that_was_killed_and_resumed_with_other_processes(truth, tmp_path):
     whole = trained_on()
     calm = write_log(tmp_path / "calm", whole)
     run = write_log(tmp_path / "run", {step: whole[step] for step in range(4)}, world_size=2)      # killed after step 3
     write_log(run, {step: whole[step] for step in range(3, 5)}, world_size=4, start=3)            # from a save at 3
     write_log(run, {step: whole[step] for step in range(5, 6)}, start=5)
-    assert faults(chaos, truth, run, calm) == []
+    assert faults(truth, run, calm) == []
 
 
 def lose_a_sample(steps):
@@ -97,17 +92,17 @@ def train_on_a_damaged_sample(steps):
 
 @pytest.mark.parametrize("doctor", [lose_a_sample, repeat_a_sample, read_a_position_twice, swap_two_steps, lose_a_step,
                                     train_on_a_damaged_sample])
-def test_proof_fails_on_a_doctored_sample_log(chaos, truth, tmp_path, doctor):
+def test_proof_fails_on_a_doctored_sample_log(truth, tmp_path, doctor):
     steps = trained_on()
     calm = write_log(tmp_path / "calm", steps)
     doctor(steps)
     run = write_log(tmp_path / "run", steps)
-    assert chaos.find_differences(surviving(run), surviving(calm))
+    assert proof.find_differences(surviving(run), surviving(calm))
     # and without the other run to compare with: both could be wrong in the same way
-    assert [*chaos.find_order_faults(surviving(run), STEPS, BATCH), *chaos.find_epoch_faults(surviving(run), truth)]
+    assert [*proof.find_order_faults(surviving(run), STEPS, BATCH), *proof.find_epoch_faults(surviving(run), truth)]
 
 
-def test_epoch_counts_a_replacement_for_each_damaged_sample(chaos, truth):
+def test_epoch_counts_a_replacement_for_each_damaged_sample(truth):
     assert truth.epoch() == Counter("accdeffg")
 
 
@@ -115,20 +110,20 @@ def test_epoch_counts_a_replacement_for_each_damaged_sample(chaos, truth):
     ({"loss": 1.001}, "training loss"), ({"loss": float("nan")}, "training loss"),
     ({"validation/image_ce": 2.001}, "validation"),
 ])
-def test_proof_fails_on_another_loss(chaos, tmp_path, doctored, named):
+def test_proof_fails_on_another_loss(tmp_path, doctored, named):
     for run, change in (("calm", {}), ("same", {}), ("other", doctored)):
         (tmp_path / run).mkdir()
         lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.0, **change}, {"step": 2, "validation/image_ce": 2.0}]
         lines[2] |= {key: value for key, value in change.items() if key in lines[2]}
         (tmp_path / run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 2, "lo')
-    assert chaos.compare_losses(tmp_path / "same", tmp_path / "calm", 2)[1] == []
-    found = chaos.compare_losses(tmp_path / "other", tmp_path / "calm", 2)[1]
+    assert proof.compare_losses(tmp_path / "same", tmp_path / "calm", 2)[1] == []
+    found = proof.compare_losses(tmp_path / "other", tmp_path / "calm", 2)[1]
     assert found and all(named in fault for fault in found)
 
 
-def round_of(chaos, kind: str, **values):
+def round_of(kind: str, **values):
     given = {"processes": 1, "hit": kind != "none", "at_step": 10, "newest_checkpoint": 10}
-    return chaos.Round(1, kind, **{**given, **values})
+    return Round(1, kind, **{**given, **values})
 
 
 @pytest.mark.parametrize("kind, values", [
@@ -136,8 +131,8 @@ def round_of(chaos, kind: str, **values):
     ("sigkill", {"status": -9}), ("sigkill-rank", {"status": 1, "processes": 4, "rank_statuses": [-9, 76, 76, 76]}),
     ("sigkill-worker", {"status": 76}), ("none", {"status": 0}),
 ])
-def test_documented_ends_are_accepted(chaos, kind, values):
-    assert chaos.find_round_faults(round_of(chaos, kind, **values), finished=kind == "none") == []
+def test_documented_ends_are_accepted(kind, values):
+    assert find_round_faults(round_of(kind, **values), finished=kind == "none") == []
 
 
 @pytest.mark.parametrize("kind, values", [
@@ -146,34 +141,38 @@ def test_documented_ends_are_accepted(chaos, kind, values):
     ("sigkill-rank", {"status": 1, "processes": 2, "rank_statuses": [-9, -6]}), ("stop-file", {"status": 0}),
     ("none", {"status": 2}),
 ])
-def test_other_ends_are_faults(chaos, kind, values):
-    assert chaos.find_round_faults(round_of(chaos, kind, **values), finished=False)
+def test_other_ends_are_faults(kind, values):
+    assert find_round_faults(round_of(kind, **values), finished=False)
 
 
-def test_processes_left_by_a_command_that_has_ended_are_named_with_the_seconds_waited_for_them(chaos, tmp_path,
-                                                                                              monkeypatch):
-    monkeypatch.setattr(chaos, "SECONDS_TO_END", 1)
-    with chaos.Start(["sh", "-c", "sleep 300.5 & exit 3"], tmp_path / "printed.txt", 1) as start:
+def test_processes_left_by_a_command_that_has_ended_are_named_with_the_seconds_waited_for_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(starts, "SECONDS_TO_END", 1)
+    with starts.Start(["sh", "-c", "sleep 300.5 & exit 3"], tmp_path / "printed.txt", 1) as start:
         left = start.wait(200)
     assert re.fullmatch(r"processes were left \d s later: \d+ \(sleep 300.5\)", left)
     assert start.process.returncode == 3 and not start.all()
 
 
-def test_end_of_the_log_of_a_wrong_start_is_shown(chaos, tmp_path):
+def test_end_of_the_log_of_a_wrong_start_is_shown(tmp_path):
     printed = tmp_path / "printed.txt"
     printed.write_text("".join(f"line {number} [/odd]\n" for number in range(100)))
     for faults in ([], ["status 1 instead of 75"]):
         console = Console(file=io.StringIO())
-        chaos.show_round(round_of(chaos, "sigterm", faults=faults), printed, console)
+        show_round(round_of("sigterm", faults=faults), printed, console)
         shown = console.file.getvalue()
         assert ("line 99 [/odd]" in shown) == ("line 70 " in shown) == bool(faults) and "line 69 " not in shown
 
 
-def test_run_killed_at_random_loses_and_repeats_no_sample(chaos, tmp_path, monkeypatch, capsys):
+def test_the_command_starts_in_any_folder(tmp_path):
+    """Its parts lie beside it, not where it is called."""
+    done = subprocess.run([sys.executable, TOOLS / "chaos.py", "--help"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and b"sigkill-saving" in done.stdout
+
+
+def test_run_killed_at_random_loses_and_repeats_no_sample(commands, tmp_path, capsys):
     """The command itself: killed in a save, then a rank of two, then left alone, then the same folder doctored."""
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["chaos.py", "--seed", "35", "--steps", "24", "--rounds", "2", "--out", str(out)])
-    assert chaos.main() == 0, capsys.readouterr().out
+    assert commands["chaos"]("--seed", 35, "--steps", 24, "--rounds", 2, "--out", out) == 0, capsys.readouterr().out
     report = json.loads((out / "chaos.json").read_text())
     assert report["proven"] and [one["kind"] for one in report["rounds"]][:2] == ["sigkill-saving", "sigkill-rank"]
     run, calm = out / "runs" / "disturbed", out / "runs" / "undisturbed"
@@ -184,8 +183,8 @@ def test_run_killed_at_random_loses_and_repeats_no_sample(chaos, tmp_path, monke
     name = next(iter(tensors))
     tensors[name].view(-1)[0] += 0.5
     save_file(tensors, weights)
-    (fault,) = chaos.compare_weights(run, calm, 24)[1]
+    (fault,) = proof.compare_weights(run, calm, 24)[1]
     assert 0.49 < float(fault.removeprefix("weights: ").split()[0]) < 0.51 and "above 0.001" in fault
-    assert any("weights-00000.safetensors" in fault for fault in chaos.find_checkpoint_faults(run, 24))
+    assert any("weights-00000.safetensors" in fault for fault in proof.find_checkpoint_faults(run, 24))
     shutil.rmtree(weights.parents[1])
-    assert any("newest checkpoint" in fault for fault in chaos.find_checkpoint_faults(run, 24))
+    assert any("newest checkpoint" in fault for fault in proof.find_checkpoint_faults(run, 24))
