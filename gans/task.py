@@ -144,6 +144,7 @@ class GANTask(Task):
     ``wrong_text_shift`` samples further on.
     """
 
+    paints = True
     splits_batch = False       # batch normalisation and mismatched pairs couple the samples
     paints_once: bool = False
     fresh_noise: ClassVar[bool] = False

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import gans
 from dalle.errors import run_command
+from slurm.environment import CHOICES
 from slurm.options import check_options, natural, positive, readings, refuse_unprintable
 from slurm.runs import common_folder, plan_runs
 from slurm.script import check_syntax, render
 from slurm.submitting import submit, write_script
-
-CHOICES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "cpu")
 
 
 def parse_arguments() -> argparse.Namespace:

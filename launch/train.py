@@ -123,7 +123,7 @@ def make_prerequisites(needed, dry_run: bool) -> int | None:
 
 def small_evaluation(task, config, device):
     """What the loop calls every ``train.evaluate_every`` steps: the pictures of the task's generator, measured."""
-    if not hasattr(task, "generator"):
+    if not task.paints:
         raise UserError(f"train.evaluate_every: a {config.task} run paints no captions; use train.validate_every")
     from dalle.evaluation.small import SmallEvaluation
 

@@ -122,6 +122,7 @@ class TransformerTask(Task):
     """Next-token prediction over caption and picture, each kind of token in its own vocabulary."""
 
     companion_settings = {"codec": "codec"}
+    paints = True
 
     def __init__(self, config: TransformerRun):
         self.config = config

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from dalle.data.batch import Batch
+from dalle.store import Generator
 from dalle.training.figures import Figure, Max, Mean
 from dalle.training.optimizers import OptimizerConfig
 
@@ -114,6 +115,7 @@ class Task:
     phases: Sequence[Phase]
     splits_batch: bool = True             # False where the loss couples samples (contrastive, batch statistics)
     needs_classes: bool = False           # True where `class_id` is read: a sample whose JSON is damaged has none
+    paints: bool = False                  # True where captions are painted: it has a `generator`
     tokens_per_sample: int = 0            # for tokens/s in the log; 0 leaves it out
     flops_per_sample: float = 0.0         # training FLOPs of one sample, for the MFU; 0 leaves it out
     companion_settings: ClassVar[Mapping[str, str]] = {}      # companion -> the key of the config that names it
@@ -144,6 +146,10 @@ class Task:
         """Extra figures for the log line of ``step``: of this rank's share, or numbers that are the same on all ranks
         (a temperature)."""
         return {}
+
+    def generator(self, networks: Networks) -> Generator:
+        """What paints captions with the networks as they are now, where the task ``paints``."""
+        raise TypeError(f"{type(self).__name__} paints no captions")
 
     def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:
         """Write ``folder`` (config.json, model.safetensors, tokenizer...) from each player's ``states`` (EMA if on)."""

@@ -1,10 +1,10 @@
 """launch/engines: accelerate reads every file, submit says the same, and the engine asked for is the one made."""
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +13,11 @@ import torch.distributed.run
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+
 from dalle.training.engines.launching import create_engine
 from dalle.training.run import RunConfig
+from slurm import environment as submitted
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "launch" / "engines"
@@ -27,14 +30,6 @@ MADE = {
     "cpu": "ddp", "single_gpu": "ddp", "ddp": "ddp", "multi_node": "ddp", "zero1": "zero1", "zero2": "zero2",
     "zero3": "zero3", "zero3_offload": "zero3", "fsdp2": "fsdp2",
 }
-
-
-@pytest.fixture(scope="module")
-def submit():
-    spec = importlib.util.spec_from_file_location("submit_command", ROOT / "launch" / "submit.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -97,8 +92,8 @@ def test_accelerate_launch_leads_to_the_engine(name, monkeypatch, launched):
 
 
 @pytest.mark.parametrize("name", sorted(set(FILES) - {"multi_node", "single_gpu"}))
-def test_submit_leads_to_the_same_engine(name, monkeypatch, launched, submit):
-    values = submit.engine_environment(name, on_gpus=True)
+def test_submit_leads_to_the_same_engine(name, monkeypatch, launched):
+    values = submitted.engine_environment(name, on_gpus=True)
     _, environment = launched(name, *TWO)
     assert values == {key: environment.get(key) for key in values}
     assert made(monkeypatch, {**values, "RANK": "0", "WORLD_SIZE": "2"}) == MADE[name]
@@ -113,8 +108,8 @@ def test_several_nodes_meet_through_torchrun(name, launched):
     assert (agent.nnodes, agent.nproc_per_node) == ("2", "2")
 
 
-def test_submit_knows_every_engine(submit):
-    assert set(submit.CHOICES) == set(FILES) - {"multi_node", "single_gpu"}
+def test_submit_knows_every_engine():
+    assert set(submitted.CHOICES) == set(FILES) - {"multi_node", "single_gpu"}
 
 
 def test_the_deepspeed_file_says_what_the_yaml_says():
