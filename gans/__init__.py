@@ -4,12 +4,17 @@ A system is one file and one line of ``SYSTEMS``: the names under which commands
 imported when it is asked for.
 """
 
-from importlib import import_module
 from typing import NamedTuple
+
+from dalle.lookup import LazyTable
 
 
 class System(NamedTuple):
-    """Where a system is: the module, and in it the class of its config, its task and its exported network."""
+    """Where a system is: the module, and in it the class of its config, its task and its exported network.
+
+    An encoder of captions that GANs may read by also names its :class:`gans.text.TextEncoder`, one that ranks pictures
+    for a caption what loads it: (folder, device) -> :class:`dalle.sampling.rerank.Reranker`.
+    """
 
     module: str
     run: str
@@ -17,22 +22,22 @@ class System(NamedTuple):
     model: str
     paper: str                 # arXiv id
     paints: bool = True        # False: an encoder that others read
-
-    @property
-    def network(self) -> type:
-        return getattr(import_module(self.module), self.model)
+    text_encoder: str | None = None
+    ranker: str | None = None
 
 
 SYSTEMS = {
-    "ds_sje": System("gans.ds_sje", "DSSJERun", "DSSJETask", "DSSJE", "1605.05395", paints=False),
-    "vse": System("gans.vse", "VSERun", "VSETask", "VSE", "1707.05612", paints=False),
-    "damsm": System("gans.damsm", "DamsmRun", "DamsmTask", "Damsm", "1711.10485", paints=False),
+    "ds_sje": System("gans.ds_sje", "DSSJERun", "DSSJETask", "DSSJE", "1605.05395", paints=False,
+                     text_encoder="DSSJETextEncoder"),
+    "vse": System("gans.vse", "VSERun", "VSETask", "VSE", "1707.05612", paints=False, text_encoder="VSETextEncoder"),
+    "damsm": System("gans.damsm", "DamsmRun", "DamsmTask", "Damsm", "1711.10485", paints=False,
+                    text_encoder="DAMSMTextEncoder", ranker="load_reranker"),
     "gan_int_cls": System("gans.gan_int_cls", "GANINTCLSRun", "GANINTCLSTask", "GANINTCLSGenerator", "1605.05396"),
-    "style": System("gans.gan_int_cls", "StyleRun", "StyleTask", "StyleTransfer", "1605.05396"),
+    "style": System("gans.style", "StyleRun", "StyleTask", "StyleTransfer", "1605.05396"),
     "acgan": System("gans.acgan", "ACGANRun", "ACGANTask", "ACGANGenerator", "1610.09585"),
     "tacgan": System("gans.tacgan", "TACGANRun", "TACGANTask", "TACGANGenerator", "1703.06412"),
-    "stackgan1": System("gans.stackgan", "StackGAN1Run", "StackGAN1Task", "StackGAN1Generator", "1612.03242"),
-    "stackgan2": System("gans.stackgan", "StackGAN2Run", "StackGAN2Task", "StackGAN2Generator", "1612.03242"),
+    "stackgan1": System("gans.stackgan1", "StackGAN1Run", "StackGAN1Task", "StackGAN1Generator", "1612.03242"),
+    "stackgan2": System("gans.stackgan2", "StackGAN2Run", "StackGAN2Task", "StackGAN2Generator", "1612.03242"),
     "stackgan_v2": System("gans.stackgan_v2", "StackGANv2Run", "StackGANv2Task", "StackGANv2Generator", "1710.10916"),
     "sisgan": System("gans.sisgan", "SISGANRun", "SISGANTask", "SISGANGenerator", "1707.06873"),
     "tagan": System("gans.tagan", "TAGANRun", "TAGANTask", "TAGANGenerator", "1810.11919"),
@@ -40,7 +45,7 @@ SYSTEMS = {
     "attngan": System("gans.attngan", "AttnGANRun", "AttnGANTask", "AttnGANGenerator", "1711.10485"),
 }
 
-RANKERS = {"damsm": ("gans.damsm", "load_reranker")}       # encoders of pictures and captions into one space
+NETWORKS = LazyTable({name: (system.module, system.model) for name, system in SYSTEMS.items()})
 
 
 def register() -> None:
@@ -50,4 +55,4 @@ def register() -> None:
 
     add_tasks({name: (system.module, system.run, system.task) for name, system in SYSTEMS.items()})
     GENERATORS.add({name: ("gans.generator", "load_gan") for name, system in SYSTEMS.items() if system.paints})
-    RERANKERS.add(RANKERS)
+    RERANKERS.add({name: (system.module, system.ranker) for name, system in SYSTEMS.items() if system.ranker})

@@ -9,7 +9,7 @@ rule of DS-SJE (arXiv 1605.05395). ``class:12`` in place of a caption is class 1
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
-from dalle.models.base import ModelConfig
+from dalle.models.base import ModelConfig, named_preset
 from dalle.models.precision import at_least_single
 from dalle.training.task import Batch, Loss, Networks
 from gans.generator import Noise, Painter
 from gans.layers import dcgan_init, leaky
 from gans.losses import bce
-from gans.task import GANRun, GANTask, filled, load_encoder, step_generator
+from gans.sizes import NoiseDim
+from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder, step_generator
 from gans.text import Text
 
 FEWEST = 2                                         # side of the first feature map
@@ -38,12 +39,15 @@ LITERAL = re.compile(r"\s*class:\s*(\d+)\s*")      # a prompt that names a class
 class ACGANConfig(ModelConfig):
     """``preset`` names an entry of :data:`PRESETS`; the other keys given beside it replace its values."""
 
-    image_size: int = Field(default=128, ge=4)
-    num_classes: int = Field(default=10, ge=1)
-    noise_dim: int = Field(default=100, ge=1)
+    image_size: int = Field(default=128, ge=4, description="side of the pictures in pixels; follows from "
+                            "data.image_size")
+    num_classes: int = Field(default=10, ge=1, description="number of classes K; class_id counts from 0")
+    noise_dim: NoiseDim = 100
     channels: tuple[PositiveInt, ...] = Field(default=(768, 384, 256, 192), min_length=1,
-                                      description="of the feature maps; each map doubles the size of the one before")
-    sentence_dim: int = Field(default=1024, ge=1, description="length of the classes' prototypes")
+                                              description="channels of the feature maps; each map has twice the side "
+                                              "of the one before")
+    sentence_dim: int = Field(default=1024, ge=1, description="numbers in the prototype of a class; follows from the "
+                              "text encoder")
 
     @property
     def start_size(self) -> int:
@@ -53,12 +57,8 @@ class ACGANConfig(ModelConfig):
     @model_validator(mode="before")
     @classmethod
     def _from_preset(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or "preset" not in values:
-            return values
-        name = values["preset"]
-        if name not in PRESETS:
-            raise ValueError(f"unknown AC-GAN preset {name!r}; known: {', '.join(PRESETS)}")
-        return PRESETS[name] | {key: value for key, value in values.items() if key != "preset"}
+        preset = named_preset(values, PRESETS, "AC-GAN")
+        return values if preset is None else preset | {key: value for key, value in values.items() if key != "preset"}
 
     @model_validator(mode="after")
     def _doubles_to_the_size(self) -> "ACGANConfig":
@@ -164,7 +164,9 @@ def named_classes(prompts: Sequence[str], num_classes: int) -> Tensor:
 class ACGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Six 3x3 convolutions of strides 2, 1, 2, 1, 2, 1 at the paper's sizes."""
 
-    channels: tuple[PositiveInt, ...] = Field(default=(16, 32, 64, 128, 256, 512), min_length=1)
+    channels: tuple[PositiveInt, ...] = Field(default=(16, 32, 64, 128, 256, 512), min_length=1,
+                                              description="output channels of the convolutions, every other of which "
+                                              "halves the side")
     dropout: float = Field(default=0.5, ge=0, lt=1, description="share of the activations set to 0, in every layer",
                            json_schema_extra=FREE)
     activation_noise: float = Field(default=0.0, ge=0, description="deviation of what is added to every layer's input; "
@@ -250,16 +252,18 @@ def class_accuracy(classes: Tensor, class_id: Tensor) -> Tensor:
 class ACGANLossConfig(Section, json_schema_extra=FREE):
     """The paper's sum has no weights."""
 
-    class_weight: float = Field(default=1.0, ge=0, description="of L_C beside L_S")
+    class_weight: float = Field(default=1.0, ge=0, description="weight of the class loss L_C beside the source loss "
+                                "L_S")
 
 
 class ACGANRun(GANRun):
     """An AC-GAN's run. ``text_encoder`` is optional: without one, the model takes ``class:N`` alone."""
 
-    task: Literal["acgan"] = "acgan"
-    generator: ACGANConfig = ACGANConfig()
-    discriminator: ACGANDiscriminatorConfig = ACGANDiscriminatorConfig()
-    loss: ACGANLossConfig = ACGANLossConfig()
+    task: Literal["acgan"] = Field(default="acgan", description="the kind of run: an AC-GAN")
+    generator: ACGANConfig = Field(default=ACGANConfig(), description="sizes of the generator")
+    discriminator: ACGANDiscriminatorConfig = Field(default=ACGANDiscriminatorConfig(),
+                                                    description="sizes of the discriminator")
+    loss: ACGANLossConfig = Field(default=ACGANLossConfig(), description="weights of the loss's terms")
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> "ACGANRun":
@@ -317,6 +321,13 @@ class ClassCheck:
                             f"to the number of classes, {highest + 1} or more")
 
 
+class ACGANBatch(GanBatch, total=False):
+    """The classes that are painted, uniform: each phase draws its own."""
+
+    fake_class: Tensor          # int64 [b]
+    fake_class_g: Tensor
+
+
 class ACGANTask(GANTask):
     """One step of each player; each draws noise and classes of its own."""
 
@@ -332,11 +343,11 @@ class ACGANTask(GANTask):
         self.check = ClassCheck("AC-GAN", "generator.num_classes", settings.num_classes)
         self.assemble(config, ACGANGenerator(settings), discriminator, encoder)
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Also ``fake_class`` and ``fake_class_g`` [b], uniform; takes the captions into the class prototypes."""
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> ACGANBatch:
+        """Also takes the captions into the class prototypes."""
         exchange, settings = self.exchange(networks), self.network.config
         everyones = self.check(exchange.everyone(batch["class_id"]))
-        prepared = super().prepare({**batch, "class_id": exchange.mine(everyones)}, networks, step)
+        prepared: ACGANBatch = super().prepare({**batch, "class_id": exchange.mine(everyones)}, networks, step)
         for name, stream in self.class_streams.items():
             source = step_generator(self.config.seed, step, stream)
             drawn = torch.randint(settings.num_classes, everyones.shape, generator=source)
@@ -346,7 +357,7 @@ class ACGANTask(GANTask):
             self.network.prototypes.add(exchange.everyone(prepared["text"].sentence), everyones)
         return prepared
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: ACGANBatch, step: int) -> Loss:
         """Also the shares of the classes that are named right, of real pictures and of fakes."""
         discriminator = networks["discriminator"]
         with torch.no_grad():
@@ -356,10 +367,10 @@ class ACGANTask(GANTask):
         return Loss(total, {"real_accuracy": class_accuracy(real.classes, batch["class_id"]),
                             "fake_accuracy": class_accuracy(fake.classes, batch["fake_class"])})
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: ACGANBatch, step: int) -> Loss:
         fake = networks["discriminator"](networks["generator"](batch["noise_g"], batch["fake_class_g"]))
         return Loss(generator_loss(fake, batch["fake_class_g"], self.config.loss.class_weight),
                     {"accuracy": class_accuracy(fake.classes, batch["fake_class_g"])})
 
-    def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: Callable[..., Any], batch: ACGANBatch, image: Tensor) -> list[Tensor]:
         return [discriminator(image).source]

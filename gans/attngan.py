@@ -9,8 +9,8 @@ weights below, gamma_1 4 for the paper's 5, KL with weight 1. The mask is the al
 the places of one picture with the padding of other captions (see ``global_attention``).
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,9 @@ from dalle.config import FIXED, FREE, Section
 from dalle.models.base import ModelConfig
 from dalle.pictures import to_bytes
 from dalle.training.task import Batch, Companion, Loss, Networks
-from gans.damsm import Damsm, Gammas, damsm_losses
+from gans.damsm import Damsm
 from gans.generator import Painter
 from gans.layers import (
-    Augmented,
     ConditioningAugmentation,
     conv1,
     conv3,
@@ -36,7 +35,10 @@ from gans.layers import (
     up_glu,
 )
 from gans.losses import bce
-from gans.task import GANOptimizer, GANRun, GANTask, filled, load_encoder, pyramid
+from gans.matching import Gammas, damsm_losses
+from gans.outputs import Painted, Scores
+from gans.sizes import ConditionDim, NoiseDim, SentenceDim, WordDim
+from gans.task import GanBatch, GANOptimizer, GANRun, GANTask, filled, load_encoder, pyramid
 from gans.text import Text, load_text_encoder
 
 STEM_SIDE = 4       # of the first map of the generator and the last of a discriminator
@@ -48,12 +50,14 @@ SHADE = 0.2         # of a picture where a word was not looked for
 class AttnGANConfig(ModelConfig):
     """Sizes of the generator; the defaults are the paper's for CUB (COCO: width 48, residuals 3)."""
 
-    image_size: int = Field(default=256, ge=8, description="side of the last picture; each refinement doubles the side")
-    refinements: int = Field(default=2, ge=1)
-    sentence_dim: int = Field(default=256, ge=1)
-    word_dim: int = Field(default=256, ge=1)
-    z_dim: int = Field(default=100, ge=1)
-    condition_dim: int = Field(default=100, ge=1)
+    image_size: int = Field(default=256, ge=8, description="side of the last picture in pixels; each refinement "
+                            "doubles the side")
+    refinements: int = Field(default=2, ge=1, description="how often a map is refined after its words, and doubled in "
+                             "side")
+    sentence_dim: SentenceDim = 256
+    word_dim: WordDim = 256
+    z_dim: NoiseDim = 100
+    condition_dim: ConditionDim = 100
     width: int = Field(default=32, ge=1, description="channels of the maps that pictures are made of (ngf)")
     residuals: int = Field(default=2, ge=0, description="residual blocks of a refinement")
     last_only: bool = Field(default=False, description="AttnDCGAN: only the last picture is made")
@@ -74,14 +78,6 @@ class AttnGANConfig(ModelConfig):
     @property
     def picture_sides(self) -> list[int]:
         return self.sides[-1:] if self.last_only else self.sides
-
-
-class Painted(NamedTuple):
-    """What a forward of the generator gives."""
-
-    images: list[Tensor]         # [B, 3, S, S] in [-1, 1], smallest first
-    attention: list[Tensor]      # [B, T, S/2, S/2], one a refinement
-    augmented: Augmented
 
 
 class AttnGANGenerator(Painter):
@@ -114,17 +110,17 @@ class AttnGANGenerator(Painter):
             maps.append(h)
             attention.append(weights)
         shown = maps[-len(self.heads):]
-        return Painted([head(h) for head, h in zip(self.heads, shown, strict=True)], attention, augmented)
+        return Painted([head(h) for head, h in zip(self.heads, shown, strict=True)], augmented, attention)
 
     @torch.no_grad()
     def paint(self, noise: dict[str, Tensor], text: Text) -> tuple[Tensor, dict[str, Tensor]]:
         """The last pictures; ``image``, the same, and for each refinement ``attention_S`` [B, T, S, S]."""
         painted = self(noise, text)
-        image = painted.images[-1]
+        image = painted.image
         return image, {"image": image, **{f"attention_{maps.shape[-1]}": maps for maps in painted.attention}}
 
-    def pictures(self, values: dict[str, Tensor], caption: str) -> dict[str, Tensor]:
-        """What :meth:`paint` said of one picture as something to look at."""
+    def pictures(self, values: Mapping[str, Tensor], caption: str) -> dict[str, Tensor]:
+        """``attention``: where each word was looked for."""
         maps = [value for name, value in values.items() if name.startswith("attention_")]
         return {"attention": attention_picture(values["image"], maps)}
 
@@ -184,14 +180,6 @@ def global_attention(h: Tensor, words: Tensor, mask: Tensor, released_mask: bool
 
 # -- the discriminators
 
-class Scores(NamedTuple):
-    """Logits [B] of one discriminator; None for a question that was not asked."""
-
-    unconditional: Tensor | None       # is the picture real?
-    conditional: Tensor                # is it real and its caption's?
-    mismatched: Tensor | None = None   # the same of pictures with other sentences
-
-
 class AttnGANDiscriminator(nn.Module):
     """One discriminator for each side of picture, as one player."""
 
@@ -218,8 +206,10 @@ class ScaleDiscriminator(nn.Module):
 
     def forward(self, image: Tensor, sentence: Tensor, other_sentence: Tensor | None = None) -> Scores:
         features = self.features(image)
-        return Scores(self.unconditional(features) if self.unconditional else None, self.judge(features, sentence),
-                      None if other_sentence is None else self.judge(features[:len(other_sentence)], other_sentence))
+        alone = self.unconditional(features) if self.unconditional else None
+        matched = self.judge(features, sentence)
+        mismatched = None if other_sentence is None else self.judge(features[:len(other_sentence)], other_sentence)
+        return Scores(matched, mismatched, alone)
 
     def judge(self, features: Tensor, sentence: Tensor) -> Tensor:
         return self.conditional(self.joint(join(features, sentence)))
@@ -254,8 +244,8 @@ def discriminator_loss(real: Scores, fake: Scores, share: float = 1.0) -> Tensor
     unconditional head (AttnDCGAN): BCE(c(x, e), 1) + (BCE(c(x^, e), 0) + BCE(c(x, e'), 0)) / 2. ``real.mismatched`` are
     the real pictures with other sentences; ``share`` is what their mean counts where processes hold different numbers.
     """
-    genuine = [bce(logits, 1) for logits in (real.unconditional, real.conditional) if logits is not None]
-    wrong = [bce(logits, 0) for logits in (fake.unconditional, fake.conditional) if logits is not None]
+    genuine = [bce(logits, 1) for logits in (real.alone, real.matched) if logits is not None]
+    wrong = [bce(logits, 0) for logits in (fake.alone, fake.matched) if logits is not None]
     if real.mismatched is not None:
         wrong.append(share * bce(real.mismatched, 0))
     return sum(genuine) / len(genuine) + sum(wrong) / len(wrong)
@@ -263,7 +253,7 @@ def discriminator_loss(real: Scores, fake: Scores, share: float = 1.0) -> Tensor
 
 def adversarial_loss(fakes: Sequence[Scores]) -> Tensor:
     """The generator's: sum over the pictures of BCE(u(x^), 1) + BCE(c(x^, e), 1)."""
-    return sum(bce(logits, 1) for scores in fakes for logits in (scores.unconditional, scores.conditional)
+    return sum(bce(logits, 1) for scores in fakes for logits in (scores.alone, scores.matched)
                if logits is not None)
 
 
@@ -306,7 +296,7 @@ class AttnGANLossConfig(Section, json_schema_extra=FREE):
     """The generator's further terms."""
 
     damsm: float = Field(default=5.0, ge=0, description="lambda of equation 12 (COCO: 50, AttnDCGAN: 1)")
-    kl: float = Field(default=1.0, ge=0, description="of the conditioning's divergence")
+    kl: float = Field(default=1.0, ge=0, description="weight of the conditioning augmentation's divergence")
     gammas: Gammas | None = Field(default=None, description="of the matching scores: attention, words, pairs; null: "
                                   "those that the matching model was trained with (the code's 4, 5, 10)")
     same_class: Literal["left_out", "mismatched"] = Field(
@@ -316,16 +306,25 @@ class AttnGANLossConfig(Section, json_schema_extra=FREE):
 class AttnGANRun(GANRun):
     """An AttnGAN run. Without ``text_encoder`` the matching model's own reads the captions, as in the paper."""
 
-    task: Literal["attngan"] = "attngan"
+    task: Literal["attngan"] = Field(default="attngan", description="the kind of run: an AttnGAN")
     damsm: str = Field(description="run or model folder of the matching model; frozen", json_schema_extra=FREE)
-    generator: AttnGANConfig = AttnGANConfig()
-    discriminator: AttnGANDiscriminatorConfig = AttnGANDiscriminatorConfig()
-    generator_optimizer: GANOptimizer = GANOptimizer(ema=0.999)
-    loss: AttnGANLossConfig = AttnGANLossConfig()
+    generator: AttnGANConfig = Field(default=AttnGANConfig(), description="sizes of the generator")
+    discriminator: AttnGANDiscriminatorConfig = Field(default=AttnGANDiscriminatorConfig(),
+                                                      description="sizes of the discriminators")
+    generator_optimizer: GANOptimizer = Field(default=GANOptimizer(ema=0.999),
+                                              description="how the generator's weights move")
+    loss: AttnGANLossConfig = Field(default=AttnGANLossConfig(), description="the generator's terms beside the "
+                                    "adversarial one")
 
     @property
     def reads_several_captions(self) -> bool:
         return False
+
+
+class AttnGANBatch(GanBatch, total=False):
+    """With the captions for the matching model."""
+
+    matching_text: Text         # as its own encoder reads them
 
 
 class AttnGANTask(GANTask):
@@ -353,16 +352,15 @@ class AttnGANTask(GANTask):
         found = super().companions()
         return {**found, "damsm_text": found.get("damsm_text", Companion(self.frozen["text"], "damsm"))}
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Also ``matching_text``, as the matching model's own encoder reads the captions."""
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> AttnGANBatch:
         prepared = super().prepare(batch, networks, step)
         own = networks.bare("damsm_text")(batch["caption"]) if "damsm_text" in self.frozen else prepared["text"]
         return {**prepared, "matching_text": own}
 
-    def paint(self, networks: Networks, batch: Batch, step: int) -> Painted:
+    def paint(self, networks: Networks, batch: AttnGANBatch, step: int) -> Painted:
         return networks["generator"](batch["noise"], batch["text"])
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: AttnGANBatch, step: int) -> Loss:
         discriminator, sentence, fakes = networks["discriminator"], batch["text"].sentence, batch["painted"].images
         other, share = self.shifted(networks, batch)
         reals = pyramid(batch["image"], self.network.config.picture_sides)
@@ -371,7 +369,7 @@ class AttnGANTask(GANTask):
         return Loss(sum(losses), {f"{image.shape[-1]}": loss.detach()
                                   for image, loss in zip(fakes, losses, strict=True)})
 
-    def shifted(self, networks: Networks, batch: Batch) -> tuple[Tensor, float]:
+    def shifted(self, networks: Networks, batch: AttnGANBatch) -> tuple[Tensor, float]:
         """The sentences one sample on, for this rank's share of the first B - 1 samples, and what their mean counts."""
         exchange, own = self.exchange(networks), len(batch["caption"])
         pairs = exchange.size(own) - 1
@@ -379,26 +377,26 @@ class AttnGANTask(GANTask):
         # the last sample has nothing after it; a rank with no other still makes the pass, for nothing
         return batch["wrong_text"].sentence[:max(mine, 1)], mine * exchange.size(1) / pairs
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: AttnGANBatch, step: int) -> Loss:
         painted = batch["painted"]
         fakes = networks["discriminator"](painted.images, batch["text"].sentence)
         kl = self.network.augmentation.kl(painted.augmented)
-        damsm = self.matching(networks, painted.images[-1], batch)
+        damsm = self.matching(networks, painted.image, batch)
         weights = self.config.loss
         return Loss(generator_loss(fakes, damsm, kl, weights.damsm, weights.kl),
                     {"adversarial": adversarial_loss(fakes).detach(), "damsm": damsm.detach(), "kl": kl.detach()})
 
-    def matching(self, networks: Networks, image: Tensor, batch: Batch) -> Tensor:
+    def matching(self, networks: Networks, image: Tensor, batch: AttnGANBatch) -> Tensor:
         """L_DAMSM of the global batch, the same on every process, with gradient to ``image``."""
         damsm, settings = networks["damsm"], self.config.loss
         classes = batch["class_id"] if settings.same_class == "left_out" else None
         return sum(damsm_losses(*damsm.image(image), batch["matching_text"], classes,
                                 settings.gammas or damsm.config.gammas, networks.world_size))
 
-    def real_scores(self, discriminator: Any, batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: Any, batch: AttnGANBatch, image: Tensor) -> list[Tensor]:
         reals = pyramid(image, self.network.config.picture_sides)
         return [logits for scores in discriminator(reals, batch["text"].sentence)
-                for logits in (scores.unconditional, scores.conditional) if logits is not None]
+                for logits in (scores.alone, scores.matched) if logits is not None]
 
     @torch.no_grad()
     def preview(self, networks: Networks, step: int) -> dict[str, Tensor]:

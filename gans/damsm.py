@@ -14,11 +14,11 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -33,38 +33,18 @@ from dalle.sampling.caption_warnings import lost_warnings
 from dalle.sampling.rerank import FeatureReranker
 from dalle.store import identify, load_model, load_tokenizer, model_folder, model_kind
 from dalle.tasks.clip import POOLS, RANKS, pooled_recalls, pools_of, recall
-from dalle.training.gathering import in_global_order, in_global_order_with_gradient, of_everyone
-from dalle.training.optimizers import Betas, OptimizerConfig
+from dalle.training.gathering import of_everyone
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
+from gans.joint import check_pairs_are_read
 from gans.layers import synchronised
-from gans.task import step_generator
-from gans.text import TOKENIZER_FOLDER, Text, TextEncoder, length_mask, token_ids
+from gans.matching import GAMMAS, Gammas, MatchingLosses, damsm_losses, word_scores
+from gans.task import GANOptimizer, step_generator
+from gans.text import TOKENIZER_FOLDER, Text, TokenTextEncoder, length_mask, token_ids
 from gans.trunks import build_trunk
 
-SMALLEST = 1e-8         # of the product of two lengths, in every cosine
 WORD_DROPOUT_STREAM, WORD_CHOICE_STREAM = 200, 201
 R_PRECISION_CANDIDATES = 100
-
-
-class Gammas(NamedTuple):
-    """How sharp attention, the sum over words and the softmax over pairs are (the code's values)."""
-
-    attention: PositiveFloat = 4.0
-    words: PositiveFloat = 5.0
-    pairs: PositiveFloat = 10.0
-
-
-GAMMAS = Gammas()
-
-
-class MatchingLosses(NamedTuple):
-    """Picture to captions and caption to pictures, of words and of sentences; the DAMSM loss is their sum."""
-
-    words0: Tensor
-    words1: Tensor
-    sent0: Tensor
-    sent1: Tensor
 
 
 # -- the model
@@ -72,13 +52,17 @@ class MatchingLosses(NamedTuple):
 class DamsmConfig(ModelConfig):
     """The paper's sizes, with CUB's vocabulary."""
 
-    num_text_tokens: int = Field(default=5450, ge=2, description="the tokenizer's vocabulary, 0 for no word included")
-    text_length: int = Field(default=18, ge=1)
-    dim: int = Field(default=256, ge=2, multiple_of=2, description="D of the common space; half a direction")
-    embedding_dim: int = Field(default=300, ge=1)
-    dropout: float = Field(default=0.5, ge=0, lt=1, description="of the embeddings")
+    num_text_tokens: int = Field(default=5450, ge=2, description="tokens in the tokenizer's vocabulary, 0 for none "
+                                 "included; follows from it")
+    text_length: int = Field(default=18, ge=1, description="most tokens of a caption that are read; follows from "
+                             "data.text_length")
+    dim: int = Field(default=256, ge=2, multiple_of=2, description="numbers in the vectors of the common space; half "
+                     "of them from each reading direction")
+    embedding_dim: int = Field(default=300, ge=1, description="numbers in the vector of a token before it is read in "
+                               "context")
+    dropout: float = Field(default=0.5, ge=0, lt=1, description="share of those numbers set to 0 in training")
     trunk: str | None = Field(default="inception_v3", description="as in gans/trunks.py; null: a text encoder alone")
-    gammas: Gammas = GAMMAS
+    gammas: Gammas = Field(default=GAMMAS, description="how sharp attention, sum over words and softmax over pairs are")
 
 
 class WordEncoder(nn.Module):
@@ -173,112 +157,27 @@ def with_pictures(model: Damsm, folder: Path) -> Damsm:
     return model
 
 
-# -- how well words fit regions
-
-def func_attention(words: Tensor, regions: Tensor, gamma1: float = 4.0,
-                   mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What each word of [B, D, T] sees of its picture's regions [B, D, h, w] (equations 8 and 9).
-
-    The scores of a region are a softmax over the words first, then a word's weights one over the regions: contexts
-    [B, D, T], weights [B, T, h, w]. ``mask`` bool [B, T]: which words there are; all, without it. The weights of a
-    word that is not there mean nothing.
-    """
-    flat = regions.flatten(2)                                                       # [B, D, R]
-    scores = words.transpose(1, 2) @ flat                                           # [B, T, R]
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, :, None], -math.inf)
-    weights = (gamma1 * scores.softmax(dim=1)).softmax(dim=2)
-    return flat @ weights.transpose(1, 2), weights.unflatten(2, regions.shape[2:])
-
-
-def word_scores(regions: Tensor, words: Tensor, mask: Tensor, gamma1: float = 4.0, gamma2: float = 5.0,
-                gamma3: float = 10.0) -> Tensor:
-    """S [N, M] of the pictures' regions [N, D, h, w] and the captions' words [M, D, T], mask [M, T].
-
-    S = gamma_3 ln sum_i exp(gamma_2 cos(c_i, e_i)): equation 10 without its exponent 1 / gamma_2, as released. All
-    pairs at once, with what ``func_attention`` does for each of them.
-    """
-    used = int(mask.any(dim=0).sum())                                               # to the longest caption's end
-    words, mask = words[:, :, :used].transpose(1, 2), mask[:, :used]                # [M, T, D], [M, T]
-    captions, length, dim = words.shape
-    flat = regions.flatten(2)                                                       # [N, D, R]
-    scores = (words.reshape(-1, dim) @ flat).unflatten(1, (captions, length))       # [N, M, T, R]
-    scores = scores.masked_fill(~mask[None, :, :, None], -math.inf).softmax(dim=2)
-    weights = (gamma1 * scores).softmax(dim=3).flatten(1, 2)              # [N, M T, R]
-    contexts = (weights @ flat.transpose(1, 2)).unflatten(1, (captions, length))    # [N, M, T, D]
-    lengths = contexts.norm(dim=3) * words.norm(dim=2)
-    cosines = (contexts * words).sum(dim=3) / lengths.clamp(min=SMALLEST)           # [N, M, T]
-    fits = (gamma2 * cosines).masked_fill(~mask, -math.inf).logsumexp(dim=2)
-    return gamma3 * fits
-
-
-def sentence_scores(pooled: Tensor, sentence: Tensor, gamma3: float = 10.0) -> Tensor:
-    """S [pictures, captions] = gamma_3 cos of whole pictures [N, D] and sentences [M, D]."""
-    lengths = pooled.norm(dim=1)[:, None] * sentence.norm(dim=1)[None, :]
-    return gamma3 * (pooled @ sentence.T) / lengths.clamp(min=SMALLEST)
-
-
-def pair_losses(scores: Tensor, class_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy over rows and over columns of S [B, B] (equations 11 and 12; means, as released).
-
-    Other samples of the same class are no mismatch and are left out; -1 is a class of its own.
-    """
-    if class_ids is not None:
-        alike = (class_ids[:, None] == class_ids[None, :]) & (class_ids >= 0)
-        scores = scores.masked_fill(alike.fill_diagonal_(False), -math.inf)
-    own = torch.arange(len(scores), device=scores.device)
-    return F.cross_entropy(scores, own), F.cross_entropy(scores.T, own)
-
-
-def words_loss(regions: Tensor, words: Tensor, mask: Tensor, class_ids: Tensor | None = None,
-               gamma1: float = 4.0, gamma2: float = 5.0, gamma3: float = 10.0) -> tuple[Tensor, Tensor]:
-    """The word-level losses of B pairs: regions [B, D, h, w], words [B, D, T], mask bool [B, T]."""
-    return pair_losses(word_scores(regions, words, mask, gamma1, gamma2, gamma3), class_ids)
-
-
-def sent_loss(pooled: Tensor, sentence: Tensor, class_ids: Tensor | None = None,
-              gamma3: float = 10.0) -> tuple[Tensor, Tensor]:
-    """The sentence-level losses of B pairs [B, D], [B, D]."""
-    return pair_losses(sentence_scores(pooled, sentence, gamma3), class_ids)
-
-
-def damsm_losses(local: Tensor, pooled: Tensor, text: Text, class_ids: Tensor | None = None,
-                 gammas: Gammas = GAMMAS, world_size: int = 1) -> MatchingLosses:
-    """All four of the global batch: this rank's regions [b, D, h, w], wholes [b, D], texts and classes [b].
-
-    Every process computes the same losses, with gradient to its own share; the engine's mean over the processes of
-    their parameters' gradients is then that of one process.
-    """
-    with full_precision(local.device):
-        local, pooled, sentence, words = (in_global_order_with_gradient(at_least_single(part), world_size)
-                                          for part in (local, pooled, text.sentence, text.words))
-        mask = in_global_order(text.mask, world_size)
-        if class_ids is not None:
-            class_ids = in_global_order(class_ids, world_size)
-        return MatchingLosses(*words_loss(local, words, mask, class_ids, *gammas),
-                              *sent_loss(pooled, sentence, class_ids, gammas.pairs))
-
-
 # -- training
 
 class DamsmArchitecture(Section, json_schema_extra=FIXED):
     """The sizes that are free; vocabulary and length follow from the tokenizer and the data."""
 
-    dim: int = Field(default=256, ge=2, multiple_of=2)
-    embedding_dim: int = Field(default=300, ge=1)
-    dropout: float = Field(default=0.5, ge=0, lt=1, json_schema_extra=FREE)
+    dim: int = Field(default=256, ge=2, multiple_of=2, description="numbers in the vectors of the common space; half "
+                     "of them from each reading direction")
+    embedding_dim: int = Field(default=300, ge=1, description="numbers in the vector of a token before it is read in "
+                               "context")
+    dropout: float = Field(default=0.5, ge=0, lt=1, description="share of those numbers set to 0 in "
+                           "training", json_schema_extra=FREE)
     trunk: str = Field(default="inception_v3", description="small[:WIDTH], or inception_v3, googlenet or vgg16 with "
                        "nothing (torchvision's hub), :FILE or :random behind it", json_schema_extra=FREE)
 
 
-class DamsmOptimizer(OptimizerConfig):
+class DamsmOptimizer(GANOptimizer):
     """Adam at 0.002; in the schedule ``step`` the rate falls until it has reached ``lowest_lr``."""
 
-    lr: float = Field(default=2e-3, gt=0)
-    betas: Betas = (0.5, 0.999)
-    clip: float = Field(default=0.0, ge=0)
-    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
-    lowest_lr: float = Field(default=2e-4, gt=0, description="of the schedule step: falls no more from here on")
+    lr: float = Field(default=2e-3, gt=0, description="peak learning rate")
+    lowest_lr: float = Field(default=2e-4, gt=0, description="learning rate below which the schedule step falls no "
+                             "more")
 
     def factor(self, step: int, steps: int) -> float:
         if self.schedule != "step" or self.step_factor == 1:
@@ -290,15 +189,15 @@ class DamsmOptimizer(OptimizerConfig):
 class DamsmTextOptimizer(DamsmOptimizer):
     """The same, with the text encoder's gradient clipped."""
 
-    clip: float = Field(default=0.25, ge=0)
+    clip: float = Field(default=0.25, ge=0, description="largest norm of the text encoder's gradient; 0: not clipped")
 
 
 class DamsmLossConfig(Section, json_schema_extra=FREE):
     """How sharp the losses are, and which pairs they compare."""
 
-    gamma1: float = Field(default=4.0, gt=0, description="of the attention over regions; the paper has 5")
-    gamma2: float = Field(default=5.0, gt=0, description="of the sum over words")
-    gamma3: float = Field(default=10.0, gt=0, description="of the softmax over pairs")
+    gamma1: float = Field(default=4.0, gt=0, description="sharpness of the attention over regions; the paper has 5")
+    gamma2: float = Field(default=5.0, gt=0, description="sharpness of the sum over words")
+    gamma3: float = Field(default=10.0, gt=0, description="sharpness of the softmax over pairs")
     same_class: Literal["left_out", "mismatched"] = Field(
         default="left_out", description="what another sample of one's own class is; a sample without class has none")
 
@@ -310,11 +209,14 @@ class DamsmLossConfig(Section, json_schema_extra=FREE):
 class DamsmRun(RunConfig):
     """A DAMSM run: sizes, trunk, losses and how the two encoders move."""
 
-    task: Literal["damsm"] = "damsm"
-    model: DamsmArchitecture = DamsmArchitecture()
-    text_optimizer: DamsmTextOptimizer = DamsmTextOptimizer()
-    image_optimizer: DamsmOptimizer = DamsmOptimizer()
-    loss: DamsmLossConfig = DamsmLossConfig()
+    task: Literal["damsm"] = Field(default="damsm", description="the kind of run: a DAMSM")
+    model: DamsmArchitecture = Field(default=DamsmArchitecture(), description="sizes of the two encoders, and the "
+                                     "trunk")
+    text_optimizer: DamsmTextOptimizer = Field(default=DamsmTextOptimizer(),
+                                               description="how the text encoder's weights move")
+    image_optimizer: DamsmOptimizer = Field(default=DamsmOptimizer(), description="how the picture side's weights move")
+    loss: DamsmLossConfig = Field(default=DamsmLossConfig(), description="how sharp the losses are, and which pairs "
+                                  "they compare")
     trunk_batch_statistics: bool = Field(default=True, description="the batch norms of a frozen trunk see the "
                                          "batch, as in the released code; false: the statistics that it came with",
                                          json_schema_extra=FREE)
@@ -324,13 +226,21 @@ class DamsmRun(RunConfig):
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> "DamsmRun":
-        if self.data.tokenizer is None:
-            raise ValueError("DAMSM reads captions: set data.tokenizer to a tokenizer folder")
-        if not self.data.images:
-            raise ValueError("DAMSM looks at pictures: set data.images to true")
+        check_pairs_are_read(self.data, "DAMSM")
         if self.train.batch_size < 2:
             raise ValueError("the losses compare the pairs of a batch: set train.batch_size to 2 or more")
         return self
+
+
+class DamsmBatch(Batch, total=False):
+    """A prepared batch, and what the phases make ahead."""
+
+    ids: Tensor                         # int64 [b, T], long captions shortened
+    kept: Tensor | None                 # bool [b, T, embedding_dim]: what the dropout leaves; None without
+    class_ids: Tensor | None            # int64 [b]; None: samples of one class are mismatches, too
+    seen: dict[str, Any]                # what the picture side takes: ``images``, or ``features`` of a frozen trunk
+    codes: tuple[Tensor, Tensor]        # regions [b, D, h, w] and wholes [b, D]
+    text: Text                          # in the place of the ids
 
 
 class DamsmTask(Task):
@@ -360,12 +270,11 @@ class DamsmTask(Task):
                        Phase("text", player="text", loss=self.matching, ahead={"text": self.read})]
         self.tokens_per_sample = config.data.text_length
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Pictures in [-1, 1] (or the features of a frozen trunk), ids and the dropout's choice."""
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> DamsmBatch:
         images = to_signed(batch["image"])
         ids = self.shortened(batch) if self.config.long_captions == "random_words" else batch["text"]
         kept = self.draw_kept(networks, ids, step)
-        prepared: Batch = {"ids": ids, "kept": kept, "class_ids": None}
+        prepared: DamsmBatch = {"ids": ids, "kept": kept, "class_ids": None}
         if self.config.loss.same_class == "left_out":
             prepared["class_ids"] = batch["class_id"]
         image = networks.bare("image")
@@ -398,14 +307,14 @@ class DamsmTask(Task):
                 ids[row] = words[chosen].to(ids.device)
         return ids
 
-    def look(self, networks: Networks, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+    def look(self, networks: Networks, batch: DamsmBatch, step: int) -> tuple[Tensor, Tensor]:
         """Regions and wholes of the pictures."""
         return networks["image"](**batch["seen"])
 
-    def read(self, networks: Networks, batch: Batch, step: int) -> Text:
+    def read(self, networks: Networks, batch: DamsmBatch, step: int) -> Text:
         return Text(*networks["text"](batch["ids"], batch["kept"]))
 
-    def matching(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def matching(self, networks: Networks, batch: DamsmBatch, step: int) -> Loss:
         """L_DAMSM (equation 13): the phase's own side with its graph, the other as a constant."""
         losses = damsm_losses(*batch["codes"], batch["text"], batch["class_ids"], self.config.loss.gammas,
                               networks.world_size)
@@ -472,7 +381,7 @@ def word_recalls(figures: dict[str, Mean], pairs: list[tuple[Tensor, Tensor, Ten
 
 # -- the trained model at work
 
-class DAMSMTextEncoder(TextEncoder):
+class DAMSMTextEncoder(TokenTextEncoder):
     """The text side of a DAMSM run."""
 
     model_type = Damsm.model_type
@@ -485,7 +394,7 @@ class DAMSMTextEncoder(TextEncoder):
         self.freeze()
 
     def encode(self, captions: list[str]) -> Text:
-        return self.network(token_ids(self.tokenizer, captions, self.text_length).to(self.device))
+        return self.network(self.ids(captions))
 
     def warnings(self, captions: Iterable[str]) -> list[str]:
         return lost_warnings(list(captions), self.tokenizer, self.text_length, "caption for the text encoder")

@@ -21,9 +21,10 @@ from dalle.models.precision import full_precision
 from dalle.sampling.caption_warnings import cut_warning, unknown_warning
 from dalle.store import load_model
 from dalle.training.gathering import in_global_order, of_everyone
-from dalle.training.optimizers import Betas, OptimizerConfig
+from dalle.training.optimizers import Betas
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase
-from gans.joint import JointConfig, JointModel, JointRun, JointTask
+from gans.joint import JointBatch, JointConfig, JointModel, JointRun, JointTask
+from gans.task import GANOptimizer
 from gans.text import Text, TextEncoder, length_mask
 
 # 70 symbols with the indices 1 to 70; "-" is there twice, and the later one counts
@@ -49,14 +50,21 @@ class DSSJEConfig(JointConfig):
     """The defaults are those of CUB and flowers in arXiv 1605.05395; arXiv 1605.05396 has ``recurrent_dim`` 512 for
     flowers and, with ``recurrent`` gru, for CUB and COCO."""
 
-    recurrent: Literal["rnn", "gru"] = "rnn"
-    char_length: int = Field(default=201, ge=1)
-    conv_channels: tuple[PositiveInt, PositiveInt] = (384, 512)
-    recurrent_dim: int = Field(default=256, ge=1)
-    embed_dim: int = Field(default=1024, ge=1)
-    over_time: Literal["mean", "last"] = "mean"
-    init_range: float | None = Field(default=0.08, gt=0, description="weights start uniform within it; none: PyTorch's")
-    image_map: bool = Field(default=False, description="a linear map over the trunk's vector (image_noop 0)")
+    recurrent: Literal["rnn", "gru"] = Field(default="rnn", description="what reads the convolved characters: a ReLU "
+                                             "network or the authors' GRU")
+    char_length: int = Field(default=201, ge=1, description="most characters of a caption that are read")
+    conv_channels: tuple[PositiveInt, PositiveInt] = Field(default=(384, 512),
+                                                           description="output channels of the first and the second "
+                                                           "convolution")
+    recurrent_dim: int = Field(default=256, ge=1, description="numbers in the recurrent state, and channels of the "
+                               "last convolution")
+    embed_dim: int = Field(default=1024, ge=1, description="numbers in the embedding of a caption and of a picture")
+    over_time: Literal["mean", "last"] = Field(default="mean", description="which states make the embedding: their "
+                                               "mean or the last one")
+    init_range: float | None = Field(default=0.08, gt=0, description="first weights are uniform in minus this to this; "
+                                     "null: PyTorch's own")
+    image_map: bool = Field(default=False, description="put a learnt linear map over the trunk's vector (the authors' "
+                            "image_noop 0)")
 
     @model_validator(mode="after")
     def _long_enough(self) -> Self:
@@ -253,31 +261,36 @@ def precision_at(pictures: Tensor, classes: Tensor, present: Tensor, vectors: Te
 
 # -- training
 
-class DSSJEOptimizer(OptimizerConfig):
+class DSSJEOptimizer(GANOptimizer):
     """RMSprop's update at the rate of the authors' scripts; they also multiply it by 0.98 every epoch."""
 
-    lr: float = Field(default=7e-4, gt=0)
-    betas: Betas = (0.0, 0.99)
-    clip: float = Field(default=0.0, ge=0)
-    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
+    lr: float = Field(default=7e-4, gt=0, description="peak learning rate")
+    betas: Betas = Field(default=(0.0, 0.99), description="RMSprop's alpha is the second: the share that the moving "
+                         "average of the squared gradient keeps in a step")
 
 
 class DSSJELoss(Section, json_schema_extra=FREE):
     """``pairs``: a picture and a caption, or (the authors' COCO encoder) two captions of one picture, one direction."""
 
-    pairs: Literal["pictures", "captions"] = "pictures"
-    symmetric: bool = True
-    same_class: Literal["left_out", "wrong"] = "left_out"
-    margin: float = Field(default=1.0, gt=0)
+    pairs: Literal["pictures", "captions"] = Field(default="pictures", description="what is compared: a picture and "
+                                                   "its caption, or two captions of a picture")
+    symmetric: bool = Field(default=True, description="take the hinge in both directions; of pairs of captions only "
+                            "one is taken")
+    same_class: Literal["left_out", "wrong"] = Field(default="left_out",
+                                                     description="what other samples of one's own class are to a pair; "
+                                                     "a sample without class has none")
+    margin: float = Field(default=1.0, gt=0, description="by how much a pair's own score shall exceed the others, in "
+                          "units of the score")
 
 
 class DSSJERun(JointRun):
     """A DS-SJE run. It needs no tokenizer: captions are read by characters."""
 
-    task: Literal["ds_sje"] = "ds_sje"
-    model: DSSJEConfig = DSSJEConfig(trunk="googlenet")
-    optimizer: DSSJEOptimizer = DSSJEOptimizer()
-    loss: DSSJELoss = DSSJELoss()
+    task: Literal["ds_sje"] = Field(default="ds_sje", description="the kind of run: a DS-SJE")
+    model: DSSJEConfig = Field(default=DSSJEConfig(trunk="googlenet"), description="sizes of the text encoder, and the "
+                               "trunk")
+    optimizer: DSSJEOptimizer = Field(default=DSSJEOptimizer(), description="how the weights move")
+    loss: DSSJELoss = Field(default=DSSJELoss(), description="what is compared, and how")
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> "DSSJERun":
@@ -322,19 +335,19 @@ class DSSJETask(JointTask):
                         for caption in side]
         return character_ids(captions, self.config.model.char_length).to(batch["class_id"].device)
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> JointBatch:
         if self.with_pictures:
             return super().prepare(batch, networks, step)
         return {"text": self.read(batch), "pictures": None, "class_id": batch["class_id"]}
 
-    def sides(self, network: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
+    def sides(self, network: Callable[..., Any], batch: JointBatch) -> tuple[Tensor, Tensor]:
         """Pictures and captions or, for pairs of captions, the second ones in the pictures' place."""
         if self.with_pictures:
             return super().sides(network, batch)
         first, second = network(batch["text"])[0].chunk(2)
         return second, first
 
-    def compare(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def compare(self, networks: Networks, batch: JointBatch, step: int) -> Loss:
         """The hinge, and how far a pair's score lies above the mean of the others'."""
         settings = self.config.loss
         pictures, captions = self.embed(networks, batch)

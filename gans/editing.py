@@ -1,6 +1,4 @@
-"""What systems that edit a picture after a sentence share: what they give, and how a run shows it."""
-
-from typing import NamedTuple
+"""What systems that edit a picture after a sentence share: what their networks take, and how a run shows it."""
 
 import torch
 from torch import Tensor
@@ -10,17 +8,32 @@ from dalle.errors import UserError
 from dalle.evaluation.references import ShardReferences, read_pictures
 from dalle.pictures import grid
 from dalle.training.task import Networks
-from gans.layers import Augmented
+from gans.generator import Noise, Painter
+from gans.layers import ConditioningAugmentation
+from gans.outputs import Painted
 from gans.task import GANTask
+from gans.text import Text
 
 MOST_LOOKED_AT = 64      # pictures, for enough that can be read
 
 
-class Edited(NamedTuple):
-    """Edited pictures [B, 3, S, S] in [-1, 1], and the conditions that they were made with."""
+class Editor(Painter):
+    """A generator that edits a picture; all its noise is that of its conditioning augmentation, ``augment``."""
 
-    image: Tensor
-    augmented: Augmented
+    edits = True
+    augment: ConditioningAugmentation
+
+    @property
+    def noise_dims(self) -> dict[str, int]:
+        return {"eps": self.config.condition_dim}
+
+    def forward(self, noise: Noise, text: Text, source: Tensor) -> Painted:
+        """``source`` [B, 3, S, S] in [-1, 1] edited after ``text``."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def paint(self, noise: Noise, text: Text, source: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self(noise, text, source).image, {}
 
 
 def halvings(image_size: int, side: int, least: int = 1) -> int:

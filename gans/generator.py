@@ -15,6 +15,7 @@ from dalle.errors import UserError
 from dalle.models.base import CONFIG_FILE, PretrainedModel
 from dalle.pictures import fit_picture, signed_to_bytes, to_bytes, to_signed
 from dalle.store import OnProgress, identify, load_model, model_kind
+from gans import NETWORKS
 from gans.text import Text, load_text_encoder
 
 TEXT_FOLDER = "text"       # of an exported generator
@@ -46,6 +47,10 @@ class Painter(PretrainedModel):
 
     def conditions(self, captions: Sequence[str], text: Text | None) -> dict[str, Tensor]:
         """What :meth:`paint` needs beside the text, from the captions themselves."""
+        return {}
+
+    def pictures(self, values: Mapping[str, Tensor], caption: str) -> dict[str, Tensor]:
+        """uint8 [3, h, w] each, by name: what else :meth:`paint` gave of one picture as something to look at."""
         return {}
 
 
@@ -135,8 +140,8 @@ class GANGenerator:
 
     def _details(self, values: Mapping[str, Tensor], caption: str) -> dict[str, Any]:
         """What the network shows of one picture."""
-        draw = getattr(self.network, "pictures", None)
-        return {"pictures": draw(values, caption)} if draw is not None and values else {}
+        shown = self.network.pictures(values, caption) if values else {}
+        return {"pictures": shown} if shown else {}
 
 
 def noise_of_seeds(seeds: Sequence[int], dims: Mapping[str, int], law: str) -> Noise:
@@ -159,10 +164,7 @@ def fitted(images: Tensor, size: int) -> Tensor:
 
 def load_gan(folder: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> GANGenerator:
     """The generator in an exported folder, with the text encoder that lies in its ``text/``. Always in fp32."""
-    from gans import SYSTEMS
-
-    kind = model_kind(folder)
-    network = load_model(SYSTEMS[kind].network, folder, device)
+    network = load_model(NETWORKS[model_kind(folder)], folder, device)
     text = folder / TEXT_FOLDER
     encoder = load_text_encoder(str(text), device) if (text / CONFIG_FILE).is_file() else None
     return GANGenerator(network, encoder, identify(folder))

@@ -21,11 +21,13 @@ from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.store import load_model, model_folder
-from dalle.training.task import Batch, Companion, Loss, Networks
+from dalle.training.task import Companion, Loss, Networks
 from gans.generator import Painter
-from gans.layers import Augmented, ConditioningAugmentation, Residual, conv1, dcgan_init, join, leaky
+from gans.layers import ConditioningAugmentation, Residual, conv1, dcgan_init, join, leaky
 from gans.losses import mse
-from gans.task import GANRun, GANTask, filled, load_encoder, pyramid
+from gans.outputs import Painted
+from gans.sizes import ConditionDim, NoiseDim, SentenceDim
+from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder, pyramid
 from gans.text import Text
 
 STEM_SIDE = 4                       # of the generator's first map
@@ -39,15 +41,16 @@ PATCHES_FROM = 2                    # the third level on judges 5 x 5 patches, t
 class HDGANConfig(ModelConfig):
     """Sizes of the generator; the defaults are the paper's."""
 
-    image_size: int = Field(default=256, ge=1, description="side of the largest picture")
+    image_size: int = Field(default=256, ge=1, description="side of the largest picture in pixels; follows from "
+                            "data.image_size")
     levels: int = Field(default=3, ge=1, description="pictures of the generator, each of twice the side before")
-    sentence_dim: int = Field(default=1024, ge=1)
-    z_dim: int = Field(default=100, ge=1)
-    condition_dim: int = Field(default=128, ge=1)
+    sentence_dim: SentenceDim = 1024
+    z_dim: NoiseDim = 100
+    condition_dim: ConditionDim = 128
     width: int = Field(default=128, ge=4, description="an eighth of the first map's channels")
     residuals: int = Field(default=1, ge=0, description="residual blocks a scale")
     extended: bool = Field(default=False, description="the largest picture is made by a further stage, trained alone")
-    extension_residuals: int = Field(default=2, ge=0)
+    extension_residuals: int = Field(default=2, ge=0, description="residual blocks of the further stage")
 
     @model_validator(mode="after")
     def _sides_are_powers_of_two(self) -> "HDGANConfig":
@@ -71,13 +74,6 @@ class HDGANConfig(ModelConfig):
     def channels(self, side: int) -> int:
         """Of the generator's map of this side."""
         return 8 * self.width >> sum(side >= halved for halved in HALVED_AT)
-
-
-class Painted(NamedTuple):
-    """What a forward of the generator gives."""
-
-    images: list[Tensor]     # [B, 3, S, S] in [-1, 1], smallest first
-    augmented: Augmented
 
 
 class HDGANGenerator(Painter):
@@ -114,7 +110,7 @@ class HDGANGenerator(Painter):
 
     @torch.no_grad()
     def paint(self, noise: dict[str, Tensor], text: Text) -> tuple[Tensor, dict[str, Tensor]]:
-        return self(noise, text).images[-1], {}
+        return self(noise, text).image, {}
 
 
 class Hierarchy(nn.Module):
@@ -189,7 +185,7 @@ def compress(channels: int) -> nn.Sequential:
 
 # -- the discriminators
 
-class Scores(NamedTuple):
+class PatchScores(NamedTuple):
     """Raw scores of one discriminator, squared errors' targets 0 and 1."""
 
     pair: Tensor     # [B]: do picture and caption belong together?
@@ -206,12 +202,12 @@ class HDGANDiscriminator(nn.Module):
                                     for side, level in zip(sides, levels, strict=True))
         dcgan_init(self)
 
-    def forward(self, images: Sequence[Tensor], sentence: Tensor) -> list[Scores]:
+    def forward(self, images: Sequence[Tensor], sentence: Tensor) -> list[PatchScores]:
         return [scale(image, sentence) for scale, image in zip(self.scales, images, strict=True)]
 
 
 class ScaleDiscriminator(nn.Module):
-    """Pictures [B, 3, side, side] and sentences [B, D] to :class:`Scores`: section 3.2.
+    """Pictures [B, 3, side, side] and sentences [B, D] to :class:`PatchScores`: section 3.2.
 
     ``patches``: the local head looks at the 8x8 code (5 x 5 patches), otherwise at the 4x4 code (all at once).
     """
@@ -226,10 +222,10 @@ class ScaleDiscriminator(nn.Module):
                                   nn.Conv2d(width, 1, 4), nn.Flatten(0))
         self.local = nn.Conv2d(width, 1, 4)
 
-    def forward(self, image: Tensor, sentence: Tensor) -> Scores:
+    def forward(self, image: Tensor, sentence: Tensor) -> PatchScores:
         features = self.features(image)
         code = self.code(features)
-        return Scores(self.pair(join(code, self.text(sentence))), self.local(features if self.patches else code))
+        return PatchScores(self.pair(join(code, self.text(sentence))), self.local(features if self.patches else code))
 
 
 def halvings(side: int, width: int) -> list[nn.Module]:
@@ -249,7 +245,8 @@ def halvings(side: int, width: int) -> list[nn.Module]:
 
 # -- the losses
 
-def discriminator_loss(real: Sequence[Scores], wrong: Sequence[Scores], fake: Sequence[Scores]) -> Tensor:
+def discriminator_loss(real: Sequence[PatchScores], wrong: Sequence[PatchScores],
+                       fake: Sequence[PatchScores]) -> Tensor:
     """Sum over the levels of both heads' squared errors (equations 4-6, least squares).
 
     ``wrong``: real pictures of another class with the caption. Where patches are judged they are as real as ``real``.
@@ -261,17 +258,17 @@ def discriminator_loss(real: Sequence[Scores], wrong: Sequence[Scores], fake: Se
     return total
 
 
-def adversarial_loss(fake: Sequence[Scores]) -> Tensor:
+def adversarial_loss(fake: Sequence[PatchScores]) -> Tensor:
     """The generator's: sum over the levels of both heads' squared distances to 1."""
     return sum(mse(made.pair, 1) + mse(made.local, 1) for made in fake)
 
 
-def generator_loss(fake: Sequence[Scores], kl: Tensor, lambda_kl: float = 4.0) -> Tensor:
+def generator_loss(fake: Sequence[PatchScores], kl: Tensor, lambda_kl: float = 4.0) -> Tensor:
     """The adversarial sum and lambda KL."""
     return adversarial_loss(fake) + lambda_kl * kl
 
 
-def extension_loss(fake: Sequence[Scores], images: Sequence[Tensor], weight: float = 1.0) -> Tensor:
+def extension_loss(fake: Sequence[PatchScores], images: Sequence[Tensor], weight: float = 1.0) -> Tensor:
     """The further stage's: adversarial, and the mean distance of its picture to the enlarged one before it."""
     before = F.interpolate(images[-2].detach(), scale_factor=2, mode="bilinear", align_corners=False)
     return adversarial_loss(fake) + weight * (images[-1] - before).abs().mean()
@@ -283,25 +280,28 @@ class HDGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Sizes of the discriminators; the defaults are the paper's."""
 
     width: int = Field(default=512, ge=16, description="channels of the codes")
-    text_dim: int = Field(default=128, ge=1)
+    text_dim: int = Field(default=128, ge=1, description="numbers that the sentence is projected to")
 
 
 class HDGANLossConfig(Section, json_schema_extra=FREE):
     """Weights of the generator's further terms."""
 
-    kl: float = Field(default=4.0, ge=0, description="of the conditioning's divergence (COCO: 2)")
-    pixels: float = Field(default=1.0, ge=0, description="of a further stage's distance to the picture before it")
+    kl: float = Field(default=4.0, ge=0, description="weight of the conditioning augmentation's divergence (COCO: 2)")
+    pixels: float = Field(default=1.0, ge=0, description="weight of a further stage's distance to the picture before "
+                          "it")
 
 
 class HDGANRun(GANRun):
     """An HDGAN run; with ``base`` the further stage on top of that run's generator. The paper averages 4 captions."""
 
-    task: Literal["hdgan"] = "hdgan"
+    task: Literal["hdgan"] = Field(default="hdgan", description="the kind of run: an HDGAN")
     base: str | None = Field(default=None, description="run or model folder of the finished generator that "
                              "generator.extended builds on", json_schema_extra=FREE)
-    generator: HDGANConfig = HDGANConfig()
-    discriminator: HDGANDiscriminatorConfig = HDGANDiscriminatorConfig()
-    loss: HDGANLossConfig = HDGANLossConfig()
+    generator: HDGANConfig = Field(default=HDGANConfig(), description="sizes of the generator")
+    discriminator: HDGANDiscriminatorConfig = Field(default=HDGANDiscriminatorConfig(),
+                                                    description="sizes of the discriminators")
+    loss: HDGANLossConfig = Field(default=HDGANLossConfig(), description="weights of the generator's terms beside the "
+                                  "adversarial one")
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> "HDGANRun":
@@ -345,10 +345,10 @@ class HDGANTask(GANTask):
         """Those of the generator's pictures that learn."""
         return images[-len(self.sides):]
 
-    def paint(self, networks: Networks, batch: Batch, step: int) -> Painted:
+    def paint(self, networks: Networks, batch: GanBatch, step: int) -> Painted:
         return networks["generator"](batch["noise"], batch["text"])
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: GanBatch, step: int) -> Loss:
         discriminator, sentence = networks["discriminator"], batch["text"].sentence
         real = discriminator(pyramid(batch["image"], self.sides), sentence)
         wrong = discriminator(pyramid(batch["wrong_image"], self.sides), sentence)
@@ -357,7 +357,7 @@ class HDGANTask(GANTask):
             "real": real[-1].pair.mean().detach(), "wrong": wrong[-1].pair.mean().detach(),
             "fake": fake[-1].pair.mean().detach()})
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: GanBatch, step: int) -> Loss:
         painted = batch["painted"]
         fake = networks["discriminator"](self.judged(painted.images), batch["text"].sentence)
         parts = {"adversarial": adversarial_loss(fake).detach()}
@@ -366,7 +366,7 @@ class HDGANTask(GANTask):
         kl = self.network.base.augmentation.kl(painted.augmented)
         return Loss(generator_loss(fake, kl, self.config.loss.kl), {**parts, "kl": kl.detach()})
 
-    def real_scores(self, discriminator: Any, batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: Any, batch: GanBatch, image: Tensor) -> list[Tensor]:
         scores = discriminator(pyramid(image, self.sides), batch["text"].sentence)
         return [score for level in scores for score in level]
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dalle.data.settings import DataConfig
 from dalle.models.base import FREE, ModelConfig, PretrainedModel
 from dalle.models.precision import at_least_single, full_precision
 from dalle.pictures import to_signed
@@ -21,11 +22,20 @@ from gans.task import filled
 from gans.trunks import SmallTrunk, build_trunk
 
 
+def check_pairs_are_read(data: DataConfig, model: str) -> None:
+    """``ValueError`` unless a batch has the tokens and the pictures that ``model`` compares."""
+    if data.tokenizer is None:
+        raise ValueError(f"{model} reads captions: set data.tokenizer to a tokenizer folder")
+    if not data.images:
+        raise ValueError(f"{model} looks at pictures: set data.images to true")
+
+
 class JointConfig(ModelConfig):
     """The picture's side: a trunk's vector or, without ``trunk``, one that comes from outside."""
 
     trunk: str | None = Field(default=None, description="a trunk of gans/trunks.py", json_schema_extra=FREE)
-    image_dim: int | None = Field(default=None, ge=1, description="follows from the trunk; neither: captions alone")
+    image_dim: int | None = Field(default=None, ge=1, description="numbers in a picture's vector; follows from the "
+                                  "trunk; neither: captions alone")
 
 
 class JointModel(PretrainedModel):
@@ -74,6 +84,13 @@ class JointRun(RunConfig):
         return self
 
 
+class JointBatch(Batch, total=False):
+    """A prepared batch: both sides as the model takes them."""
+
+    text: Tensor                    # what ``embed_text`` reads: ids [b, ...]
+    pictures: Tensor | None         # what ``embed_images`` reads; None where captions are compared with captions
+
+
 class JointTask(Task):
     """One player, whose loss is over the global batch; a trunk that is not trained stands beside it, frozen."""
 
@@ -110,15 +127,15 @@ class JointTask(Task):
         with full_precision(pictures.device):
             return networks.bare("trunk")(pictures)[1]
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> JointBatch:
         return {"text": self.read(batch), "pictures": self.look(batch, networks), "class_id": batch["class_id"]}
 
-    def sides(self, network: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
+    def sides(self, network: Callable[..., Any], batch: JointBatch) -> tuple[Tensor, Tensor]:
         """Embeddings [b, D] of a prepared batch's pictures and captions, in one forward of the player."""
         text, pictures = network(batch["text"], batch["pictures"])
         return pictures, text
 
-    def embed(self, networks: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
+    def embed(self, networks: Networks, batch: JointBatch) -> tuple[Tensor, Tensor]:
         """Those [B, D] of the global batch, with gradient: every process computes its one loss."""
         pictures, text = self.sides(networks[self.name], batch)
         return (in_global_order_with_gradient(at_least_single(pictures), networks.world_size),

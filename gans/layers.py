@@ -148,6 +148,10 @@ class ConditioningAugmentation(nn.Module):
         sigma = spread.exp() if self.law == "lrelu" else (0.5 * spread).exp()
         return Augmented(mean + sigma * eps, mean, spread)
 
+    def centre(self, sentence: Tensor) -> Tensor:
+        """[B, sentence_dim] -> [B, dim]: the mean of the law around each caption."""
+        return self(sentence, sentence.new_zeros(len(sentence), self.dim)).mean
+
     def kl(self, augmented: Augmented) -> Tensor:
         """KL(N(mu, sigma^2) || N(0, 1)), the mean over batch and dimensions."""
         divergence = kl_log_sigma if self.law == "lrelu" else kl_logvar

@@ -20,8 +20,8 @@ from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.models.foreign import read_foreign_state
 from dalle.training.task import Batch, Loss, Networks
-from gans.editing import Edited, EditingTask, halvings
-from gans.generator import Noise, Painter
+from gans.editing import EditingTask, Editor, halvings
+from gans.generator import Noise
 from gans.layers import (
     ConditioningAugmentation,
     bottleneck,
@@ -39,7 +39,9 @@ from gans.layers import (
     up,
 )
 from gans.losses import bce
-from gans.task import Exchange, GANRun, filled, load_encoder
+from gans.outputs import Painted
+from gans.sizes import ConditionDim, SentenceDim
+from gans.task import Exchange, GanBatch, GANRun, filled, load_encoder
 from gans.text import Text
 from gans.trunks import HUB, IMAGENET_MEAN, IMAGENET_STD, hub_state
 
@@ -55,14 +57,17 @@ RANDOM = "random"
 class SISGANConfig(ModelConfig):
     """The paper's sizes. ``channels`` are those of the first convolution; the bottleneck has four times as many."""
 
-    image_size: int = Field(default=64, ge=16)
-    sentence_dim: int = Field(default=300, ge=1)
-    condition_dim: int = Field(default=128, ge=1)
-    channels: int = Field(default=128, ge=1)
-    residual_blocks: int = Field(default=4, ge=0)
+    image_size: int = Field(default=64, ge=16, description="side of the pictures in pixels; follows from "
+                            "data.image_size")
+    sentence_dim: SentenceDim = 300
+    condition_dim: ConditionDim = 128
+    channels: int = Field(default=128, ge=1, description="channels of the first convolution; the bottleneck has four "
+                          "times as many")
+    residual_blocks: int = Field(default=4, ge=0, description="residual blocks of the bottleneck")
     encoder: Literal["vgg16", "plain"] = Field(default="vgg16", description="vgg16: frozen, up to conv4_3; plain: "
                                                "three convolutions, learnt")
-    dilation: int = Field(default=2, ge=1, description="of conv4_1 to conv4_3 of vgg16")
+    dilation: int = Field(default=2, ge=1, description="spacing in pixels of what conv4_1 to conv4_3 of vgg16 see; 1: "
+                          "their neighbours")
 
     @model_validator(mode="after")
     def _fits(self) -> "SISGANConfig":
@@ -138,18 +143,16 @@ def plain_encoder(channels: int) -> nn.Sequential:
                     down(2 * channels, 4 * channels, activation=relu))
 
 
-class SISGANGenerator(Painter):
+class SISGANGenerator(Editor):
     """Encoder, conditioning augmentation, residual blocks and decoder (section 3.1)."""
 
     model_type = "sisgan"
     Config = SISGANConfig
     config: SISGANConfig
-    edits = True
 
     def __init__(self, config: SISGANConfig):
         super().__init__(config)
-        channels = config.channels
-        wide = 4 * channels
+        channels, wide = config.channels, 4 * config.channels
         self.augment = ConditioningAugmentation(config.sentence_dim, config.condition_dim, "lrelu", bias=False)
         self.merge = same(wide + config.condition_dim, wide, activation=None)
         self.residual = nn.Sequential(*(residual_relu(wide) for _ in range(config.residual_blocks)))
@@ -160,20 +163,11 @@ class SISGANGenerator(Painter):
         if config.encoder == "vgg16":
             self.encoder = VGGEncoder(config.dilation)
 
-    @property
-    def noise_dims(self) -> dict[str, int]:
-        return {"eps": self.config.condition_dim}
-
-    def forward(self, noise: Noise, text: Text, source: Tensor) -> Edited:
-        """``source`` [B, 3, S, S] in [-1, 1] edited after ``text``."""
+    def forward(self, noise: Noise, text: Text, source: Tensor) -> Painted:
         augmented = self.augment(text.sentence, noise["eps"])
         features = self.encoder(source)                                         # [B, 4C, S/4, S/4]
         merged = self.residual(self.merge(join(features, augmented.condition)))
-        return Edited(self.decoder(merged), augmented)
-
-    @torch.no_grad()
-    def paint(self, noise: Noise, text: Text, source: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self(noise, text, source).image, {}
+        return Painted([self.decoder(merged)], augmented)
 
 
 # -- the discriminator
@@ -181,7 +175,8 @@ class SISGANGenerator(Painter):
 class SISGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """The paper's sizes; the channels double from layer to layer, up to eight times the first."""
 
-    channels: int = Field(default=64, ge=1)
+    channels: int = Field(default=64, ge=1, description="channels of the first convolution; they double up to eight "
+                          "times as many")
     text_dim: int = Field(default=128, ge=1, description="length of the projected sentence")
 
 
@@ -212,7 +207,7 @@ class SISGANDiscriminator(nn.Module):
 class SISGANLossConfig(Section, json_schema_extra=FREE):
     """The port's weights; ``negative_weight: 1`` and ``kl: 0`` are the paper's eq. 3 to the letter."""
 
-    negative_weight: float = Field(default=0.5, ge=0, description="of the mismatched and of the edited pairs")
+    negative_weight: float = Field(default=0.5, ge=0, description="weight of the mismatched and of the edited pairs")
     kl: float = Field(default=1.0, ge=0, description="weight of the conditioning augmentation's divergence")
 
 
@@ -237,12 +232,19 @@ def relevant(everyone: Tensor) -> Tensor:
 class SISGANRun(GANRun):
     """A SISGAN run."""
 
-    task: Literal["sisgan"] = "sisgan"
-    generator: SISGANConfig = SISGANConfig()
-    discriminator: SISGANDiscriminatorConfig = SISGANDiscriminatorConfig()
-    loss: SISGANLossConfig = SISGANLossConfig()
+    task: Literal["sisgan"] = Field(default="sisgan", description="the kind of run: a SISGAN")
+    generator: SISGANConfig = Field(default=SISGANConfig(), description="sizes of the generator")
+    discriminator: SISGANDiscriminatorConfig = Field(default=SISGANDiscriminatorConfig(),
+                                                     description="sizes of the discriminator")
+    loss: SISGANLossConfig = Field(default=SISGANLossConfig(), description="weights of the loss's terms")
     vgg_weights: str | None = Field(default=None, description=f"file of torchvision's {VGG_WEIGHTS}, or {RANDOM}; "
                                     "null: from torchvision's hub", json_schema_extra=FREE)
+
+
+class SISGANBatch(GanBatch, total=False):
+    """With what the pictures are edited after."""
+
+    relevant_text: Text         # half the samples' own text, half that of others
 
 
 class SISGANTask(EditingTask):
@@ -261,12 +263,11 @@ class SISGANTask(EditingTask):
         discriminator = SISGANDiscriminator(config.discriminator, config.data.image_size, encoder.sentence_dim)
         self.assemble(config, generator, discriminator, encoder)
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Adds ``relevant_text``: what the pictures are edited after."""
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> SISGANBatch:
         prepared = super().prepare(batch, networks, step)
         return {**prepared, "relevant_text": relevant_text(self.exchange(networks), prepared["text"])}
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: SISGANBatch, step: int) -> Loss:
         discriminator, asked = networks["discriminator"], batch["relevant_text"]
         with torch.no_grad():
             edited = networks["generator"](batch["noise"], asked, batch["image"]).image
@@ -277,14 +278,14 @@ class SISGANTask(EditingTask):
         return Loss(total, {name: scores.detach().sigmoid().mean() for name, scores in
                             (("real", real), ("wrong", wrong), ("fake", fake))})
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: SISGANBatch, step: int) -> Loss:
         asked = batch["relevant_text"]
         edited = networks["generator"](batch["noise_g"], asked, batch["image"])
         divergence = self.network.augment.kl(edited.augmented)
         fake = networks["discriminator"](edited.image, asked.sentence)
         return Loss(generator_loss(fake, divergence, self.config.loss.kl), {"kl": divergence.detach()})
 
-    def real_scores(self, discriminator: nn.Module, batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: nn.Module, batch: SISGANBatch, image: Tensor) -> list[Tensor]:
         return [discriminator(image, batch["text"].sentence)]
 
 

@@ -11,7 +11,7 @@ pictures as any other, but a prompt is no more than a name there: the seed alone
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,9 @@ from gans.layers import (
     up_glu,
 )
 from gans.losses import bce
-from gans.task import GANOptimizer, GANRun, GANTask, filled, load_encoder, pyramid
+from gans.outputs import Painted, Scores
+from gans.sizes import ConditionDim, NoiseDim, SentenceDim
+from gans.task import GanBatch, GANOptimizer, GANRun, GANTask, filled, load_encoder, pyramid
 from gans.text import Text
 
 SMALLEST = 4             # the side at which the generator begins and the discriminators end
@@ -45,14 +47,15 @@ SMALLEST = 4             # the side at which the generator begins and the discri
 class StackGANv2Config(ModelConfig):
     """Sizes of the generator; the defaults are the paper's: 64, 128 and 256 pixels, with captions."""
 
-    image_size: int = Field(default=256, ge=1, description="of the last level; each has half the side of the next")
-    levels: int = Field(default=3, ge=1)
+    image_size: int = Field(default=256, ge=1, description="side of the last level's picture in pixels; each level has "
+                            "half the side of the next")
+    levels: int = Field(default=3, ge=1, description="pictures of different sizes, a discriminator each")
     width: int = Field(default=64, ge=2, description="channels at the first level; half of them at the next")
-    residuals: int = Field(default=2, ge=0, description="blocks at each level but the first")
-    z_dim: int = Field(default=100, ge=1)
-    conditional: bool = True
-    condition_dim: int = Field(default=128, ge=1)
-    sentence_dim: int = Field(default=1024, ge=1)
+    residuals: int = Field(default=2, ge=0, description="residual blocks at each level but the first")
+    z_dim: NoiseDim = 100
+    conditional: bool = Field(default=True, description="paint after captions; false: after noise alone")
+    condition_dim: ConditionDim = 128
+    sentence_dim: SentenceDim = 1024
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "StackGANv2Config":
@@ -67,14 +70,6 @@ class StackGANv2Config(ModelConfig):
     def sizes(self) -> list[int]:
         """The side of each level's picture, the smallest first."""
         return [self.image_size >> level for level in reversed(range(self.levels))]
-
-
-class Painted(NamedTuple):
-    """``images`` [B, 3, s, s], the smallest first; with captions the augmentation's ``mean`` [B, d] and KL term."""
-
-    images: list[Tensor]
-    mean: Tensor | None
-    kl: Tensor | None
 
 
 class FirstLevel(nn.Module):
@@ -131,15 +126,13 @@ class StackGANv2Generator(Painter):
 
     def forward(self, noise: Noise, sentence: Tensor | None = None) -> Painted:
         if self.augmentation is None:
-            return Painted(self.grow(noise["z"], noise["z"]), None, None)
+            return Painted(self.grow(noise["z"], noise["z"]), None)
         augmented = self.augmentation(sentence, noise["eps"])
-        images = self.grow(torch.cat([augmented.condition, noise["z"]], dim=1), augmented.condition)
-        return Painted(images, augmented.mean, self.augmentation.kl(augmented))
+        return Painted(self.grow(torch.cat([augmented.condition, noise["z"]], dim=1), augmented.condition), augmented)
 
     def mean(self, sentence: Tensor) -> Tensor:
         """[B, sentence_dim] -> [B, condition_dim]: where the augmentation is centred."""
-        eps = sentence.new_zeros(len(sentence), self.config.condition_dim)
-        return self.augmentation(sentence, eps).mean
+        return self.augmentation.centre(sentence)
 
     def grow(self, root: Tensor, told: Tensor) -> list[Tensor]:
         """The pictures of all levels, from the first level's vector and what the later ones are told."""
@@ -150,24 +143,17 @@ class StackGANv2Generator(Painter):
 
     def paint(self, noise: Noise, text: Text | None, **conditions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sentence = text.sentence if self.config.conditional else None
-        return self(noise, sentence).images[-1], {}
+        return self(noise, sentence).image, {}
 
 
 # -- the discriminators
 
-class DiscriminatorConfig(Section, json_schema_extra=FIXED):
+class StackGANv2DiscriminatorConfig(Section, json_schema_extra=FIXED):
     """Sizes of the discriminators; the rest follows from the pictures."""
 
     width: int = Field(default=64, ge=1, description="channels after the first halving")
     reads: Literal["mean", "sentence"] = Field(default="mean", description="what stands for the caption: the mean of "
                                                "the generator's augmentation, or the encoder's sentence itself")
-
-
-class Scores(NamedTuple):
-    """One level's logits [B]: for the picture with the caption, and for the picture alone; None: no such head."""
-
-    matched: Tensor | None
-    alone: Tensor | None
 
 
 class LevelDiscriminator(nn.Module):
@@ -188,7 +174,7 @@ class LevelDiscriminator(nn.Module):
     def forward(self, image: Tensor, condition: Tensor | None) -> Scores:
         features = self.trunk(image)
         matched = None if self.joint is None else self.matched(self.joint(join(features, condition))).flatten()
-        return Scores(matched, None if self.alone is None else self.alone(features).flatten())
+        return Scores(matched, alone=None if self.alone is None else self.alone(features).flatten())
 
 
 class Discriminators(nn.Module):
@@ -209,7 +195,8 @@ class Discriminators(nn.Module):
 class StackGANv2LossConfig(Section, json_schema_extra=FREE):
     """Weights and terms of the losses."""
 
-    kl: float = Field(default=2.0, ge=0, description="of the mean over the condition's dimensions")
+    kl: float = Field(default=2.0, ge=0, description="weight of the augmentation's divergence, a mean over the "
+                      "condition's numbers")
     joint: bool = Field(default=True, description="with captions: judge the picture alone, too (JCU)")
     colour: float | None = Field(default=None, ge=0, description="alpha of the colour consistency; null: 0 with "
                                                                  "captions, 50 without")
@@ -233,7 +220,7 @@ def unconditional_loss(real: Scores, fake: Scores) -> Tensor:
 
 def adversarial_loss(fakes: Sequence[Scores]) -> Tensor:
     """The generator's: at every level every head takes the fake for real, eqs. 10 and 12."""
-    return sum(bce(logits, 1) for level in fakes for logits in level if logits is not None)
+    return sum(bce(logits, 1) for level in fakes for logits in level.heads())
 
 
 def colour_statistics(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,11 +249,13 @@ def colour_consistency(images: Sequence[Tensor]) -> Tensor:
 class StackGANv2Run(GANRun):
     """A StackGAN++ run; without captions ``text_encoder`` is left out."""
 
-    task: Literal["stackgan_v2"] = "stackgan_v2"
-    generator: StackGANv2Config = StackGANv2Config()
-    discriminator: DiscriminatorConfig = DiscriminatorConfig()
-    generator_optimizer: GANOptimizer = GANOptimizer(ema=0.999)
-    loss: StackGANv2LossConfig = StackGANv2LossConfig()
+    task: Literal["stackgan_v2"] = Field(default="stackgan_v2", description="the kind of run: a StackGAN++")
+    generator: StackGANv2Config = Field(default=StackGANv2Config(), description="sizes of the generator")
+    discriminator: StackGANv2DiscriminatorConfig = Field(default=StackGANv2DiscriminatorConfig(),
+                                                         description="sizes of the discriminators, and what they read")
+    generator_optimizer: GANOptimizer = Field(default=GANOptimizer(ema=0.999),
+                                              description="how the generator's weights move")
+    loss: StackGANv2LossConfig = Field(default=StackGANv2LossConfig(), description="weights and terms of the losses")
 
     @model_validator(mode="after")
     def _text_is_read(self) -> "StackGANv2Run":
@@ -281,6 +270,15 @@ class StackGANv2Run(GANRun):
     @property
     def makes_pairs(self) -> bool:
         return self.generator.conditional
+
+
+class StackGANv2Batch(GanBatch, total=False):
+    """Pictures at every size, and what is read of the captions."""
+
+    images: list[Tensor]             # [b, 3, s, s], the smallest first
+    wrong_images: list[Tensor]
+    sentence: Tensor | None          # [b, D]; None without captions
+    condition: Tensor | None         # [b, ...]: what the discriminators read of it
 
 
 class StackGANv2Task(GANTask):
@@ -305,10 +303,9 @@ class StackGANv2Task(GANTask):
         self.colour = usual if config.loss.colour is None else config.loss.colour
         self.assemble(config, StackGANv2Generator(sizes), discriminators, encoder)
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Also ``images``, the pictures at every size; with captions ``wrong_images``, ``sentence`` [b, D] and
-        ``condition``, what the discriminators read of it, which are None without."""
-        prepared = super().prepare({"caption": None, **batch}, networks, step)      # data.caption may be none
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> StackGANv2Batch:
+        # data.caption may be none
+        prepared: StackGANv2Batch = super().prepare({"caption": None, **batch}, networks, step)
         prepared["images"] = self.pyramid(prepared["image"])
         prepared["sentence"] = prepared["condition"] = None
         if self.conditional:
@@ -322,10 +319,10 @@ class StackGANv2Task(GANTask):
     def pyramid(self, image: Tensor) -> list[Tensor]:
         return pyramid(image, self.network.config.sizes)
 
-    def paint(self, networks: Networks, batch: Batch, step: int) -> Painted:
+    def paint(self, networks: Networks, batch: StackGANv2Batch, step: int) -> Painted:
         return networks["generator"](batch["noise"], batch["sentence"])
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: StackGANv2Batch, step: int) -> Loss:
         discriminator = networks["discriminator"]
         real = discriminator(batch["images"], batch["condition"])
         fake = discriminator(batch["painted"].images, batch["condition"])
@@ -337,21 +334,23 @@ class StackGANv2Task(GANTask):
         sizes = self.network.config.sizes
         return Loss(sum(losses), {f"at_{size}": loss.detach() for size, loss in zip(sizes, losses, strict=True)})
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: StackGANv2Batch, step: int) -> Loss:
         """The mean keeps its gradient here: the augmentation learns from what the discriminators make of it, too."""
         painted = batch["painted"]
-        condition = painted.mean if self.reads_mean else batch["condition"]
+        augmented = painted.augmented
+        condition = augmented.mean if self.conditional and self.reads_mean else batch["condition"]
         total = adversarial_loss(networks["discriminator"](painted.images, condition))
         parts = {"adversarial": total.detach()}
-        if painted.kl is not None:
-            total = total + self.config.loss.kl * painted.kl
-            parts["kl"] = painted.kl.detach()
+        if self.conditional:
+            kl = self.network.augmentation.kl(augmented)
+            total = total + self.config.loss.kl * kl
+            parts["kl"] = kl.detach()
         if self.colour:
             colour = colour_consistency(painted.images)
             total = total + self.colour * colour
             parts["colour"] = colour.detach()
         return Loss(total, parts)
 
-    def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: Callable[..., Any], batch: StackGANv2Batch, image: Tensor) -> list[Tensor]:
         scores = discriminator(self.pyramid(image), batch["condition"])
-        return [logits for level in scores for logits in level if logits is not None]
+        return [logits for level in scores for logits in level.heads()]

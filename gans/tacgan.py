@@ -26,7 +26,8 @@ from gans.acgan import ClassCheck, Verdict, class_accuracy, doubling
 from gans.generator import Noise, Painter
 from gans.layers import conv1, join, leaky
 from gans.losses import bce
-from gans.task import GANRun, GANTask, filled, load_encoder
+from gans.sizes import NoiseDim, SentenceDim
+from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder
 from gans.text import Text
 
 DOUBLINGS = 4       # of the generator's first feature map; the discriminator halves as often
@@ -85,13 +86,16 @@ class TextReader(nn.Module):
 class TACGANConfig(ModelConfig):
     """The paper's sizes for Oxford-102 at 128 pixels."""
 
-    image_size: int = Field(default=128, ge=2 ** DOUBLINGS)
+    image_size: int = Field(default=128, ge=2 ** DOUBLINGS, description="side of the pictures in pixels; follows from "
+                            "data.image_size")
     width: int = Field(default=64, ge=1, description="gf: channels of the last feature map")
-    noise_dim: int = Field(default=100, ge=1)
-    text_dim: int = Field(default=100, ge=1, description="t: what the text is projected to; the code's default is 256")
-    sentence_dim: int = Field(default=4800, ge=1)
+    noise_dim: NoiseDim = 100
+    text_dim: int = Field(default=100, ge=1, description="t: numbers that the text is projected to; the code's default "
+                          "is 256")
+    sentence_dim: SentenceDim = 4800
     halves: bool = Field(default=True, description="scale each half of the sentence vector to length 1")
-    norm: Norm = Field(default="offset", description="offset: TF-slim's, without gain")
+    norm: Norm = Field(default="offset", description="batch normalisation with an offset alone, as TF-slim has it, or "
+                       "with a gain, too")
 
     @model_validator(mode="after")
     def _doubles_to_the_size(self) -> "TACGANConfig":
@@ -149,9 +153,10 @@ class TACGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """The paper's sizes for Oxford-102."""
 
     width: int = Field(default=64, ge=1, description="df: channels of the first feature map")
-    text_dim: int = Field(default=100, ge=1)
-    num_classes: int = Field(default=102, ge=1)
-    norm: Norm = "offset"
+    text_dim: int = Field(default=100, ge=1, description="numbers that the text is projected to")
+    num_classes: int = Field(default=102, ge=1, description="number of classes; class_id counts from 0")
+    norm: Norm = Field(default="offset", description="batch normalisation with an offset alone, as TF-slim has it, or "
+                       "with a gain, too")
 
 
 class TACGANDiscriminator(nn.Module):
@@ -202,9 +207,10 @@ def class_loss(verdict: Verdict, class_id: Tensor) -> Tensor:
 class TACGANRun(GANRun):
     """A TAC-GAN's run."""
 
-    task: Literal["tacgan"] = "tacgan"
-    generator: TACGANConfig = TACGANConfig()
-    discriminator: TACGANDiscriminatorConfig = TACGANDiscriminatorConfig()
+    task: Literal["tacgan"] = Field(default="tacgan", description="the kind of run: a TAC-GAN")
+    generator: TACGANConfig = Field(default=TACGANConfig(), description="sizes of the generator")
+    discriminator: TACGANDiscriminatorConfig = Field(default=TACGANDiscriminatorConfig(),
+                                                     description="sizes of the discriminator")
 
 
 class TACGANTask(GANTask):
@@ -224,14 +230,14 @@ class TACGANTask(GANTask):
         self.check = ClassCheck("TAC-GAN", "discriminator.num_classes", config.discriminator.num_classes)
         self.assemble(config, TACGANGenerator(settings), discriminator, encoder)
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> GanBatch:
         """Pictures are in [0, 1]."""
         exchange = self.exchange(networks)
         everyones = self.check(exchange.everyone(batch["class_id"]))
         prepared = super().prepare({**batch, "class_id": exchange.mine(everyones)}, networks, step)
         return prepared | {name: (prepared[name] + 1) / 2 for name in ("image", "wrong_image")}
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: GanBatch, step: int) -> Loss:
         """Also the share of the real pictures' classes that are named right."""
         discriminator, text = networks["discriminator"], batch["text"]
         with torch.no_grad():
@@ -242,11 +248,11 @@ class TACGANTask(GANTask):
         total = discriminator_loss(real, wrong, fake, batch["class_id"], batch["wrong_class_id"])
         return Loss(total, {"real_accuracy": class_accuracy(real.classes, batch["class_id"])})
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: GanBatch, step: int) -> Loss:
         painted = networks["generator"](batch["noise"], batch["text"])
         fake = networks["discriminator"](painted, batch["text"])
         return Loss(generator_loss(fake, batch["class_id"]),
                     {"accuracy": class_accuracy(fake.classes, batch["class_id"])})
 
-    def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: Callable[..., Any], batch: GanBatch, image: Tensor) -> list[Tensor]:
         return [discriminator(image, batch["text"]).source]

@@ -24,8 +24,8 @@ from dalle.config import FIXED, FREE, Section
 from dalle.models.base import ModelConfig
 from dalle.models.precision import at_least_single
 from dalle.training.task import Batch, Loss, Networks
-from gans.editing import Edited, EditingTask, halvings
-from gans.generator import Noise, Painter
+from gans.editing import EditingTask, Editor, halvings
+from gans.generator import Noise
 from gans.layers import (
     ConditioningAugmentation,
     Residual,
@@ -41,7 +41,9 @@ from gans.layers import (
     up,
 )
 from gans.losses import bce
-from gans.task import GANRun, filled, load_encoder
+from gans.outputs import Painted
+from gans.sizes import ConditionDim, WordDim
+from gans.task import GanBatch, GANRun, filled, load_encoder
 from gans.text import Text
 
 SCORE_EPS = 1e-7         # added to a word's score before its logarithm
@@ -96,12 +98,14 @@ def taken(sequences: Tensor, positions: Tensor) -> Tensor:
 class TAGANConfig(ModelConfig):
     """The paper's sizes. ``channels`` are those of the first convolution; the bottleneck has eight times as many."""
 
-    image_size: int = Field(default=128, ge=32)
-    word_dim: int = Field(default=300, ge=1)
-    hidden: int = Field(default=512, ge=1, description="width of the recurrent networks over the words")
-    condition_dim: int = Field(default=128, ge=1)
-    channels: int = Field(default=64, ge=1)
-    residual_blocks: int = Field(default=4, ge=0)
+    image_size: int = Field(default=128, ge=32, description="side of the pictures in pixels; follows from "
+                            "data.image_size")
+    word_dim: WordDim = 300
+    hidden: int = Field(default=512, ge=1, description="numbers in the states of the recurrent networks over the words")
+    condition_dim: ConditionDim = 128
+    channels: int = Field(default=64, ge=1, description="channels of the first convolution; the bottleneck has eight "
+                          "times as many")
+    residual_blocks: int = Field(default=4, ge=0, description="residual blocks of the bottleneck")
 
     @model_validator(mode="after")
     def _halves(self) -> "TAGANConfig":
@@ -110,13 +114,12 @@ class TAGANConfig(ModelConfig):
         return self
 
 
-class TAGANGenerator(Painter):
+class TAGANGenerator(Editor):
     """Encoder, conditioning augmentation, residual blocks, and a decoder that also gets what the encoder gave."""
 
     model_type = "tagan"
     Config = TAGANConfig
     config: TAGANConfig
-    edits = True
 
     def __init__(self, config: TAGANConfig):
         super().__init__(config)
@@ -132,19 +135,11 @@ class TAGANGenerator(Painter):
                                 conv3(channels, 3, bias=True), nn.Tanh())
         dcgan_init(self, linear=True)
 
-    @property
-    def noise_dims(self) -> dict[str, int]:
-        return {"eps": self.config.condition_dim}
-
-    def forward(self, noise: Noise, text: Text, source: Tensor) -> Edited:
-        """``source`` [B, 3, S, S] in [-1, 1] edited after ``text``."""
+    def forward(self, noise: Noise, text: Text, source: Tensor) -> Painted:
         augmented = self.augment(self.reader(text.words, text.mask).whole, noise["eps"])
         features = self.encoder(source)                                         # [B, 8C, S/8, S/8]
-        return Edited(self.decoder(features + self.merge(join(features, augmented.condition))), augmented)
-
-    @torch.no_grad()
-    def paint(self, noise: Noise, text: Text, source: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self(noise, text, source).image, {}
+        image = self.decoder(features + self.merge(join(features, augmented.condition)))
+        return Painted([image], augmented)
 
 
 def residual_linear(channels: int) -> Residual:
@@ -187,11 +182,12 @@ def logit_of(log_score: Tensor) -> Tensor:
 class TAGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
     """The paper's sizes."""
 
-    channels: int = Field(default=64, ge=1)
-    hidden: int = Field(default=512, ge=1, description="width of the recurrent networks over the words")
+    channels: int = Field(default=64, ge=1, description="a quarter of the channels at 16 x 16 pixels, an eighth of "
+                          "those below")
+    hidden: int = Field(default=512, ge=1, description="numbers in the states of the recurrent networks over the words")
 
 
-class Scores(NamedTuple):
+class TextScores(NamedTuple):
     """Logits [B] of a picture by itself, and with each of the texts that were given."""
 
     image: Tensor
@@ -214,18 +210,18 @@ class TAGANDiscriminator(nn.Module):
         self.layer_weights = nn.Linear(config.hidden, SCALES)
         dcgan_init(self, linear=True)
 
-    def forward(self, image: Tensor, *texts: Text) -> Scores:
+    def forward(self, image: Tensor, *texts: Text) -> TextScores:
         """[B, 3, S, S] in [-1, 1]; without texts only the picture itself is judged."""
         scales = [self.first(image)]
         for layer in self.further:
             scales.append(layer(scales[-1]))
         single = self.head(scales[-1]).flatten()
         if not texts:
-            return Scores(single, ())
+            return TextScores(single, ())
         vectors = [look(scale).mean(dim=(2, 3)).repeat(len(texts), 1)
                    for look, scale in zip(self.look, scales, strict=True)]
         together = Text(*(torch.cat(parts) for parts in zip(*texts, strict=True)))      # the words are read once
-        return Scores(single, logit_of(self.pair_log_score(vectors, together)).chunk(len(texts)))
+        return TextScores(single, logit_of(self.pair_log_score(vectors, together)).chunk(len(texts)))
 
     def pair_log_score(self, vectors: list[Tensor], text: Text) -> Tensor:
         """The three scales' features [B, C_j] and a text -> log D(x, t) [B]."""
@@ -257,9 +253,11 @@ def first_scale(channels: int, halvings: int) -> nn.Sequential:
 class TAGANLossConfig(Section, json_schema_extra=FREE):
     """The authors' weights."""
 
-    conditional: float = Field(default=10.0, ge=0, description="lambda 1: of the sentence's score")
-    reconstruction: float = Field(default=0.2, ge=0, description="lambda 2: of what the own sentence should not change")
-    reconstruction_norm: Literal["l1", "l2"] = "l1"
+    conditional: float = Field(default=10.0, ge=0, description="lambda 1: weight of the sentence's score")
+    reconstruction: float = Field(default=0.2, ge=0, description="lambda 2: weight of what the picture's own sentence "
+                                  "should not change")
+    reconstruction_norm: Literal["l1", "l2"] = Field(default="l1", description="that difference: absolute or squared, "
+                                                     "mean over pixels")
     kl: float = Field(default=0.5, ge=0, description="weight of the conditioning augmentation's divergence")
 
 
@@ -289,14 +287,21 @@ def reconstruction_error(edited: Tensor, source: Tensor, norm: Literal["l1", "l2
 class TAGANRun(GANRun):
     """A TAGAN run."""
 
-    task: Literal["tagan"] = "tagan"
-    generator: TAGANConfig = TAGANConfig()
-    discriminator: TAGANDiscriminatorConfig = TAGANDiscriminatorConfig()
-    loss: TAGANLossConfig = TAGANLossConfig()
+    task: Literal["tagan"] = Field(default="tagan", description="the kind of run: a TAGAN")
+    generator: TAGANConfig = Field(default=TAGANConfig(), description="sizes of the generator")
+    discriminator: TAGANDiscriminatorConfig = Field(default=TAGANDiscriminatorConfig(),
+                                                    description="sizes of the discriminator")
+    loss: TAGANLossConfig = Field(default=TAGANLossConfig(), description="weights of the loss's terms")
 
     @property
     def reads_several_captions(self) -> bool:
         return False
+
+
+class TAGANBatch(GanBatch, total=False):
+    """With noise for one more pass."""
+
+    noise_own: Noise        # of the pass with the picture's own sentence
 
 
 class TAGANTask(EditingTask):
@@ -316,14 +321,13 @@ class TAGANTask(EditingTask):
                                           word_dim=encoder.word_dim))
         self.assemble(config, generator, discriminator, encoder)
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Adds ``noise_own``, for the pass with the picture's own sentence."""
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> TAGANBatch:
         prepared = super().prepare(batch, networks, step)
         own = self.draw(self.exchange(networks), len(batch["image"]), step, RECONSTRUCTION_STREAM,
                         batch["image"].device)
         return {**prepared, "noise_own": own}
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: TAGANBatch, step: int) -> Loss:
         discriminator, source, asked = networks["discriminator"], batch["image"], batch["wrong_text"]
         with torch.no_grad():
             edited = networks["generator"](batch["noise"], asked, source).image
@@ -335,7 +339,7 @@ class TAGANTask(EditingTask):
                             (("real", real.image), ("fake", fake), ("matching", matching),
                              ("mismatching", mismatching))})
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: TAGANBatch, step: int) -> Loss:
         generator, weights, source = networks["generator"], self.config.loss, batch["image"]
         edited = generator(batch["noise_g"], batch["wrong_text"], source)
         fake = networks["discriminator"](edited.image, batch["wrong_text"])
@@ -347,6 +351,6 @@ class TAGANTask(EditingTask):
                     {"kl": divergences[0].detach(), "reconstruction": error.detach(),
                      "asked": pair.detach().sigmoid().mean()})
 
-    def real_scores(self, discriminator: nn.Module, batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: nn.Module, batch: TAGANBatch, image: Tensor) -> list[Tensor]:
         scores = discriminator(image, batch["text"])
         return [scores.image, *scores.pairs]

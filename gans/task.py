@@ -33,7 +33,8 @@ from dalle.training.task import Batch, Companion, Loss, Networks, Phase, Player,
 from gans.generator import TEXT_FOLDER, GANGenerator, Noise, Painter, draw_noise
 from gans.layers import SynchronisedBatchNorm, spectrally_normalised, synchronised
 from gans.losses import r1_penalty
-from gans.text import StandardisedTextEncoder, Text, load_text_encoder
+from gans.outputs import Painted
+from gans.text import CLIP, TRAINED_ENCODERS, StandardisedTextEncoder, Text, load_text_encoder
 
 CAPTIONS_FOR_STATISTICS = 2000
 PREVIEW_CAPTIONS = ("a red circle", "a blue square above a green star", "a small yellow triangle", "a purple heart")
@@ -42,12 +43,14 @@ Config = TypeVar("Config", bound=ModelConfig)
 
 
 class GANOptimizer(OptimizerConfig):
-    """Adam as DCGAN has it (arXiv 1511.06434): no clipping, no decay, a constant rate."""
+    """Adam as DCGAN has it (arXiv 1511.06434): no clipping, no decay, a constant rate; encoders have other numbers."""
 
-    lr: float = Field(default=2e-4, gt=0)
-    betas: Betas = (0.5, 0.999)
-    clip: float = Field(default=0.0, ge=0)
-    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
+    lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
+    betas: Betas = Field(default=(0.5, 0.999), description="of Adam: the share that each of its two moving averages, "
+                         "of the gradient and of its square, keeps in a step")
+    clip: float = Field(default=0.0, ge=0, description="largest norm of the player's gradient; 0: not clipped")
+    schedule: Literal["constant", "linear", "cosine", "step"] = Field(
+        default="constant", description="how the learning rate goes on from its peak over the run")
 
 
 class StabiliserConfig(Section, json_schema_extra=FREE):
@@ -56,24 +59,27 @@ class StabiliserConfig(Section, json_schema_extra=FREE):
     r1: float = Field(default=0.0, ge=0, description="gamma of the R1 penalty on real pictures, of every "
                       "head; patches count by their mean; 0: none")
     r1_every: int = Field(default=16, ge=1, description="steps between two penalties, each that much stronger")
-    spectral_norm: bool = Field(default=False, description="of every layer of the discriminator",
-                                json_schema_extra=FIXED)
+    spectral_norm: bool = Field(default=False, description="hold the largest singular value of every layer of the "
+                                "discriminator at 1", json_schema_extra=FIXED)
 
 
 class GANPreviewConfig(Section, json_schema_extra=FREE):
     """The pictures in the log: each caption with ``columns`` seeds, counted from 0."""
 
-    captions: tuple[str, ...] = PREVIEW_CAPTIONS
-    columns: int = Field(default=4, ge=1)
+    captions: tuple[str, ...] = Field(default=PREVIEW_CAPTIONS, description="captions that are painted, a row of "
+                                      "pictures each")
+    columns: int = Field(default=4, ge=1, description="pictures of each caption, with the seeds 0, 1, ...")
 
 
 class PaintingRun(RunConfig):
     """What every run has whose network paints captions."""
 
-    sync_batch_norm: bool = Field(default=False, description="statistics over the batches of all processes",
-                                  json_schema_extra=FREE)
-    preview: GANPreviewConfig = GANPreviewConfig()
-    evaluation: SmallEvaluationConfig = SmallEvaluationConfig()
+    sync_batch_norm: bool = Field(default=False, description="batch normalisation by the statistics over the batches "
+                                  "of all processes", json_schema_extra=FREE)
+    preview: GANPreviewConfig = Field(default=GANPreviewConfig(), description="the pictures in the log, every "
+                                      "train.preview_every steps")
+    evaluation: SmallEvaluationConfig = Field(default=SmallEvaluationConfig(),
+                                              description="what is measured every train.evaluate_every steps")
 
     @model_validator(mode="after")
     def _pairs_are_read(self) -> "PaintingRun":
@@ -96,12 +102,15 @@ class PaintingRun(RunConfig):
 class GANRun(PaintingRun):
     """What every GAN's run has; a system adds ``task``, ``generator``, ``discriminator`` and ``loss``."""
 
-    text_encoder: str | None = Field(default=None, description="a run or model folder (ds_sje, vse, damsm, clip), "
-                                     "open_clip:NAME/TAG or transformers:NAME; frozen", json_schema_extra=FREE)
+    text_encoder: str | None = Field(
+        default=None, description=f"a run or model folder ({', '.join([*TRAINED_ENCODERS, CLIP])}), open_clip:NAME/TAG "
+                                  "or transformers:NAME; frozen", json_schema_extra=FREE)
     standardise_text: bool = Field(default=False, description="each dimension of the text to mean 0 and deviation 1")
-    generator_optimizer: GANOptimizer = GANOptimizer()
-    discriminator_optimizer: GANOptimizer = GANOptimizer()
-    stabiliser: StabiliserConfig = StabiliserConfig()
+    generator_optimizer: GANOptimizer = Field(default=GANOptimizer(), description="how the generator's weights move")
+    discriminator_optimizer: GANOptimizer = Field(default=GANOptimizer(),
+                                                  description="how the discriminator's weights move")
+    stabiliser: StabiliserConfig = Field(default=StabiliserConfig(), description="penalties and norms that the "
+                                         "published systems did not have")
 
     @model_validator(mode="after")
     def _pairs_can_be_made(self) -> "GANRun":
@@ -113,6 +122,19 @@ class GANRun(PaintingRun):
     def makes_pairs(self) -> bool:
         """Whether a step puts pictures and captions of different samples together."""
         return True
+
+
+class GanBatch(Batch, total=False):
+    """A prepared batch: what a step of a GAN is made of. A system with keys of its own declares them in a subclass."""
+
+    image: Tensor               # float [b, 3, S, S] in [-1, 1]
+    text: Text                  # in the place of the ids: the frozen encoder's
+    noise: Noise
+    noise_g: Noise              # with ``fresh_noise``: the generator's phase has its own
+    wrong_image: Tensor         # with ``wrong_images``: [b, 3, S, S] as ``image``, of other samples
+    wrong_class_id: Tensor      # int64 [b]: their classes
+    wrong_text: Text            # with ``wrong_texts``: of other samples
+    painted: Painted            # with ``paints_once``: the generator's, made ahead of the phases
 
 
 class Exchange:
@@ -158,19 +180,19 @@ class GANTask(Task):
 
     # -- what a system writes
 
-    def paint(self, networks: Networks, batch: Batch, step: int) -> Any:
+    def paint(self, networks: Networks, batch: GanBatch, step: int) -> Painted:
         """With ``paints_once``: what the phases find as ``painted``, all but the generator's without its graph."""
         raise NotImplementedError
 
-    def d_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def d_loss(self, networks: Networks, batch: GanBatch, step: int) -> Loss:
         """The discriminator's loss; what it paints itself it paints without gradient."""
         raise NotImplementedError
 
-    def g_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def g_loss(self, networks: Networks, batch: GanBatch, step: int) -> Loss:
         """The generator's loss."""
         raise NotImplementedError
 
-    def real_scores(self, discriminator: Callable[..., Any], batch: Batch, image: Tensor) -> list[Tensor]:
+    def real_scores(self, discriminator: Callable[..., Any], batch: GanBatch, image: Tensor) -> list[Tensor]:
         """The logits of real, matching pairs, for R1, [B] or, of patches, [B, ...] of each head; ``image`` takes the
         place of the batch's."""
         raise NotImplementedError
@@ -223,15 +245,11 @@ class GANTask(Task):
             raise UserError(f"train.batch_size leaves each process one sample at once, and this system's batch "
                             f"normalisation needs two: set it to {2 * world_size} or more{remedy}")
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """The step's tensors, those of :class:`GANTask`'s attributes included.
-
-        ``image`` float [b, 3, S, S] in [-1, 1], ``text``, ``noise``, ``class_id`` int64 [b], ``caption``, and as
-        configured ``noise_g``, ``wrong_image``, ``wrong_class_id``, ``wrong_text``.
-        """
+    def prepare(self, batch: Batch, networks: Networks, step: int) -> GanBatch:
+        """The step's tensors, those that :class:`GANTask`'s attributes ask for included."""
         exchange = self.exchange(networks)
-        prepared: Batch = {"image": to_signed(batch["image"]), "class_id": batch["class_id"],
-                           "caption": batch.get("caption")}
+        prepared: GanBatch = {"image": to_signed(batch["image"]), "class_id": batch["class_id"],
+                              "caption": batch.get("caption")}
         if "text" in self.frozen:
             prepared["text"] = self.encode(networks, batch)
         for stream, name in enumerate(("noise", "noise_g") if self.fresh_noise else ("noise",)):
@@ -259,7 +277,7 @@ class GANTask(Task):
         noise = draw_noise(source, exchange.size(own), self.network.noise_dims, self.network.noise_law)
         return {name: exchange.mine(values).to(device, non_blocking=True) for name, values in noise.items()}
 
-    def draw_wrong_images(self, exchange: Exchange, batch: Batch, step: int) -> Batch:
+    def draw_wrong_images(self, exchange: Exchange, batch: Batch, step: int) -> GanBatch:
         """For each sample another picture of the global batch, and its class."""
         images, classes = exchange.everyone(batch["image"]), exchange.everyone(batch["class_id"])
         chosen = other_samples(classes, self.wrong_images == "other_class",
@@ -271,7 +289,7 @@ class GANTask(Task):
         """Sample i gets the text of sample i + shift of the global batch."""
         return Text(*(exchange.mine(exchange.everyone(part).roll(-self.wrong_text_shift, 0)) for part in text))
 
-    def r1_loss(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def r1_loss(self, networks: Networks, batch: GanBatch, step: int) -> Loss:
         """gamma / 2 of the gradient penalties of all heads, times the steps between two (lazy regularisation).
 
         Each head is penalised as if it judged alone: it has a loss of its own in ``d_loss``, which adds them up, too.
@@ -312,8 +330,8 @@ def load_encoder(config: GANRun, default: str | None = None) -> nn.Module:
     """The run's text encoder, or the one called ``default``, frozen; ``UserError`` when none is named."""
     name = config.text_encoder or default
     if name is None:
-        raise UserError(f"{config.task} reads captions: set text_encoder to a run of ds_sje, vse, damsm or clip, "
-                        "open_clip:NAME/TAG or transformers:NAME")
+        raise UserError(f"{config.task} reads captions: set text_encoder to a run of {', '.join(TRAINED_ENCODERS)} or "
+                        f"{CLIP}, open_clip:NAME/TAG or transformers:NAME")
     encoder = load_text_encoder(name)
     if not config.standardise_text:
         return encoder
@@ -333,11 +351,12 @@ def first_captions(data: DataConfig) -> list[str]:
 
 def filled(config: Config, **values: Any) -> Config:
     """``config`` with what follows from elsewhere filled in; ``UserError`` for a value that contradicts it."""
+    given = dict(config)
     for name, value in values.items():
         default = type(config).model_fields[name].default      # what a saved config has in it, though nobody chose it
-        if getattr(config, name) not in (value, default):
-            raise UserError(f"generator.{name} is {getattr(config, name)}, but it follows from the data and the text "
-                            f"encoder and is {value}: leave it out")
+        if given[name] not in (value, default):
+            raise UserError(f"generator.{name} is {given[name]}, but it follows from the data and the text encoder and "
+                            f"is {value}: leave it out")
     try:
         return type(config).model_validate({**config.model_dump(exclude_unset=True), **values})
     except ValidationError as error:

@@ -83,56 +83,71 @@ def halving(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.GroupNorm(1, inputs), nn.Conv2d(inputs, outputs, 2, stride=2))
 
 
-class InceptionTrunk(Trunk):
-    """torchvision's Inception-v3 without its classifiers; the weights that Google published want [-1, 1] as it is."""
+class PretrainedTrunk(Trunk):
+    """A network of torchvision without its classifiers; pictures are resized to ``size``."""
+
+    size: ClassVar[int]
+    left_out: ClassVar[tuple[str, ...]]     # how the names of the classifiers' weights begin
+    network: nn.Module
+
+
+class GoogleTrunk(PretrainedTrunk):
+    """One whose weights are Google's and want [-1, 1] as it is: the regions are behind ``before``, the vector is the
+    mean behind ``after``."""
+
+    before: ClassVar[tuple[str, ...]]
+    after: ClassVar[tuple[str, ...]]
+    resizing: ClassVar[Mapping[str, bool]]
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.network.fc = nn.Identity()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        local = through(self.network, self.before, resized(images, self.size, **self.resizing))
+        return local, through(self.network, self.after, local).mean(dim=(2, 3))
+
+
+class InceptionTrunk(GoogleTrunk):
+    """Inception-v3."""
 
     local_dim, pooled_dim = 768, 2048
-    size: ClassVar[int] = 299
-    left_out: ClassVar[tuple[str, ...]] = ("fc.", "AuxLogits.")
-    before: ClassVar[tuple[str, ...]] = (
+    size = 299
+    left_out = ("fc.", "AuxLogits.")
+    before = (
         "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "maxpool2",
         "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e")
-    after: ClassVar[tuple[str, ...]] = ("Mixed_7a", "Mixed_7b", "Mixed_7c")
+    after = ("Mixed_7a", "Mixed_7b", "Mixed_7c")
+    resizing = {"align_corners": True}      # what PyTorch did when the models that stand on this trunk were made
 
     def __init__(self):
-        super().__init__()
         # torchvision's own initialisation takes half a minute, and is for training from scratch
-        self.network = torchvision.models.inception_v3(aux_logits=False, init_weights=False, transform_input=False)
-        self.network.fc = nn.Identity()
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        # align_corners: what PyTorch did when the models that stand on this trunk were made
-        local = through(self.network, self.before, resized(images, self.size, align_corners=True))
-        return local, through(self.network, self.after, local).mean(dim=(2, 3))
+        super().__init__(torchvision.models.inception_v3(aux_logits=False, init_weights=False, transform_input=False))
 
 
-class GoogLeNetTrunk(Trunk):
-    """torchvision's GoogLeNet without its classifiers; its weights, too, are Google's and want [-1, 1]."""
+class GoogLeNetTrunk(GoogleTrunk):
+    """GoogLeNet."""
 
     local_dim, pooled_dim = 832, 1024
-    size: ClassVar[int] = 224
-    left_out: ClassVar[tuple[str, ...]] = ("fc.", "aux1.", "aux2.")
-    before: ClassVar[tuple[str, ...]] = (
+    size = 224
+    left_out = ("fc.", "aux1.", "aux2.")
+    before = (
         "conv1", "maxpool1", "conv2", "conv3", "maxpool2", "inception3a", "inception3b", "maxpool3",
         "inception4a", "inception4b", "inception4c", "inception4d", "inception4e")
-    after: ClassVar[tuple[str, ...]] = ("maxpool4", "inception5a", "inception5b")
+    after = ("maxpool4", "inception5a", "inception5b")
+    resizing = {"antialias": True}
 
     def __init__(self):
-        super().__init__()
-        self.network = torchvision.models.googlenet(aux_logits=False, init_weights=False, transform_input=False)
-        self.network.fc = nn.Identity()
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        local = through(self.network, self.before, resized(images, self.size, antialias=True))
-        return local, through(self.network, self.after, local).mean(dim=(2, 3))
+        super().__init__(torchvision.models.googlenet(aux_logits=False, init_weights=False, transform_input=False))
 
 
-class VGGTrunk(Trunk):
-    """torchvision's VGG-16 up to fc7, its ReLU and its dropout, which acts in training mode."""
+class VGGTrunk(PretrainedTrunk):
+    """VGG-16 up to fc7, its ReLU and its dropout, which acts in training mode."""
 
     local_dim, pooled_dim = 512, 4096
-    size: ClassVar[int] = 224
-    left_out: ClassVar[tuple[str, ...]] = ("classifier.6.",)
+    size = 224
+    left_out = ("classifier.6.",)
 
     def __init__(self):
         super().__init__()
@@ -148,7 +163,8 @@ class VGGTrunk(Trunk):
         return local, self.network.classifier(features.flatten(1))
 
 
-PRETRAINED: dict[str, tuple[type[Trunk], str]] = {    # name -> (class, torchvision's name of the ImageNet weights)
+# name -> (class, torchvision's name of the ImageNet weights)
+PRETRAINED: dict[str, tuple[type[PretrainedTrunk], str]] = {
     "inception_v3": (InceptionTrunk, "Inception_V3_Weights.IMAGENET1K_V1"),
     "googlenet": (GoogLeNetTrunk, "GoogLeNet_Weights.IMAGENET1K_V1"),
     "vgg16": (VGGTrunk, "VGG16_Weights.IMAGENET1K_V1"),
@@ -175,7 +191,7 @@ def build_trunk(spec: str, load: bool = True) -> Trunk:
     return trunk.requires_grad_(False)
 
 
-def load_weights(trunk: Trunk, weights: str, file: str, spec: str) -> None:
+def load_weights(trunk: PretrainedTrunk, weights: str, file: str, spec: str) -> None:
     """Fill ``trunk`` from ``file`` or, without one, from torchvision's hub; its classifiers' weights are left out."""
     try:
         state = read_foreign_state(Path(file)) if file else hub_state(weights)

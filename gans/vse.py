@@ -5,7 +5,7 @@ mismatched pairs (Kiros et al., arXiv 1411.2539). VSE++ takes the hardest of the
 a frozen VGG-16 is taken without its dropout.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, Self
 
@@ -20,12 +20,12 @@ from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.precision import at_least_single, full_precision
 from dalle.store import load_model, load_tokenizer
-from dalle.training.optimizers import Betas, OptimizerConfig
+from dalle.training.optimizers import Betas
 from dalle.training.task import Batch, Loss, Networks, Phase
 from dalle.words import one_line
-from gans.joint import JointConfig, JointModel, JointRun, JointTask
-from gans.task import filled
-from gans.text import TOKENIZER_FOLDER, Text, TextEncoder, length_mask, lost_of_prompts, token_ids
+from gans.joint import JointBatch, JointConfig, JointModel, JointRun, JointTask, check_pairs_are_read
+from gans.task import GANOptimizer, filled
+from gans.text import TOKENIZER_FOLDER, Text, TokenTextEncoder, length_mask
 
 MARGIN = 0.2
 
@@ -35,11 +35,14 @@ MARGIN = 0.2
 class VSEConfig(JointConfig):
     """The defaults are SISGAN's; VSE++ has ``hidden_dim`` 1024. ``num_text_tokens`` follows from the tokenizer."""
 
-    num_text_tokens: int | None = Field(default=None, ge=2)
-    text_length: int | None = Field(default=None, ge=1)
-    word_dim: int = Field(default=300, ge=1)
-    hidden_dim: int = Field(default=300, ge=1)
-    frozen_words: bool = Field(default=False, description="the word vectors are given, not learnt")
+    num_text_tokens: int | None = Field(default=None, ge=2, description="tokens in the tokenizer's vocabulary; follows "
+                                        "from it")
+    text_length: int | None = Field(default=None, ge=1, description="most tokens of a caption that are read; follows "
+                                    "from data.text_length")
+    word_dim: int = Field(default=300, ge=1, description="numbers in the vector of a token")
+    hidden_dim: int = Field(default=300, ge=1, description="numbers in the GRU's state, and in the embedding of a "
+                            "caption and of a picture")
+    frozen_words: bool = Field(default=False, description="the tokens' vectors are given and stay as they are")
 
 
 class WordGRU(nn.Module):
@@ -87,7 +90,7 @@ class VSE(JointModel):
         return F.normalize(at_least_single(self.image(features)), dim=1)
 
 
-class VSETextEncoder(TextEncoder):
+class VSETextEncoder(TokenTextEncoder):
     """A VSE run: the sentence is the GRU's last state, not normalised, and the words are its states."""
 
     model_type = "vse"
@@ -100,12 +103,9 @@ class VSETextEncoder(TextEncoder):
         self.freeze()
 
     def encode(self, captions: list[str]) -> Text:
-        ids = token_ids(self.tokenizer, captions, self.text_length).to(self.device)
+        ids = self.ids(captions)
         sentence, states = self.model.text(ids)
         return Text(sentence, states.transpose(1, 2), length_mask(word_counts(ids), self.text_length))
-
-    def warnings(self, captions: Sequence[str]) -> list[str]:
-        return lost_of_prompts(self.tokenizer, captions, self.text_length)
 
     def save(self, folder: str | Path) -> None:
         self.model.save_text(folder)
@@ -143,38 +143,35 @@ LOSSES = {"sum": sum_of_hinges, "max": max_of_hinges}
 
 # -- training
 
-class VSEOptimizer(OptimizerConfig):
+class VSEOptimizer(GANOptimizer):
     """SISGAN's: Adam at a constant rate. VSE++ multiplies it by 0.1 after 15 of 30 epochs and clips at 2."""
 
-    lr: float = Field(default=2e-4, gt=0)
-    betas: Betas = (0.9, 0.999)
-    clip: float = Field(default=0.0, ge=0)
-    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
+    betas: Betas = Field(default=(0.9, 0.999), description="of Adam: the share that each of its two moving averages, "
+                         "of the gradient and of its square, keeps in a step")
 
 
 class VSELoss(Section, json_schema_extra=FREE):
     """``hinges``: ``sum`` over all mismatched pairs (VSE) or ``max``, the hardest of each row and column (VSE++)."""
 
-    hinges: Literal["sum", "max"] = "sum"
-    margin: float = Field(default=MARGIN, gt=0)
+    hinges: Literal["sum", "max"] = Field(default="sum", description="which mismatched pairs count: all, or the "
+                                          "hardest of each row and column (VSE++)")
+    margin: float = Field(default=MARGIN, gt=0, description="by how much the cosine of a pair shall exceed those of "
+                          "the others")
 
 
 class VSERun(JointRun):
     """A VSE run. ``word_vectors``: a text file of fastText's layout, ``word number number ...`` a line."""
 
-    task: Literal["vse"] = "vse"
-    model: VSEConfig = VSEConfig(trunk="vgg16")
+    task: Literal["vse"] = Field(default="vse", description="the kind of run: a VSE")
+    model: VSEConfig = Field(default=VSEConfig(trunk="vgg16"), description="sizes of the text encoder, and the trunk")
     word_vectors: str | None = Field(default=None, description="a .vec file; its words' vectors are not trained",
                                      json_schema_extra=FREE)
-    optimizer: VSEOptimizer = VSEOptimizer()
-    loss: VSELoss = VSELoss()
+    optimizer: VSEOptimizer = Field(default=VSEOptimizer(), description="how the weights move")
+    loss: VSELoss = Field(default=VSELoss(), description="which pairs the loss compares, and how")
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> "VSERun":
-        if self.data.tokenizer is None:
-            raise ValueError("VSE reads captions: set data.tokenizer to a tokenizer folder")
-        if not self.data.images:
-            raise ValueError("VSE looks at pictures: set data.images to true")
+        check_pairs_are_read(self.data, "VSE")
         if self.model.trunk is None:
             raise ValueError("model.trunk is missing: name a trunk for the pictures, such as vgg16 or small")
         return self
@@ -200,7 +197,7 @@ class VSETask(JointTask):
     def read(self, batch: Batch) -> Tensor:
         return batch["text"]
 
-    def rank(self, networks: Networks, batch: Batch, step: int) -> Loss:
+    def rank(self, networks: Networks, batch: JointBatch, step: int) -> Loss:
         """The hinges, and the mean cosine of the pairs."""
         pictures, captions = self.embed(networks, batch)
         with full_precision(captions.device):

@@ -1,6 +1,7 @@
 """What every model shares: a strict, frozen config and one way onto disk and back."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -102,3 +103,16 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     if not isinstance(description, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return description
+
+
+def named_preset(values: Any, presets: Mapping[str, Any], model: str) -> Any | None:
+    """The entry of ``presets`` that a config names by its key ``preset``; None where it names none.
+
+    ``ValueError`` for a name that is not there.
+    """
+    if not isinstance(values, Mapping) or "preset" not in values:
+        return None
+    name = values["preset"]
+    if name not in presets:
+        raise ValueError(f"unknown {model} preset {name!r}; known: {', '.join(presets)}")
+    return presets[name]

@@ -13,6 +13,8 @@ from dalle.errors import run_command
 
 sys.path.insert(0, str(Path(__file__).parent))      # for tiny_shards
 
+from saved_runs import train
+
 
 @dataclass
 class Ended:
@@ -33,3 +35,11 @@ def run_here(commands) -> Callable[..., Ended]:
         return Ended(ended.value.code, errors.getvalue())
 
     return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """A toy's run of six steps with all its checkpoints."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(folder, steps=6, save_every=1, keep_last=9)
+    return folder

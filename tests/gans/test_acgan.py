@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from bare import BareNetworks, LetterEncoder
+from bare import BareNetworks, LetterEncoder, count
+from published import Published
 from pydantic import ValidationError
 from torch import nn
 
 from dalle.config import load_config
 from dalle.errors import UserError
+from gans import acgan
 from gans.acgan import (
     ACGANConfig,
     ACGANDiscriminator,
@@ -28,6 +30,15 @@ from gans.acgan import (
     named_classes,
 )
 from gans.generator import GANGenerator
+
+PUBLISHED = {"acgan": Published(paintings=2, compares=False)}       # each phase draws its own noise
+CLASS_IDS, VERDICT = torch.tensor([0, 2, 1]), ((3,), (3, 3))
+DOUBLES = {
+    acgan.discriminator_loss: (VERDICT * 2, lambda a, b, c, d: acgan.discriminator_loss(
+        Verdict(a, b), Verdict(c, d), CLASS_IDS, CLASS_IDS.flip(0))),
+    acgan.generator_loss: (VERDICT, lambda a, b: acgan.generator_loss(Verdict(a, b), CLASS_IDS)),
+    acgan.class_loss: (VERDICT[1:], lambda b: acgan.class_loss(Verdict(b, b), CLASS_IDS)),
+}
 
 BATCH, CLASSES, DIM = 6, 3, 8
 SMALL = {"image_size": 16, "num_classes": CLASSES, "noise_dim": 4, "channels": (8, 8)}
@@ -51,10 +62,6 @@ def make_batch(**changes) -> dict:
     source = torch.Generator().manual_seed(1)
     return {"image": torch.randint(0, 256, (BATCH, 3, 16, 16), dtype=torch.uint8, generator=source),
             "class_id": torch.tensor([0, 2, 1, 0, 2, 2]), "caption": ["a", "c", "b", "ab", "cc", "cd"], **changes}
-
-
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def make_verdict(source: list[float], classes: list[list[float]]) -> Verdict:

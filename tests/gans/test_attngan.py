@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from bare import count, make_constant, mean_of
+from published import Published
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -16,24 +18,30 @@ from gans.attngan import (
     AttnGANGenerator,
     AttnGANLossConfig,
     AttnGANTask,
-    Scores,
     adversarial_loss,
     attention_picture,
     discriminator_loss,
     generator_loss,
     global_attention,
 )
-from gans.damsm import Damsm, DamsmConfig, Gammas, damsm_losses
+from gans.damsm import Damsm, DamsmConfig
 from gans.losses import bce
+from gans.matching import Gammas, damsm_losses
+from gans.outputs import Scores
 from gans.text import Text
+
+PUBLISHED = {"attngan": Published(paintings=1, one_caption=True)}      # both players see the same fakes
+DOUBLES = {
+    attngan.discriminator_loss: (((3,),) * 5, lambda a, b, c, d, e: attngan.discriminator_loss(
+        Scores(b, c, a), Scores(e, alone=d))),
+    attngan.adversarial_loss: (((3,),) * 2, lambda a, b: attngan.adversarial_loss([Scores(b, alone=a)])),
+    attngan.generator_loss: (((3,), (3,), (), ()), lambda a, b, matching, kl: attngan.generator_loss(
+        [Scores(b, alone=a)], matching, kl)),
+}
 
 BN = (1 + 1e-5) ** -0.5      # what a fresh BatchNorm multiplies by in evaluation mode
 TINY = {"image_size": 32, "sentence_dim": 6, "word_dim": 6, "z_dim": 5, "condition_dim": 4, "width": 4}
 DIM, LENGTH = 6, 5
-
-
-def parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def sized(build, *arguments, **options) -> nn.Module:
@@ -68,24 +76,24 @@ def generator() -> AttnGANGenerator:
     (32, 2, 7_084_592, 6_444_928, 267_136), (48, 3, 13_811_456, 12_017_472, 843_648)])
 def test_the_papers_generators_have_the_papers_parameters(no_init, width, residuals, total, start, refinement):
     network = sized(AttnGANGenerator, AttnGANConfig(width=width, residuals=residuals))
-    assert parameters(network.augmentation) == 102_800
-    assert parameters(network.start) == start
-    assert [parameters(refine) for refine in network.refine] == [refinement, refinement]
-    assert [parameters(head) for head in network.heads] == [27 * width] * 3
-    assert parameters(network) == total
+    assert count(network.augmentation) == 102_800
+    assert count(network.start) == start
+    assert [count(refine) for refine in network.refine] == [refinement, refinement]
+    assert [count(head) for head in network.heads] == [27 * width] * 3
+    assert count(network) == total
 
 
 @pytest.mark.parametrize(("width", "expected"), [
     (64, [6_313_730, 19_424_002, 71_858_946]), (96, [13_304_450, 42_800_258, 160_774_274])])
 def test_the_papers_discriminators_have_the_papers_parameters(no_init, width, expected):
     network = sized(AttnGANDiscriminator, [64, 128, 256], 256, width)
-    assert [parameters(scale) for scale in network.scales] == expected
+    assert [count(scale) for scale in network.scales] == expected
 
 
 def test_the_variant_with_one_picture_has_its_parameters(no_init):
     config = AttnGANConfig(residuals=0, last_only=True)
-    assert parameters(sized(AttnGANGenerator, config)) == 6_638_960
-    assert parameters(sized(AttnGANDiscriminator, config.picture_sides, 256, 64, unconditional=False)) == 71_850_753
+    assert count(sized(AttnGANGenerator, config)) == 6_638_960
+    assert count(sized(AttnGANDiscriminator, config.picture_sides, 256, 64, unconditional=False)) == 71_850_753
 
 
 def test_shapes_of_pictures_attention_and_scores():
@@ -97,7 +105,7 @@ def test_shapes_of_pictures_attention_and_scores():
     for scale, image in zip(discriminator.scales, painted.images, strict=True):
         assert scale.features(image).shape == (2, 16, 4, 4)
     for scores in discriminator(painted.images, torch.randn(2, DIM), torch.randn(1, DIM)):
-        assert scores.unconditional.shape == scores.conditional.shape == (2,) and scores.mismatched.shape == (1,)
+        assert scores.alone.shape == scores.matched.shape == (2,) and scores.mismatched.shape == (1,)
 
 
 def test_sides_follow_the_picture(generator):
@@ -105,7 +113,7 @@ def test_sides_follow_the_picture(generator):
     painted = generator(make_noise(generator, 2), make_text([1, 4]))
     assert [image.shape[-1] for image in painted.images] == [8, 16, 32]
     scores = AttnGANDiscriminator([8, 16, 32], DIM, width=2)(painted.images, torch.randn(2, DIM))
-    assert all(score.conditional.shape == (2,) for score in scores)
+    assert all(score.matched.shape == (2,) for score in scores)
     only = AttnGANGenerator(AttnGANConfig(**TINY, last_only=True))
     assert [image.shape[-1] for image in only(make_noise(only, 2), make_text([1, 4])).images] == [32]
 
@@ -205,23 +213,6 @@ def test_the_conditioning_of_a_caption(generator):
 
 # -- the networks against a twin of one channel
 
-def make_constant(network: nn.Module) -> None:
-    """Every weight 1 over its fan-in, so that all channels of a map are the same."""
-    for part in network.modules():
-        if isinstance(part, (nn.Conv2d, nn.Linear)):
-            nn.init.constant_(part.weight, 1 / part.weight[0].numel())
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            nn.init.ones_(part.weight)
-            nn.init.zeros_(part.bias)
-
-
-def mean_of(x: Tensor, size: int, stride: int = 1, padding: int = 0) -> Tensor:
-    """[B, 1, H, W]: what a convolution with weights 1 / fan-in makes of equal channels."""
-    return F.conv2d(x, torch.full((1, 1, size, size), 1 / size ** 2, dtype=x.dtype), stride=stride, padding=padding)
-
-
 def gated(x: Tensor) -> Tensor:
     return x * x.sigmoid()
 
@@ -289,8 +280,8 @@ def test_the_discriminators_agree_with_a_twin_of_one_channel():
     with torch.no_grad():
         for level, scores in enumerate(network(images, sentence, other)):
             alone, pair = twin_scores(images[level], sentence, 2, narrowings=level)
-            torch.testing.assert_close(scores.unconditional, alone, rtol=1e-7, atol=1e-9)
-            torch.testing.assert_close(scores.conditional, pair, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(scores.alone, alone, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(scores.matched, pair, rtol=1e-7, atol=1e-9)
             torch.testing.assert_close(scores.mismatched, twin_scores(images[level], other, 2, level)[1])
 
 
@@ -301,23 +292,23 @@ def logits(probability: float, count: int = 4) -> Tensor:
 
 
 def test_losses_of_discriminators_that_cannot_tell():
-    even = Scores(logits(0.5), logits(0.5), logits(0.5, 3))
+    even = Scores(logits(0.5), logits(0.5, 3), logits(0.5))
     assert discriminator_loss(even, even).item() == pytest.approx(2 * math.log(2))
     assert adversarial_loss([even] * 3).item() == pytest.approx(6 * math.log(2))
 
 
 def test_the_discriminators_loss_by_hand():
-    real = Scores(logits(0.9), logits(0.8), logits(0.3, 3))
-    fake = Scores(logits(0.2), logits(0.4))
+    real = Scores(logits(0.8), logits(0.3, 3), logits(0.9))
+    fake = Scores(logits(0.4), alone=logits(0.2))
     expected = -(math.log(0.9) + math.log(0.8)) / 2 - (math.log(0.8) + math.log(0.6) + math.log(0.7)) / 3
     assert discriminator_loss(real, fake).item() == pytest.approx(expected)
-    only = [Scores(None, scores.conditional, scores.mismatched) for scores in (real, fake)]
+    only = [Scores(scores.matched, scores.mismatched) for scores in (real, fake)]
     expected = -math.log(0.8) - (math.log(0.6) + math.log(0.7)) / 2
     assert discriminator_loss(*only).item() == pytest.approx(expected)
 
 
 def test_the_generators_loss_by_hand():
-    fakes = [Scores(logits(0.9), logits(0.8)), Scores(None, logits(0.5))]
+    fakes = [Scores(logits(0.8), alone=logits(0.9)), Scores(logits(0.5))]
     adversarial = -math.log(0.9) - math.log(0.8) - math.log(0.5)
     total = generator_loss(fakes, damsm=torch.tensor(0.3), kl=torch.tensor(0.07))
     assert total.item() == pytest.approx(adversarial + 5 * 0.3 + 0.07)

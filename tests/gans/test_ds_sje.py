@@ -8,13 +8,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
-from bare import BareNetworks
+from bare import CAPTIONS, BareNetworks, count, trained
+from published import Published
 from pydantic import ValidationError
 from torch import nn
 
 from dalle.config import load_config
 from dalle.errors import UserError
 from dalle.training.optimizers import build_optimizer
+from gans import ds_sje
 from gans.ds_sje import (
     ALPHABET,
     DSSJE,
@@ -35,24 +37,15 @@ from gans.ds_sje import (
 from gans.text import load_text_encoder
 from gans.trunks import build_trunk
 
+PUBLISHED = {"ds_sje": Published(one_caption=True)}
+DOUBLES = {
+    ds_sje.structured_hinge: (((3, 3),), ds_sje.structured_hinge),
+}
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"trunk": "small:2", "image_map": True, "char_length": 90, "conv_channels": (6, 7), "recurrent_dim": 5,
         "embed_dim": 8, "init_range": None}
-CAPTIONS = ["a red circle", "a blue square above a green star", "two pink rings", "a red circle on black",
-            "a small cyan cross", "a large red square", "a ring", "a grey triangle at the top"]
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 # -- the network
@@ -60,7 +53,7 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 @pytest.mark.parametrize(("settings", "expected"), [
     ({}, 1_814_144), ({"recurrent_dim": 512}, 2_994_560), ({"recurrent_dim": 512, "recurrent": "gru"}, 4_045_184)])
 def test_the_papers_sizes_have_the_papers_parameters(settings, expected):
-    assert parameters(CharCNNRNN(DSSJEConfig(**settings))) == expected
+    assert count(CharCNNRNN(DSSJEConfig(**settings))) == expected
 
 
 @pytest.mark.parametrize(("recurrent", "steps"), [("rnn", 8), ("gru", 18)])
@@ -231,7 +224,7 @@ def test_the_encoder_is_saved_without_the_pictures_side(tmp_path):
     again = load_text_encoder(str(tmp_path))
     for found, expected in zip(again(CAPTIONS), encoder(CAPTIONS), strict=True):
         assert torch.equal(found, expected)
-    assert parameters(again) == parameters(model.text)
+    assert count(again) == count(model.text)
 
 
 # -- training
@@ -299,7 +292,7 @@ def test_no_gradient_reaches_what_makes_the_pictures_features(workshop, monkeypa
     task.compare(networks, prepared, 0).total.backward()
     assert all(parameter.grad is not None for parameter in task.model.parameters())
     assert all(parameter.grad is None for parameter in task.frozen["trunk"].parameters())
-    assert parameters(task.model) == parameters(task.model.text)             # nothing of the pictures' side is trained
+    assert count(task.model) == count(task.model.text)             # nothing of the pictures' side is trained
     task.export(str(tmp_path), {"ds_sje": task.model.state_dict()})
     pictures = batch["image"].float() / 127.5 - 1
     again = DSSJE.from_pretrained(tmp_path)
@@ -386,7 +379,7 @@ def test_an_unknown_trunk_is_one_line(workshop):
 def test_the_papers_config_has_the_papers_numbers():
     config = load_config(ROOT / "configs" / "gans" / "ds_sje.yaml", [], {"ds_sje": DSSJERun})
     model, optimizer = config.model, config.optimizer
-    assert parameters(CharCNNRNN(model)) == 1_814_144 and model.trunk == "googlenet" and not model.image_map
+    assert count(CharCNNRNN(model)) == 1_814_144 and model.trunk == "googlenet" and not model.image_map
     assert (config.train.batch_size, config.train.steps) == (40, 30_000)
     assert (optimizer.lr, optimizer.betas, optimizer.eps, optimizer.clip) == (7e-4, (0, 0.99), 1e-8, 0)
     assert optimizer.factor(149, 30_000) == 1 and optimizer.factor(300, 30_000) == pytest.approx(0.98**2)

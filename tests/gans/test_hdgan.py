@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from bare import loss_of
+from bare import count, loss_of, make_constant, mean_of
+from published import Published
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from gans.hdgan import (
     HDGANGenerator,
     HDGANRun,
     HDGANTask,
-    Scores,
+    PatchScores,
     adversarial_loss,
     discriminator_loss,
     extension_loss,
@@ -25,12 +26,19 @@ from gans.hdgan import (
 )
 from gans.text import Text
 
+PUBLISHED = {"hdgan": Published(paintings=1)}      # both players see the same fakes
+PATCHES = ((3,), (3, 1, 2, 2))
+DOUBLES = {
+    hdgan.discriminator_loss: (PATCHES * 3, lambda a, b, c, d, e, f: hdgan.discriminator_loss(
+        *([PatchScores(*pair)] for pair in ((a, b), (c, d), (e, f))))),
+    hdgan.adversarial_loss: (PATCHES, lambda a, b: hdgan.adversarial_loss([PatchScores(a, b)])),
+    hdgan.generator_loss: ((*PATCHES, ()), lambda a, b, kl: hdgan.generator_loss([PatchScores(a, b)], kl)),
+    hdgan.extension_loss: ((*PATCHES, (2, 3, 4, 4)), lambda a, b, large: hdgan.extension_loss(
+        [PatchScores(a, b)], [torch.zeros(2, 3, 2, 2, dtype=large.dtype), large])),
+}
+
 BN = (1 + 1e-5) ** -0.5      # what a fresh BatchNorm multiplies by in evaluation mode
 TINY = {"image_size": 64, "sentence_dim": 12, "z_dim": 5, "condition_dim": 6, "width": 8}
-
-
-def parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def sized(build, *arguments, **options) -> nn.Module:
@@ -56,20 +64,20 @@ def noise(network: HDGANGenerator, batch: int) -> dict[str, Tensor]:
 
 def test_the_papers_generator_has_the_papers_parameters(no_init):
     network = sized(HDGANGenerator, HDGANConfig())
-    assert {side: parameters(scale) for side, scale in network.base.scales.items()} == {
+    assert {side: count(scale) for side, scale in network.base.scales.items()} == {
         "4": 18_878_464, "8": 9_440_256, "16": 4_720_640, "32": 2_360_832, "64": 1_180_672, "128": 590_592,
         "256": 147_840}
-    assert parameters(network) == 41_378_496
+    assert count(network) == 41_378_496
 
 
 def test_the_further_stage_adds_and_trains_only_its_own(no_init):
     network = sized(HDGANGenerator, HDGANConfig(image_size=512, extended=True))
-    assert parameters(network) == 41_545_824
+    assert count(network) == 41_545_824
     assert sum(one.numel() for one in network.parameters() if one.requires_grad) == 167_328
 
 
 def test_the_papers_discriminators_have_the_papers_parameters(no_init):
-    assert parameters(sized(HDGANDiscriminator, [64, 128, 256], range(3), 1024)) == 25_693_606
+    assert count(sized(HDGANDiscriminator, [64, 128, 256], range(3), 1024)) == 25_693_606
 
 
 @pytest.mark.parametrize(("side", "expected"), [
@@ -107,23 +115,6 @@ def test_impossible_sizes_are_refused(size):
 
 
 # -- the networks against a twin of one channel
-
-def make_constant(network: nn.Module) -> None:
-    """Every weight 1 over its fan-in, so that all channels of a map are the same."""
-    for part in network.modules():
-        if isinstance(part, (nn.Conv2d, nn.Linear)):
-            nn.init.constant_(part.weight, 1 / part.weight[0].numel())
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            nn.init.ones_(part.weight)
-            nn.init.zeros_(part.bias)
-
-
-def mean_of(x: Tensor, size: int, stride: int = 1, padding: int = 0) -> Tensor:
-    """[B, 1, H, W]: what a convolution with weights 1 / fan-in makes of equal channels."""
-    return F.conv2d(x, torch.full((1, 1, size, size), 1 / size ** 2, dtype=x.dtype), stride=stride, padding=padding)
-
 
 def mirrored(x: Tensor) -> Tensor:
     return mean_of(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3)
@@ -189,8 +180,8 @@ def test_the_discriminators_agree_with_a_twin_of_one_channel():
 
 # -- the losses
 
-def scores(pair: float, local: float, patches: int = 1) -> Scores:
-    return Scores(torch.full((2,), pair), torch.full((2, 1, patches, patches), local))
+def scores(pair: float, local: float, patches: int = 1) -> PatchScores:
+    return PatchScores(torch.full((2,), pair), torch.full((2, 1, patches, patches), local))
 
 
 def test_perfect_answers_cost_nothing():

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
+from gans import losses
 from gans.losses import bce, kl_log_sigma, kl_logvar, mse, r1_penalty
+
+DOUBLES = {
+    losses.bce: (((3,),), lambda a: losses.bce(a, 1)),
+    losses.mse: (((3,),), lambda a: losses.mse(a, 1)),
+    losses.kl_log_sigma: (((3, 2),) * 2, losses.kl_log_sigma),
+    losses.kl_logvar: (((3, 2),) * 2, losses.kl_logvar),
+    losses.r1_penalty: (((3, 3, 2, 2),), lambda x: losses.r1_penalty(x.pow(3).flatten(2).mean(dim=2), x)),
+}
 
 
 def test_undecided_logits_cost_ln_2():

@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 import torchvision
+from editors import Encoder, batch_of, build, same_text
+from published import Published
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from dalle.errors import UserError
+from gans import sisgan
 from gans.editing import halvings
 from gans.sisgan import (
     SISGANConfig,
@@ -23,6 +26,14 @@ from gans.sisgan import (
 )
 from gans.task import Exchange
 from gans.text import Text
+
+PUBLISHED = {"sisgan": Published(paintings=2)}        # each phase draws its own noise
+EDITOR = {"generator": {"encoder": "plain", "channels": 4, "residual_blocks": 1},
+          "discriminator": {"channels": 4, "text_dim": 3}}
+DOUBLES = {
+    sisgan.discriminator_loss: (((3,),) * 3, sisgan.discriminator_loss),
+    sisgan.generator_loss: (((3,), ()), sisgan.generator_loss),
+}
 
 TINY = {"image_size": 32, "sentence_dim": 6, "condition_dim": 4, "channels": 4, "residual_blocks": 1,
         "encoder": "plain"}
@@ -226,3 +237,20 @@ def test_the_divergence_by_hand():
     expected = (-log_sigma + 0.5 * (torch.exp(2 * log_sigma) + mean**2 - 1)).mean()
     torch.testing.assert_close(generator.augment.kl(augmented), expected)
     torch.testing.assert_close(augmented.condition, mean)
+
+
+# -- a step
+
+def test_sisgan_s_step(monkeypatch):
+    task, networks = build(monkeypatch, "sisgan", discriminator=EDITOR["discriminator"],
+                           generator={**EDITOR["generator"], "residual_blocks": 0})
+    prepared = task.prepare(batch_of(), networks, 0)
+    encoder = Encoder()
+    assert same_text(prepared["wrong_text"], encoder(["bb", "ccc", "dddd", "a"]))
+    assert same_text(prepared["relevant_text"], encoder(["bb", "a", "ccc", "dddd"]))
+    assert not torch.equal(prepared["noise"]["eps"], prepared["noise_g"]["eps"])
+    for parameter in task.players["discriminator"].module.parameters():
+        parameter.data.zero_()
+    assert task.d_loss(networks, prepared, 0).total.item() == pytest.approx(2 * math.log(2))
+    found = task.g_loss(networks, prepared, 0)
+    assert found.total.item() == pytest.approx(math.log(2) + found.parts["kl"].item())

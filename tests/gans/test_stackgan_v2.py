@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from bare import BareNetworks, loss_of
+from bare import BareNetworks, count, loss_of
+from published import Published
 from pydantic import ValidationError
 from torch import nn
 
@@ -14,11 +15,13 @@ from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.clip import ClipConfig, ClipModel
 from dalle.training.ema import EMA
+from gans import stackgan_v2
+from gans.clip_text import ClipTextEncoder
 from gans.generator import load_gan
+from gans.outputs import Scores
 from gans.stackgan_v2 import (
     Discriminators,
     FirstLevel,
-    Scores,
     StackGANv2Config,
     StackGANv2Generator,
     StackGANv2Run,
@@ -29,17 +32,23 @@ from gans.stackgan_v2 import (
     conditional_loss,
     unconditional_loss,
 )
-from gans.text import ClipTextEncoder
+
+PUBLISHED = {"stackgan_v2": Published(paintings=1)}      # both players see the same fakes
+DOUBLES = {
+    stackgan_v2.conditional_loss: (((3,),) * 6, lambda a, b, c, d, e, f: stackgan_v2.conditional_loss(
+        *(Scores(matched, alone=alone) for matched, alone in ((a, b), (c, d), (e, f))))),
+    stackgan_v2.unconditional_loss: (((3,),) * 2, lambda a, b: stackgan_v2.unconditional_loss(
+        Scores(alone=a), Scores(alone=b))),
+    stackgan_v2.adversarial_loss: (((3,),) * 2, lambda a, b: stackgan_v2.adversarial_loss([Scores(a, alone=b)])),
+    stackgan_v2.colour_consistency: (((2, 3, 4, 4),), lambda large: stackgan_v2.colour_consistency(
+        [torch.linspace(-1, 1, 24, dtype=large.dtype).view(2, 3, 2, 2), large])),
+}
 
 LN2 = math.log(2)
 SIZES = [64, 128, 256]
 TINY = {"image_size": 32, "levels": 2, "width": 8, "residuals": 1, "z_dim": 3, "condition_dim": 4}
 CAPTIONS = ["a red circle", "a blue square", "a green star", "a yellow heart"]
 MODES = pytest.mark.parametrize("conditional", [True, False])
-
-
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def tiny(**settings) -> StackGANv2Generator:
@@ -78,7 +87,8 @@ def test_the_paper_paints_64_128_and_256_pixels(conditional):
         noise = {name: torch.zeros(2, size) for name, size in generator.noise_dims.items()}
         painted = generator(noise, torch.zeros(2, 1024))
         assert [tuple(image.shape) for image in painted.images] == [(2, 3, size, size) for size in SIZES]
-        scores = Discriminators(SIZES, 64, 128 if conditional else None)(painted.images, painted.mean)
+        mean = painted.augmented.mean if conditional else None
+        scores = Discriminators(SIZES, 64, 128 if conditional else None)(painted.images, mean)
         assert [level.alone.shape for level in scores] == [(2,)] * 3
         assert all((level.matched is None) != conditional for level in scores)
 
@@ -90,7 +100,7 @@ def test_levels_follow_the_config(image_size, levels, sizes):
     painted = generator(noise_for(generator, 2), torch.randn(2, 6))
     assert [image.shape[-1] for image in painted.images] == sizes == generator.config.sizes
     assert all(image.abs().max() <= 1 for image in painted.images)
-    scores = Discriminators(sizes, 4, condition_dim=4)(painted.images, painted.mean)
+    scores = Discriminators(sizes, 4, condition_dim=4)(painted.images, painted.augmented.mean)
     assert [len(level.matched) for level in scores] == [2] * levels
 
 
@@ -143,7 +153,7 @@ def test_without_captions_the_noise_enters_every_level():
     first, later = seen_by(generator.first), seen_by(generator.later[0])
     noise = noise_for(generator, 2)
     painted = generator(noise)
-    assert list(noise) == ["z"] and painted.mean is None and painted.kl is None
+    assert list(noise) == ["z"] and painted.augmented is None
     assert torch.equal(first[0][0], noise["z"]) and torch.equal(later[0][1], noise["z"])
 
 
@@ -164,7 +174,7 @@ def test_the_condition_without_noise_is_the_mean():
     assert torch.equal(augmented.condition, augmented.mean) and augmented.mean.min() < 0
     sentence = torch.randn(3, 6)
     painted = generator(noise_for(generator, 3), sentence)
-    assert torch.equal(generator.mean(sentence), painted.mean)
+    assert torch.equal(generator.mean(sentence), painted.augmented.mean)
 
 
 def test_the_average_starts_as_the_live_weights():
@@ -184,7 +194,7 @@ def cost(logits: list[float], target: int) -> float:
 
 def test_undecided_discriminators_cost_a_bit_a_term():
     zero = torch.zeros(4)
-    both, alone, matched = Scores(zero, zero), Scores(None, zero), Scores(zero, None)
+    both, alone, matched = Scores(zero, alone=zero), Scores(alone=zero), Scores(zero)
     assert float(conditional_loss(both, both, both)) == pytest.approx(6 * LN2)
     assert float(conditional_loss(matched, matched, matched)) == pytest.approx(2 * LN2)
     assert float(unconditional_loss(alone, alone)) == pytest.approx(2 * LN2)
@@ -195,7 +205,7 @@ def test_undecided_discriminators_cost_a_bit_a_term():
 def test_the_joint_loss_takes_a_wrong_picture_alone_for_real():
     logits = {name: np.random.default_rng(index).normal(size=3).tolist()
               for index, name in enumerate(("real", "wrong", "fake", "real_alone", "wrong_alone", "fake_alone"))}
-    real, wrong, fake = (Scores(torch.tensor(logits[name]), torch.tensor(logits[f"{name}_alone"]))
+    real, wrong, fake = (Scores(torch.tensor(logits[name]), alone=torch.tensor(logits[f"{name}_alone"]))
                          for name in ("real", "wrong", "fake"))
     conditional = cost(logits["real"], 1) + cost(logits["wrong"], 0) + cost(logits["fake"], 0)
     alone = cost(logits["real_alone"], 1) + cost(logits["wrong_alone"], 1) + cost(logits["fake_alone"], 0)
@@ -318,7 +328,7 @@ def test_the_augmentation_learns_from_the_generators_conditions_only(encoder):
     told = seen_by(networks["discriminator"])
     loss_of(task, "discriminator", networks, batch)
     assert not any(mean.requires_grad for _, mean in told)
-    networks.modules["discriminator"] = lambda images, mean: [Scores(mean.sum(dim=1), None)]      # blind to pictures
+    networks.modules["discriminator"] = lambda images, mean: [Scores(mean.sum(dim=1))]      # blind to pictures
     task.config = task.config.model_copy(update={"loss": task.config.loss.model_copy(update={"kl": 0.0})})
     loss_of(task, "generator", networks, batch).total.backward()
     weight = networks["generator"].augmentation.project.weight
@@ -335,7 +345,7 @@ def test_a_sentence_that_is_read_itself_does_not_pass_through_the_augmentation(e
     loss_of(task, "generator", networks, batch)
     assert len(told) == 4 and all(condition is batch["condition"] for _, condition in told)
     task.network.zero_grad()
-    networks.modules["discriminator"] = lambda images, condition: [Scores(images[-1].mean(dim=(1, 2, 3)), None)]
+    networks.modules["discriminator"] = lambda images, condition: [Scores(images[-1].mean(dim=(1, 2, 3)))]
     loss_of(task, "generator", networks, batch).total.backward()
     assert task.network.augmentation.project.weight.grad.abs().sum() > 0        # by way of the pictures
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from bare import BareNetworks, LetterEncoder, sentence_text
+from bare import BareNetworks, LetterEncoder, count, sentence_text
+from published import Published
 from pydantic import ValidationError
 from torch import nn
 
 from dalle.config import load_config
 from dalle.errors import UserError
+from gans import tacgan
 from gans.acgan import Verdict, class_accuracy
 from gans.tacgan import (
     Offset,
@@ -26,6 +28,15 @@ from gans.tacgan import (
     normalisation,
     unit_halves,
 )
+
+PUBLISHED = {"tacgan": Published(paintings=3)}        # the generator moves twice
+CLASS_IDS, VERDICT = torch.tensor([0, 2, 1]), ((3,), (3, 3))
+DOUBLES = {
+    tacgan.discriminator_loss: (VERDICT * 3, lambda a, b, c, d, e, f: tacgan.discriminator_loss(
+        Verdict(a, b), Verdict(c, d), Verdict(e, f), CLASS_IDS, CLASS_IDS.flip(0))),
+    tacgan.generator_loss: (VERDICT, lambda a, b: tacgan.generator_loss(Verdict(a, b), CLASS_IDS)),
+    tacgan.class_loss: (VERDICT[1:], lambda b: tacgan.class_loss(Verdict(b, b), CLASS_IDS)),
+}
 
 BATCH, CLASSES, DIM = 6, 3, 8
 
@@ -47,10 +58,6 @@ def make_batch(**changes) -> dict:
     source = torch.Generator().manual_seed(1)
     return {"image": torch.randint(0, 256, (BATCH, 3, 16, 16), dtype=torch.uint8, generator=source),
             "class_id": torch.tensor([0, 2, 1, 0, 2, 2]), "caption": ["a", "c", "b", "ab", "cc", "cd"], **changes}
-
-
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def sigmoid_cross_entropy(logits: list[float], label: int) -> float:

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from editors import Encoder, batch_of, build, same_text
+from published import Published
 from pydantic import ValidationError
 from torch import nn
 from torch.nn.functional import binary_cross_entropy
 
 from dalle.errors import UserError
+from gans import tagan
 from gans.editing import halvings
 from gans.losses import bce
 from gans.tagan import (
@@ -28,6 +31,17 @@ from gans.tagan import (
     word_attention,
 )
 from gans.text import Text
+
+PUBLISHED = {"tagan": Published(paintings=3, one_caption=True)}       # each phase, and once with the own sentence
+EDITOR = {"generator": {"channels": 2, "hidden": 4, "residual_blocks": 1},
+          "discriminator": {"channels": 2, "hidden": 4}}
+DOUBLES = {
+    tagan.conditional_log_score: (((3, 4, 2), (3, 4, 2), (3, 4)), tagan.conditional_log_score),
+    tagan.conditional_score: (((3, 4, 2), (3, 4, 2), (3, 4)), tagan.conditional_score),
+    tagan.discriminator_loss: (((3,),) * 4, tagan.discriminator_loss),
+    tagan.generator_loss: (((3,), (3,), (), (), ()), tagan.generator_loss),
+    tagan.reconstruction_error: (((2, 3, 2, 2),) * 2, tagan.reconstruction_error),
+}
 
 TINY = {"image_size": 32, "word_dim": 5, "hidden": 6, "condition_dim": 4, "channels": 2, "residual_blocks": 1}
 
@@ -296,3 +310,23 @@ def test_the_reconstruction_s_norms_by_hand():
     edited, source = torch.tensor([1.0, -1.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])
     assert float(reconstruction_error(edited, source)) == pytest.approx(1.0)
     assert float(reconstruction_error(edited, source, "l2")) == pytest.approx(5 / 3)
+
+
+# -- a step
+
+def test_tagan_s_step(monkeypatch):
+    task, networks = build(monkeypatch, "tagan", discriminator=EDITOR["discriminator"],
+                           generator={**EDITOR["generator"], "residual_blocks": 0})
+    prepared = task.prepare(batch_of(), networks, 0)
+    assert same_text(prepared["wrong_text"], Encoder()(["dddd", "a", "bb", "ccc"]))      # b gets the text of b - 1
+    noises = [prepared[name]["eps"] for name in ("noise", "noise_g", "noise_own")]
+    assert not any(torch.equal(first, second) for first, second in ((noises[0], noises[1]), (noises[0], noises[2]),
+                                                                    (noises[1], noises[2])))
+    for parameter in task.players["discriminator"].module.parameters():
+        parameter.data.zero_()
+    assert task.d_loss(networks, prepared, 0).total.item() == pytest.approx(12 * math.log(2), rel=1e-5)
+    found = task.g_loss(networks, prepared, 0)
+    own = task.network(prepared["noise_own"], prepared["text"], prepared["image"])
+    expected = (11 * math.log(2) + 0.5 * found.parts["kl"] + 0.5 * task.network.augment.kl(own.augmented)
+                + 0.2 * (own.image - prepared["image"]).abs().mean())
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-5)

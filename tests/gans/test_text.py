@@ -11,16 +11,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.models.clip import ClipConfig, ClipModel
+from gans.clip_text import ClipTextEncoder, OpenClipTextEncoder
 from gans.text import (
     TEXT_ENCODERS,
-    ClipTextEncoder,
-    OpenClipTextEncoder,
     Text,
     TextEncoder,
-    TransformersTextEncoder,
     length_mask,
     load_text_encoder,
 )
+from gans.transformers_text import TransformersTextEncoder
 
 CAPTIONS = ["a red circle", "a blue square above a small red circle", ""]
 VISION = {"layers": 1, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 32}

@@ -7,15 +7,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
-from bare import BareNetworks
+from bare import CAPTIONS, BareNetworks, count, trained
+from published import Published
 from pydantic import ValidationError
-from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from dalle.config import load_config
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.training.optimizers import build_optimizer
+from gans import vse
 from gans.text import load_text_encoder
 from gans.vse import (
     VSE,
@@ -30,31 +31,24 @@ from gans.vse import (
     sum_of_hinges,
 )
 
+PUBLISHED = {"vse": Published(one_caption=True)}
+DOUBLES = {
+    vse.hinges: (((3, 3),), lambda a: sum(map(torch.sum, vse.hinges(a, 0.2)))),
+    vse.sum_of_hinges: (((3, 3),), vse.sum_of_hinges),
+    vse.max_of_hinges: (((3, 3),), vse.max_of_hinges),
+}
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"trunk": "small:2", "word_dim": 5, "hidden_dim": 8}
 LENGTH = 12
-CAPTIONS = ["a red circle", "a blue square above a green star", "two pink rings", "a red circle on black",
-            "a small cyan cross", "a large red square", "a ring", "a grey triangle at the top"]
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 # -- the network
 
 def test_the_papers_sizes_have_the_papers_parameters():
     model = VSE(VSEConfig(image_dim=4096, num_text_tokens=10, text_length=50))
-    assert parameters(model.text.gru) == 541_800 and parameters(model.image) == 1_228_800
+    assert count(model.text.gru) == 541_800 and count(model.image) == 1_228_800
 
 
 def test_the_sentence_is_the_last_state_of_the_packed_captions():
@@ -139,7 +133,7 @@ def test_the_encoder_is_saved_without_the_pictures_side(tokenizer, tmp_path):
     encoder = VSETextEncoder(VSE(config), tokenizer)
     encoder.save(tmp_path)
     again = load_text_encoder(str(tmp_path))
-    assert parameters(again) == parameters(encoder.model.text)
+    assert count(again) == count(encoder.model.text)
     for found, expected in zip(again(CAPTIONS), encoder(CAPTIONS), strict=True):
         assert torch.equal(found, expected)
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from launching import free_port
 
 from dalle.errors import LostProcess, UserError
-from dalle.training import meeting
+from dalle.training.engines import meeting
 from dalle.training.engines.meeting import meet
 
 

@@ -19,7 +19,11 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import yaml
+from safetensors.torch import load_file
+
+import gans
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS, HALF = 4, 2
@@ -110,15 +114,11 @@ def make_data(source: Path, place: Path) -> None:
 
 
 def tensors(folder: Path, pattern: str) -> dict[str, object]:
-    from safetensors.torch import load_file
-
     return {f"{path.relative_to(folder)}:{name}": tensor for path in sorted(folder.glob(pattern))
             for name, tensor in load_file(path).items()}
 
 
 def compared(expected: dict[str, object], found: dict[str, object]) -> Outcome:
-    import torch
-
     def same(name: str) -> bool:
         if name not in expected or name not in found:
             return False
@@ -131,25 +131,15 @@ def compared(expected: dict[str, object], found: dict[str, object]) -> Outcome:
 
 def painted(source: Path, place: Path, run: Path, out: str) -> dict[str, object] | None:
     """The pictures of a run by the revision in ``source``; None where it paints none."""
-    import json
+    from dalle.store import GENERATORS, load_generator, model_kind
 
-    kinds = place / run / "model" / "config.json"
-    kind = json.loads(kinds.read_text())["model_type"]
-    words: list[object] = ["launch/sample.py", "--model", run, "--prompt", CAPTION, "--candidates", PICTURES,
-                           "--seed", 7, "--device", "cpu", "--out", out]
-    if kind not in painters(source):
+    model = place / run / "model"
+    if model_kind(model) not in GENERATORS:
         return None
-    if kind in ("sisgan", "tagan", "style"):
-        words += ["--image", picture(place)]
-    command(source, place, *words)
+    given = ["--image", picture(place)] if load_generator(model).edits else []
+    command(source, place, "launch/sample.py", "--model", run, "--prompt", CAPTION, "--candidates", PICTURES,
+            "--seed", 7, "--device", "cpu", "--out", out, *given)
     return {path.name: path.read_bytes() for path in sorted((place / out).glob(PAINTED))}
-
-
-def painters(source: Path) -> list[str]:
-    """The kinds of models that paint captions."""
-    lines = "import gans; gans.register(); from dalle.lookup import GENERATORS; print(*GENERATORS)"
-    return subprocess.run([sys.executable, "-c", lines], env=os.environ | {"PYTHONPATH": str(source)}, check=True,
-                          capture_output=True, text=True, cwd=source).stdout.split()
 
 
 def picture(place: Path) -> Path:
@@ -168,6 +158,7 @@ def newest(run: Path) -> Path:
 
 def main() -> int:
     arguments = parse_arguments()
+    gans.register()
     chosen = configs(arguments.only)
     with tempfile.TemporaryDirectory() as temporary:
         place = (arguments.keep or Path(temporary) / "place").absolute()
