@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toys import SingleTask, ToyData, ToyLoader, toy_run
 
 from dalle.errors import UserError
-from dalle.training import loop
+from dalle.training.checkpoint import CheckpointStore
 from dalle.training.engines.launching import create_engine
 from dalle.training.export import newest_validation
 from dalle.training.lock import FolderLock
@@ -205,7 +205,7 @@ def test_a_finished_run_with_more_steps_is_not_finished_until_they_are_done(tmp_
 
 def test_a_finished_run_whose_checkpoints_were_deleted_is_not_trained_again(tmp_path):
     train(tmp_path)
-    loop.CheckpointStore(tmp_path / "toy/checkpoints", 1).clear()
+    CheckpointStore(tmp_path / "toy/checkpoints", 1).clear()
     before = unchanged(tmp_path)
     assert run_with(tmp_path, not_opened).status == "finished"
     with pytest.raises(UserError, match="has finished 4 steps and its checkpoints are gone"):
