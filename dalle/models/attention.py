@@ -59,18 +59,15 @@ class Attention(nn.Module):
         """Queries, keys and values of ``inputs`` [B, S, dim], stacked as [3, B, heads, S, head_dim]."""
         batch, length, _ = inputs.shape
         stacked = self.qkv(inputs).view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        return self._position(stacked, rotary)
+        return self.position(stacked, rotary)
 
     def attend(self, stacked: Tensor, constants: AttentionConstants) -> Tensor:
         """[B, S, dim]: the heads' values, each weighted over the slots that the pattern permits, and projected."""
-        return self.join(ATTENTION[constants.backend].attend(stacked, constants.mask))
-
-    def join(self, attended: Tensor) -> Tensor:
-        """The heads' outputs [B, heads, S, head_dim], side by side and projected: [B, S, dim]."""
-        batch, _, length, _ = attended.shape
+        _, batch, _, length, _ = stacked.shape
+        attended = ATTENTION[constants.backend].attend(stacked, constants.mask)
         return self.out(attended.transpose(1, 2).reshape(batch, length, -1))
 
-    def _position(self, stacked: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def position(self, stacked: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """Normalise and rotate the queries and keys of ``stacked`` [3, B, heads, S, head_dim]."""
         if self.query_norm is not None:
             queries, keys, values = stacked

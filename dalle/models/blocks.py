@@ -1,6 +1,5 @@
 """The pieces of a transformer block: token shift, feed-forward, and the residual block that joins them."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -62,12 +61,10 @@ class SubLayer(nn.Module):
 
     def forward(self, inputs: Tensor, *context: Any) -> Tensor:
         """``inputs`` [B, S, dim]; ``context`` is what the body takes besides them."""
-        return inputs + self.leave(self.body(self.enter(inputs, self.shift), *context))
-
-    def enter(self, inputs: Tensor, shift: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """What the body gets of ``inputs``, by a ``shift`` of the caller's choice: decoding has one with a memory."""
         hidden = self.norm(inputs.to(compute_dtype(inputs)))
-        return hidden if shift is None else shift(hidden)
+        if self.shift is not None:
+            hidden = self.shift(hidden)
+        return inputs + self.leave(self.body(hidden, *context))
 
     def leave(self, hidden: Tensor) -> Tensor:
         """What the body's output adds to the residual stream."""

@@ -1,12 +1,11 @@
 """Writing image codes one at a time: what a transformer remembers of the slots before, and a step that uses it.
 
 :func:`prefill` once a caption, :meth:`DecodingState.expand` to the candidates, then :func:`decode_step` for each code.
-The model is not asked to know any of this: a :class:`BlockCache` runs a block's own pieces around its memory.
+The model is not asked to know any of this: a :class:`BlockCache` runs a block's own pieces around its memory. All of it
+runs in the type of the weights, without autocast.
 """
 
 import copy
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ from dalle.models.blocks import Block, TokenShift
 from dalle.models.kernels import kernels_for
 from dalle.models.precision import at_least_single
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
-
-Change = Callable[[Tensor], Tensor]      # of hidden features
 
 
 def prefill(model: TextToImageTransformer, text: Tensor, codes: Tensor) -> tuple[Tensor, "DecodingState"]:
@@ -85,58 +82,61 @@ class BlockCache:
     """One block and what it remembers of B sequences: keys and values, and recent slots where it shifts."""
 
     def __init__(self, block: Block, batch: int, length: int, device: torch.device, dtype: torch.dtype):
-        attention: Attention = block.attention.body
-        self.block = block
-        self.keys_values = kernels_for(device).key_value_cache(
-            batch, attention.heads, attention.head_dim, length, device, dtype)
-        self.shifts = [
-            None if layer.shift is None else ShiftCache(layer.shift, batch, attention.out.out_features, device, dtype)
-            for layer in (block.attention, block.feed_forward)]
+        self.layers = block.attention, block.feed_forward
+        self.attention: Attention = block.attention.body
+        heads, head_dim, dim = self.attention.heads, self.attention.head_dim, self.attention.out.out_features
+        self.keys_values = kernels_for(device).key_value_cache(batch, heads, head_dim, length, device, dtype)
+        self.shifts = [Unshifted() if layer.shift is None else ShiftCache(layer.shift, batch, dim, device, dtype)
+                       for layer in self.layers]
 
     def prefill(self, hidden: Tensor, constants: AttentionConstants) -> Tensor:
         """The block over the first S slots, [B, S, dim], all of which are remembered."""
-        shifts = [None if shift is None else shift.prefill for shift in self.shifts]
-        return self._run(hidden, shifts, partial(self._attend_and_fill, constants=constants))
+        (first, second), (first_shift, second_shift) = self.layers, self.shifts
+        stacked = self.attention.project(first_shift.prefill(first.norm(hidden)), constants.rotary)
+        self.keys_values.fill(stacked[1], stacked[2])
+        hidden = hidden + first.leave(self.attention.attend(stacked, constants))
+        return hidden + second.leave(second.body(second_shift.prefill(second.norm(hidden))))
 
     def step(self, hidden: Tensor, slot: int) -> Tensor:
         """The block over the one slot ``hidden`` [B, dim], which sees those before it."""
-        shifts = [None if shift is None else partial(shift.step, slot=slot) for shift in self.shifts]
-        return self._run(hidden, shifts, partial(self._attend_from, slot=slot))
-
-    def _run(self, hidden: Tensor, shifts: list[Change | None], attend: Change) -> Tensor:
-        """The block with ``shifts`` and an attention that remember, in the places of its own."""
-        bodies = (attend, self.block.feed_forward.body)
-        for layer, shift, body in zip((self.block.attention, self.block.feed_forward), shifts, bodies, strict=True):
-            hidden = hidden + layer.leave(body(layer.enter(hidden, shift)))
-        return hidden
-
-    def _attend_and_fill(self, inputs: Tensor, constants: AttentionConstants) -> Tensor:
-        attention: Attention = self.block.attention.body
-        stacked = attention.project(inputs, constants.rotary)
-        self.keys_values.fill(stacked[1], stacked[2])
-        return attention.attend(stacked, constants)
+        (first, second), (first_shift, second_shift) = self.layers, self.shifts
+        hidden = hidden + first.leave(self._attend_from(first_shift.step(first.norm(hidden), slot), slot))
+        return hidden + second.leave(second.body(second_shift.step(second.norm(hidden), slot)))
 
     def _attend_from(self, inputs: Tensor, slot: int) -> Tensor:
         """Attend from the one slot ``inputs`` [B, dim] to everything remembered that the pattern allows, and itself."""
-        attention: Attention = self.block.attention.body
+        attention = self.attention
+        stacked = attention.qkv(inputs).view(len(inputs), 3, attention.heads, 1, attention.head_dim).transpose(0, 1)
         turns = attention.turns(slot, slot + 1, inputs.device, inputs.dtype)
-        queries, keys, values = attention.project(inputs[:, None], turns)
+        queries, keys, values = attention.position(stacked, turns)
         self.keys_values.put(slot, keys, values)
-        return attention.join(self.keys_values.attend(queries, attention.pattern, slot)).squeeze(1)
+        return attention.out(self.keys_values.attend(queries, attention.pattern, slot))
 
     def copy_rows(self, source: "BlockCache", rows: Tensor, length: int, first: int) -> None:
         """Take the sequences ``rows`` of ``source`` after ``length`` slots as sequences ``first`` and on."""
         self.keys_values.copy_rows(source.keys_values, rows, length, first)
         for shift, other in zip(self.shifts, source.shifts, strict=True):
-            if shift is not None:
-                shift.copy_rows(other, rows, first)
+            shift.copy_rows(other, rows, first)
+
+
+class Unshifted:
+    """What a layer without a token shift remembers of it."""
+
+    def prefill(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+    def step(self, inputs: Tensor, slot: int) -> Tensor:
+        return inputs
+
+    def copy_rows(self, source: "Unshifted", rows: Tensor, first: int) -> None:
+        """Nothing."""
 
 
 class ShiftCache:
     """The shifted half of the features of the last ``width`` slots, slot s at s % width: [width, B, dim / 2]."""
 
     def __init__(self, shift: TokenShift, batch: int, dim: int, device: torch.device, dtype: torch.dtype):
-        self.shift = shift
+        self.shift, self.first_below = shift, shift.first_below
         self.recent = torch.zeros(shift.width, batch, dim // 4 * 2, device=device, dtype=dtype)
 
     def prefill(self, inputs: Tensor) -> Tensor:
@@ -149,9 +149,9 @@ class ShiftCache:
 
     def step(self, inputs: Tensor, slot: int) -> Tensor:
         """The one slot ``inputs`` [B, dim] shifted, and remembered."""
-        width, quarter = self.shift.width, inputs.shape[-1] // 4
+        width, quarter = len(self.recent), inputs.shape[-1] // 4
         left = self.recent[(slot - 1) % width, :, :quarter]
-        above = (self.recent[slot % width] if slot >= self.shift.first_below else inputs)[:, quarter:2 * quarter]
+        above = (self.recent[slot % width] if slot >= self.first_below else inputs)[:, quarter:2 * quarter]
         shifted = torch.cat([left, above, inputs[:, 2 * quarter:]], dim=1)
         self.recent[slot % width] = inputs[:, :2 * quarter]
         return shifted

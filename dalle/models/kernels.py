@@ -38,7 +38,9 @@ class KeyValueCache(Protocol):
         """Take the first ``length`` slots of the sequences ``rows`` of ``source`` as sequences ``first`` and on."""
 
     def attend(self, queries: Tensor, pattern: AttentionPattern, slot: int) -> Tensor:
-        """Attention, [B, heads, 1, head_dim] like the queries, over the slots up to ``slot`` that the pattern permits.
+        """Attention of the queries [B, heads, 1, head_dim] of ``slot`` to all filled slots that the pattern permits.
+
+        The heads' outputs side by side: [B, heads * head_dim].
         """
 
 

@@ -76,7 +76,11 @@ class KeyValueCache:
         self.values[target, :, :length] = source.values[rows, :, :length]
 
     def attend(self, queries: Tensor, pattern: AttentionPattern, slot: int) -> Tensor:
-        """What the queries [B, heads, 1, head_dim] of ``slot`` take from all that the pattern permits them to see."""
+        """What the queries [B, heads, 1, head_dim] of ``slot`` take from all that the pattern permits them to see.
+
+        The heads' outputs side by side: [B, heads * head_dim].
+        """
         allowed = pattern.mask()[slot, :slot + 1].to(queries.device)
         scores = queries @ self.keys[:, :, :slot + 1].transpose(-2, -1) / math.sqrt(queries.shape[-1])
-        return scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1) @ self.values[:, :, :slot + 1]
+        attended = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1) @ self.values[:, :, :slot + 1]
+        return attended.flatten(1)

@@ -55,7 +55,7 @@ def test_bfloat16_attention_is_close_to_exact():
 
 def test_query_key_norm_bounds_the_scores():
     attention = Attention(16, 2, 8, AttentionPattern("full", 2, (2, 2)), qk_norm=True)
-    stacked = attention._position(torch.randn(3, 1, 2, 5, 8) * 100, None)
+    stacked = attention.position(torch.randn(3, 1, 2, 5, 8) * 100, None)
     assert (stacked[0] @ stacked[1].transpose(-2, -1)).abs().max() <= 8 + 1e-4    # |q| = |k| = sqrt(head_dim)
 
 

@@ -37,15 +37,18 @@ class KeyValueCache:
         self.values[target, :length] = source.values[flat, :length]
 
     def attend(self, queries: Tensor, pattern: AttentionPattern, slot: int) -> Tensor:
-        """softmax(q k^T / sqrt(head_dim)) v over the permitted, filled slots; queries [B, heads, 1, head_dim].
+        """softmax(q k^T / sqrt(head_dim)) v over the permitted, filled slots, the heads side by side.
+
+        Queries [B, heads, 1, head_dim] -> [B, heads * head_dim].
 
         Two plain products: the CPU's fused attention is seven times slower for a single bf16 query. A sparse pattern
         reads the prefix in place and gathers only the image slots that it names; nothing is masked.
         """
-        return self._attend(queries.reshape(-1, *queries.shape[2:]), pattern, slot).view(queries.shape)
+        batch, _, _, head_dim = queries.shape
+        return self._attend(queries.reshape(-1, 1, head_dim), pattern, slot).view(batch, -1)
 
     def _attend(self, queries: Tensor, pattern: AttentionPattern, slot: int) -> Tensor:
-        """The same with batch and heads as one dimension."""
+        """The same from [B * heads, 1, head_dim] to the same."""
         scale = queries.shape[-1] ** -0.5
         image = pattern.visible_image_slots(slot)
         if isinstance(image, slice) and image.step is None and image.start == pattern.prefix:  # nothing is left out
