@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dalle.config import models_in, resume_rule
+from dalle.words import cell
 
 COMMAND = "python -m gans settings > configs/SETTINGS.md"
 BOUNDS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}", "multiple_of": "a multiple of {}",
@@ -152,7 +153,7 @@ class _Reference:
     def _cells(self, name: str, field: FieldInfo, place: Place) -> list[str]:
         rule = "" if models_in(field.annotation) else resume_rule(place.root, ".".join((*place.path, name))) or ""
         return [f"`{name}`", self._type(field.annotation), self._default(field), bounds(field.metadata), rule,
-                " ".join((field.description or "").split())]
+                field.description or ""]
 
     # -- cells
 
@@ -236,4 +237,4 @@ def as_json(value: Any) -> Any:
 
 
 def row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(cell, cells)) + " |"

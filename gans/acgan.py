@@ -26,7 +26,7 @@ from dalle.training.task import Batch, Loss, Networks
 from gans.generator import Noise, Painter
 from gans.layers import dcgan_init, leaky
 from gans.losses import bce
-from gans.sizes import NoiseDim
+from gans.sizes import ImageSize, NoiseDim
 from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder, step_generator
 from gans.text import Text
 
@@ -39,8 +39,7 @@ LITERAL = re.compile(r"\s*class:\s*(\d+)\s*")      # a prompt that names a class
 class ACGANConfig(ModelConfig):
     """``preset`` names an entry of :data:`PRESETS`; the other keys given beside it replace its values."""
 
-    image_size: int = Field(default=128, ge=4, description="side of the pictures in pixels; follows from "
-                            "data.image_size")
+    image_size: ImageSize = Field(default=128, ge=4)
     num_classes: int = Field(default=10, ge=1, description="number of classes K; class_id counts from 0")
     noise_dim: NoiseDim = 100
     channels: tuple[PositiveInt, ...] = Field(default=(768, 384, 256, 192), min_length=1,

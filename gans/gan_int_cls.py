@@ -22,7 +22,7 @@ from dalle.training.task import Batch, Loss, Networks
 from gans.generator import Noise, Painter
 from gans.layers import bottleneck, conv1, dcgan_init, down, join, leaky, relu
 from gans.losses import bce
-from gans.sizes import NoiseDim, SentenceDim
+from gans.sizes import ImageSize, NoiseDim, SentenceDim
 from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder
 from gans.text import Text
 
@@ -32,8 +32,7 @@ from gans.text import Text
 class GANINTCLSConfig(ModelConfig):
     """Sizes of the generator; the paper's for birds and flowers (COCO: ``width`` 196)."""
 
-    image_size: int = Field(default=64, ge=16, description="side of the pictures in pixels; follows from "
-                            "data.image_size")
+    image_size: ImageSize = Field(default=64, ge=16)
     sentence_dim: SentenceDim = 1024
     text_dim: int = Field(default=128, ge=1, description="numbers that the sentence is projected to")
     noise_dim: NoiseDim = 100

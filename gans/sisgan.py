@@ -40,7 +40,7 @@ from gans.layers import (
 )
 from gans.losses import bce
 from gans.outputs import Painted
-from gans.sizes import ConditionDim, SentenceDim
+from gans.sizes import ConditionDim, ImageSize, SentenceDim
 from gans.task import Exchange, GanBatch, GANRun, filled, load_encoder
 from gans.text import Text
 from gans.trunks import HUB, IMAGENET_MEAN, IMAGENET_STD, hub_state
@@ -57,8 +57,7 @@ RANDOM = "random"
 class SISGANConfig(ModelConfig):
     """The paper's sizes. ``channels`` are those of the first convolution; the bottleneck has four times as many."""
 
-    image_size: int = Field(default=64, ge=16, description="side of the pictures in pixels; follows from "
-                            "data.image_size")
+    image_size: ImageSize = Field(default=64, ge=16)
     sentence_dim: SentenceDim = 300
     condition_dim: ConditionDim = 128
     channels: int = Field(default=128, ge=1, description="channels of the first convolution; the bottleneck has four "

@@ -13,7 +13,7 @@ from dalle.models.base import ModelConfig
 from gans.generator import Noise
 from gans.layers import bottleneck, conv3, sequence, up
 from gans.outputs import Painted
-from gans.sizes import ConditionDim, NoiseDim, SentenceDim
+from gans.sizes import ConditionDim, ImageSize, NoiseDim, SentenceDim
 from gans.stackgan import (
     SMALLEST,
     StackGANGenerator,
@@ -33,8 +33,7 @@ class StackGAN1Config(ModelConfig):
     """Sizes of the first generator; the defaults are the paper's. COCO's: variant pytorch, width 192."""
 
     variant: Variant = "tf"
-    image_size: int = Field(default=64, ge=1, description="side of the pictures in pixels; follows from "
-                            "data.image_size")
+    image_size: ImageSize = Field(default=64, ge=1)
     width: int = Field(default=128, ge=2, description="channels at half of the picture's side")
     z_dim: NoiseDim = 100
     condition_dim: ConditionDim = 128

@@ -19,7 +19,7 @@ from dalle.training.task import Companion
 from gans.generator import TEXT_FOLDER, Noise
 from gans.layers import conv3, down, join, residual_relu, same, up
 from gans.outputs import Painted
-from gans.sizes import ConditionDim, SentenceDim
+from gans.sizes import ConditionDim, ImageSize, SentenceDim
 from gans.stackgan import (
     StackGANGenerator,
     StackGANRun,
@@ -41,8 +41,7 @@ class StackGAN2Config(ModelConfig):
     """Sizes of the second generator; the defaults are the paper's. COCO's: variant pytorch, width 192, residuals 2."""
 
     variant: Variant = "tf"
-    image_size: int = Field(default=256, ge=1, description="side of the pictures in pixels; follows from "
-                            "data.image_size")
+    image_size: ImageSize = Field(default=256, ge=1)
     width: int = Field(default=128, ge=2, description="channels of the first convolution over the small picture")
     residuals: int = Field(default=4, ge=0, description="residual blocks where the small picture meets the caption")
     condition_dim: ConditionDim = 128

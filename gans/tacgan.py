@@ -26,7 +26,7 @@ from gans.acgan import ClassCheck, Verdict, class_accuracy, doubling
 from gans.generator import Noise, Painter
 from gans.layers import conv1, join, leaky
 from gans.losses import bce
-from gans.sizes import NoiseDim, SentenceDim
+from gans.sizes import ImageSize, NoiseDim, SentenceDim
 from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder
 from gans.text import Text
 
@@ -86,8 +86,7 @@ class TextReader(nn.Module):
 class TACGANConfig(ModelConfig):
     """The paper's sizes for Oxford-102 at 128 pixels."""
 
-    image_size: int = Field(default=128, ge=2 ** DOUBLINGS, description="side of the pictures in pixels; follows from "
-                            "data.image_size")
+    image_size: ImageSize = Field(default=128, ge=2 ** DOUBLINGS)
     width: int = Field(default=64, ge=1, description="gf: channels of the last feature map")
     noise_dim: NoiseDim = 100
     text_dim: int = Field(default=100, ge=1, description="t: numbers that the text is projected to; the code's default "

@@ -42,7 +42,7 @@ from gans.layers import (
 )
 from gans.losses import bce
 from gans.outputs import Painted
-from gans.sizes import ConditionDim, WordDim
+from gans.sizes import ConditionDim, ImageSize, WordDim
 from gans.task import GanBatch, GANRun, filled, load_encoder
 from gans.text import Text
 
@@ -98,8 +98,7 @@ def taken(sequences: Tensor, positions: Tensor) -> Tensor:
 class TAGANConfig(ModelConfig):
     """The paper's sizes. ``channels`` are those of the first convolution; the bottleneck has eight times as many."""
 
-    image_size: int = Field(default=128, ge=32, description="side of the pictures in pixels; follows from "
-                            "data.image_size")
+    image_size: ImageSize = Field(default=128, ge=32)
     word_dim: WordDim = 300
     hidden: int = Field(default=512, ge=1, description="numbers in the states of the recurrent networks over the words")
     condition_dim: ConditionDim = 128

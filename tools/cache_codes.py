@@ -13,7 +13,8 @@ import torch
 
 from dalle.data.codes import DESCRIPTION_FILE, CachedCodes, CodesWriter
 from dalle.data.index import ShardIndex
-from dalle.data.loader import DataConfig, view_batches
+from dalle.data.loader import view_batches
+from dalle.data.settings import DataConfig
 from dalle.errors import UserError, run_command
 from dalle.models.codec import Codec
 from dalle.pictures import to_unit

@@ -35,7 +35,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def held_out_captions(spec: str, count: int) -> list[str]:
     """The first caption of the first ``count`` pictures of the shards, each caption once."""
-    from dalle.data.loader import DataConfig, validation_batches
+    from dalle.data.loader import validation_batches
+    from dalle.data.settings import DataConfig
 
     data = DataConfig(train=spec, validation=spec, images=False)
     captions: dict[str, None] = {}

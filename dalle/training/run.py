@@ -6,7 +6,7 @@ from typing import Self
 from pydantic import Field, field_validator, model_validator
 
 from dalle.config import FIXED, FREE, Section
-from dalle.data.loader import DataConfig
+from dalle.data.settings import DataConfig
 from dalle.training.settings import EngineConfig, LogConfig, TrainConfig
 
 

@@ -1,6 +1,5 @@
 """What a run writes into its folder, and how it is taken away again: nothing else there is the run's to delete."""
 
-import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -12,13 +11,14 @@ import psutil
 
 from dalle.config import to_yaml
 from dalle.errors import UserError
-from dalle.store import SOURCE_FILE
+from dalle.files import read_json
+from dalle.store import EXPORT_FOLDER, SOURCE_FILE
 from dalle.training.checkpoint import CheckpointStore
 from dalle.training.lock import FolderLock
 from dalle.training.run import RunConfig
 
 STOP_FILE, FINISHED_FILE = "stop", "finished"     # someone asks to stop; all steps are done
-LOG_FILE, MODEL_FOLDER = "log.jsonl", "model"
+LOG_FILE = "log.jsonl"
 STOP_FILE_SECONDS = 1.0                           # between two looks
 
 
@@ -70,7 +70,7 @@ class RunFolder:
 
     def _is_read_by_its_run(self) -> bool:
         """Whether a companion's copy in ``model/`` is what the run reads."""
-        inside = (self.path / MODEL_FOLDER).absolute()
+        inside = (self.path / EXPORT_FOLDER).absolute()
         return any(isinstance(value, str) and inside in (Path(value).absolute(), *Path(value).absolute().parents)
                    for value in leaves(self._config.model_dump(mode="json")))
 
@@ -91,17 +91,19 @@ def leaves(tree: Any) -> Iterator[Any]:
 
 def finished_steps(folder: Path) -> int:
     """The steps of a run that reached its end; 0 for one that did not."""
-    try:
-        return int(json.loads((folder / FINISHED_FILE).read_text())["step"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return 0
+    return noted_step(folder / FINISHED_FILE) or 0
 
 
 def exported_step(folder: Path) -> int | None:
     """The step of the export in the run's ``model/``; None where there is none of a run."""
+    return noted_step(folder / EXPORT_FOLDER / SOURCE_FILE)
+
+
+def noted_step(path: Path) -> int | None:
+    """The ``step`` that a JSON file notes; None where it notes none."""
     try:
-        return int(json.loads((folder / MODEL_FOLDER / SOURCE_FILE).read_text())["step"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return int((read_json(path) or {})["step"])
+    except (ValueError, TypeError, KeyError):
         return None
 
 
@@ -113,7 +115,7 @@ def begin_anew(folder: Path, store: CheckpointStore, keep_model: bool) -> None:
     (folder / FINISHED_FILE).unlink(missing_ok=True)
     store.clear()
     if not keep_model and exported_step(folder) is not None:
-        shutil.rmtree(folder / MODEL_FOLDER)
+        shutil.rmtree(folder / EXPORT_FOLDER)
     (folder / "wandb_id").unlink(missing_ok=True)
     delete(folder / "samples", (folder / "samples").glob("step_*_*.png"))
     delete(folder / "sample_log", (folder / "sample_log").glob("rank*.jsonl"))

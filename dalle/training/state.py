@@ -12,6 +12,7 @@ import torch
 
 from dalle.errors import UserError
 from dalle.files import replace_folder, write_json
+from dalle.store import EXPORT_FOLDER
 from dalle.training.checkpoint import (
     FORMAT,
     CheckpointStore,
@@ -27,7 +28,7 @@ from dalle.training.engines.base import Engine
 from dalle.training.export import export_checkpoint
 from dalle.training.guards import BatchNumbers, SpikeWatch
 from dalle.training.run import RunConfig
-from dalle.training.run_folder import FINISHED_FILE, MODEL_FOLDER, exported_step, finished_steps
+from dalle.training.run_folder import FINISHED_FILE, exported_step, finished_steps
 from dalle.training.saving import SaveFailed, Saver
 from dalle.training.settings import SpikeConfig
 from dalle.training.steps import Steps
@@ -130,7 +131,7 @@ class Checkpoints:
     def _check(self, checkpoint: Path) -> None:
         check_resumable(checkpoint, self.saved, self._config, self.saved["data"], list(self._task.players))
         check_companions(str(checkpoint), self.saved, self._config.model_dump(mode="json"), self._companions,
-                         copies=self._folder / MODEL_FOLDER, accepted=self._config.train.accept_companions)
+                         copies=self._folder / EXPORT_FOLDER, accepted=self._config.train.accept_companions)
 
     def _candidates(self, newest: bool) -> tuple[list[Path], bool]:
         """The checkpoints to choose from, in their order, and whether there is no other choice. Known to rank 0."""
@@ -258,7 +259,7 @@ class Checkpoints:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         export_checkpoint(self._task, checkpoint, temporary)
-        replace_folder(temporary, self._folder / MODEL_FOLDER)
+        replace_folder(temporary, self._folder / EXPORT_FOLDER)
 
 
 def versions() -> dict[str, str]:

@@ -6,8 +6,8 @@ import itertools
 import torch
 from PIL import Image
 
-from dalle.data.loader import DataConfig
 from dalle.data.reasons import Tally
+from dalle.data.settings import DataConfig
 from dalle.data.writer import ShardWriter
 
 COUNT, SIZE = 23, 8

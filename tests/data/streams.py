@@ -12,9 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from numbered import SIZE
 
-from dalle.data.loader import DataConfig, train_batches
+from dalle.data.loader import train_batches
 from dalle.data.opening import Patience, ShardStream
 from dalle.data.reasons import Tally
+from dalle.data.settings import DataConfig
 from dalle.data.streaming import raw_samples
 
 PER_SHARD, SHARDS = 6, 3

@@ -10,7 +10,8 @@ from numbered import COUNT, SIZE, config, damaged_set, png, take
 
 from dalle.data.codes import CodesWriter
 from dalle.data.index import ShardIndex
-from dalle.data.loader import DataConfig, train_batches, validation_batches
+from dalle.data.loader import train_batches, validation_batches
+from dalle.data.settings import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.data.writer import ShardWriter
 from dalle.errors import UserError

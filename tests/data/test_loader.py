@@ -11,8 +11,9 @@ from PIL import Image
 
 from dalle.data.dataset import ShardDataset
 from dalle.data.index import ShardIndex
-from dalle.data.loader import DataConfig, ValidationPositions, train_batches, validation_batches, view_batches
+from dalle.data.loader import ValidationPositions, train_batches, validation_batches, view_batches
 from dalle.data.order import Order
+from dalle.data.settings import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.data.writer import ShardWriter
 from dalle.errors import UserError

@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 from numbered import SIZE, numbered_shards, png, reds, take
 
-from dalle.data.loader import DataConfig, train_batches, validation_batches
+from dalle.data.loader import train_batches, validation_batches
 from dalle.data.reasons import remedy
+from dalle.data.settings import DataConfig
 from dalle.data.writer import ShardWriter
 from dalle.errors import UserError
 

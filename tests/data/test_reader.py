@@ -9,8 +9,8 @@ from numbered import SIZE, numbered_shards
 
 from dalle.data.dataset import ShardDataset
 from dalle.data.index import ShardIndex
-from dalle.data.loader import DataConfig
 from dalle.data.reader import most_open
+from dalle.data.settings import DataConfig
 
 
 def test_a_reader_opens_each_shard_of_the_windows_once(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@
 import pytest
 from pydantic import ValidationError
 
-from dalle.data.loader import DataConfig
+from dalle.data.settings import DataConfig
 
 
 def test_the_older_name_of_bad_shards_is_taken(caplog):

@@ -10,7 +10,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from dalle.data.index import ShardIndex
-from dalle.data.loader import DataConfig, train_batches, validation_batches
+from dalle.data.loader import train_batches, validation_batches
+from dalle.data.settings import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.data.writer import ShardWriter
 from dalle.training.loop import split

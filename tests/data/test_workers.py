@@ -11,7 +11,8 @@ import psutil
 import pytest
 from numbered import SIZE, config, png, take
 
-from dalle.data.loader import DataConfig, train_batches
+from dalle.data.loader import train_batches
+from dalle.data.settings import DataConfig
 from dalle.data.writer import ShardWriter
 from dalle.errors import LostProcess
 
@@ -56,7 +57,8 @@ def test_workers_go_on_in_the_environment_and_folder_of_the_process(tmp_path, mo
 
 TRAINER = """
 import sys
-from dalle.data.loader import DataConfig, train_batches
+from dalle.data.loader import train_batches
+from dalle.data.settings import DataConfig
 
 if __name__ == "__main__":
     loader = train_batches(DataConfig.model_validate_json(sys.argv[1]), seed=0, batch_size=2)

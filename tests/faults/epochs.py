@@ -7,7 +7,8 @@ from pathlib import Path
 from PIL import Image
 from tiny_shards import SAMPLES, SHARDS, encoded, sample_key
 
-from dalle.data.loader import DataConfig, train_batches, validation_batches
+from dalle.data.loader import train_batches, validation_batches
+from dalle.data.settings import DataConfig
 
 EPOCH = SHARDS * SAMPLES // 12      # steps of 12 samples
 GOOD = {sample_key(shard, sample) for shard in range(SHARDS) for sample in range(SAMPLES)}

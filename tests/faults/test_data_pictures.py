@@ -90,7 +90,8 @@ BOMB = """
 import itertools, sys
 from pathlib import Path
 from PIL import Image
-from dalle.data.loader import DataConfig, train_batches
+from dalle.data.loader import train_batches
+from dalle.data.settings import DataConfig
 
 def peak():        # of this program; ru_maxrss would begin at the peak of the process that started it
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -8,7 +8,8 @@ import torch
 
 from dalle.data.codes import CachedCodes
 from dalle.data.index import ShardIndex
-from dalle.data.loader import DataConfig, validation_batches
+from dalle.data.loader import validation_batches
+from dalle.data.settings import DataConfig
 from dalle.errors import UserError
 from dalle.models.dvae import DiscreteVAE
 from dalle.training.lock import FolderLock

@@ -24,6 +24,7 @@ import yaml
 from safetensors.torch import load_file
 
 import gans
+from dalle.training.run_folder import leaves
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS, HALF = 4, 2
@@ -72,15 +73,6 @@ def configs(only: list[str] | None) -> dict[str, Path]:
             sys.exit(f"unknown config {name!r}; known: {', '.join(sorted(found))}")
         add(name)
     return ordered
-
-
-def leaves(tree: object) -> list[str]:
-    """Every text in nested mappings and lists."""
-    if isinstance(tree, dict):
-        return [leaf for value in tree.values() for leaf in leaves(value)]
-    if isinstance(tree, list):
-        return [leaf for value in tree for leaf in leaves(value)]
-    return [tree] if isinstance(tree, str) else []
 
 
 def made_small(path: Path, place: Path) -> Path:

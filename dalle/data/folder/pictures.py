@@ -18,6 +18,7 @@ from dalle.data.folder.entries import Cell, Entry, FolderConfig
 from dalle.data.folder.rows import entry_at
 from dalle.data.folder.tables import ParquetTable
 from dalle.data.formats import HEAD, decode_any, is_unreadable, kind_of
+from dalle.words import one_line
 
 CHUNK = 32
 STORED = ("jpg", "png", "webp")             # as they are; names can lie, so by the first bytes
@@ -105,9 +106,8 @@ def _picture_bytes(entry: Entry) -> bytes:
 def _captions(entry: Entry) -> list[str]:
     if isinstance(entry.captions, Path):
         return decode_captions(entry.captions.read_bytes())
-    lines = (" ".join(caption.split()) for caption in entry.captions)
     try:
-        return decode_captions("\n".join(lines).encode("utf-8"))
+        return decode_captions("\n".join(map(one_line, entry.captions)).encode("utf-8"))
     except UnicodeEncodeError as error:             # JSON can spell half of a surrogate pair
         raise BadSample("caption_encoding", f"half a character at {error.start}") from None
 
