@@ -18,6 +18,7 @@ from dalle.models.cpu.activations import squared_relu
 from dalle.models.cpu.attention import MATH_LONGEST, math_attention, without_fused_kernels
 from dalle.models.cpu.key_value_cache import KeyValueCache as TransposedKeyValueCache
 from dalle.models.cpu.rotary import rotate
+from dalle.models.cpu.softmax import softmax_errors
 from dalle.models.cpu.token_shift import shift_slots
 from dalle.models.masks import additive_mask, block_mask, boolean_mask
 from dalle.models.patterns import AttentionPattern
@@ -93,6 +94,7 @@ class Kernels:
     rotate: Callable[[Heads, Tensor, Tensor], Heads]
     squared_relu: Callable[[Tensor], Tensor]
     shift_slots: Callable[[Tensor, int, int], Tensor]
+    softmax_errors: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]       # may take the place of the logits
     # from B, heads, head_dim, slots, device, type
     key_value_cache: Callable[[int, int, int, int, torch.device, torch.dtype], KeyValueCache]
 
@@ -120,6 +122,7 @@ KERNELS: dict[str, Kernels] = {
         rotate=rotate,
         squared_relu=squared_relu,
         shift_slots=shift_slots,
+        softmax_errors=softmax_errors,
         key_value_cache=TransposedKeyValueCache,
     ),
     "cuda": Kernels(
@@ -130,6 +133,7 @@ KERNELS: dict[str, Kernels] = {
         rotate=fused.rotate,
         squared_relu=plain.squared_relu,
         shift_slots=plain.shift_slots,
+        softmax_errors=plain.softmax_errors,
         key_value_cache=TransposedKeyValueCache,
     ),
 }
@@ -141,6 +145,7 @@ ELSEWHERE = Kernels(                                            # any other type
     rotate=rotate,
     squared_relu=squared_relu,
     shift_slots=shift_slots,
+    softmax_errors=plain.softmax_errors,
     key_value_cache=TransposedKeyValueCache,
 )
 PLAIN = Kernels(                                                # what they all compute
@@ -151,6 +156,7 @@ PLAIN = Kernels(                                                # what they all 
     rotate=plain.rotate,
     squared_relu=plain.squared_relu,
     shift_slots=plain.shift_slots,
+    softmax_errors=plain.softmax_errors,
     key_value_cache=plain.KeyValueCache,
 )
 

@@ -9,10 +9,12 @@ once, while the logits are there: three products a head, as many as with whole l
 import torch
 from torch import Tensor, nn
 
+from dalle.models import plain
+from dalle.models.kernels import kernels_for
 from dalle.models.precision import at_least_single, compute_dtype
 
 IGNORED_TARGET = -100          # what `cross_entropy` leaves out
-MOST_LOGITS = 1 << 24          # that are in memory at once: 32 MiB in bf16, beside 64 MiB in fp32
+MOST_LOGITS = 1 << 24          # that are in memory at once: 32 MiB in bf16
 
 
 class Head(nn.Linear):
@@ -53,40 +55,34 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, weight = (None if gradient is None else gradient * grad.to(gradient.dtype)
+        rows, weight = (None if gradient is None else gradient.to(grad.dtype) * grad
                         for gradient in context.saved_tensors)
         return rows, weight, None
 
 
 def _sum_and_gradients(rows: Tensor, weight: Tensor, targets: Tensor, of_rows: bool,
                        of_weight: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The sum, and its gradients by ``rows`` [n, dim] and by ``weight`` [V, dim] in their types, where asked for."""
+    """The sum, and its gradients by ``rows`` [n, dim] in the products' type and by ``weight`` [V, dim] in the weight's,
+    where asked for."""
     dtype = compute_dtype(rows)
     matrix = weight.to(dtype)
-    scored = targets != IGNORED_TARGET
-    picked = torch.where(scored, targets, 0)[:, None]
-    parts = -(-len(rows) * len(weight) // MOST_LOGITS)
+    scored = (targets != IGNORED_TARGET)[:, None]
+    chosen = torch.where(scored, targets[:, None], 0)
+    parts = min(len(rows), -(-len(rows) * len(weight) // MOST_LOGITS))
     total, row_gradients, weight_gradient = 0.0, [], None
-    for part, chosen, counts in zip(rows.to(dtype).tensor_split(parts), picked.tensor_split(parts),
-                                    scored[:, None].tensor_split(parts), strict=True):
+    for part, token, counts in zip(rows.to(dtype).tensor_split(parts), chosen.tensor_split(parts),
+                                   scored.to(dtype).tensor_split(parts), strict=True):
         logits = part @ matrix.t()                                                           # [some rows, V]
-        logs = logits.log_softmax(dim=-1, dtype=torch.promote_types(dtype, torch.float32))
-        total = total - logs.gather(1, chosen).where(counts, 0.0).sum()
         if not (of_rows or of_weight):
+            total = total + (plain.token_losses(logits, token) * counts).sum()
             continue
-        errors = _softmax_minus_one_hot(logs, chosen).to(dtype)
+        losses, errors = kernels_for(rows.device).softmax_errors(logits, token)
+        total = total + (losses * counts).sum()
         if of_rows:                      # what is not scored is left out here, where it costs dim and not V numbers
-            row_gradients.append((errors @ matrix).where(counts, 0.0))
+            row_gradients.append((errors @ matrix).mul_(counts))
         if of_weight:
-            product = (errors.t() @ part.where(counts, 0.0)).to(weight.dtype)
+            product = (errors.t() @ (part * counts)).to(weight.dtype)
             weight_gradient = product if weight_gradient is None else weight_gradient.add_(product)
-    gradient = torch.cat(row_gradients).to(rows.dtype) if of_rows else None
+    row_gradient = None if not of_rows else row_gradients[0] if parts == 1 else torch.cat(row_gradients)
     # `total` as it is: a `to` that changes nothing, returned by a function that torch 2.11 compiles, has no gradient
-    return total, gradient, weight_gradient
-
-
-def _softmax_minus_one_hot(logs: Tensor, chosen: Tensor) -> Tensor:
-    """The gradient of -log p[chosen], from the logarithms of p [n, V] and ``chosen`` [n, 1]."""
-    if torch.compiler.is_compiling():      # joins the pass over the logits; by itself it would be one more
-        return logs.exp() - (torch.arange(logs.shape[1], device=logs.device) == chosen).to(logs.dtype)
-    return logs.exp_().scatter_add_(1, chosen, logs.new_tensor(-1.0).expand_as(chosen))
+    return total, row_gradient, weight_gradient

@@ -67,6 +67,18 @@ def shift_slots(inputs: Tensor, first_below: int, width: int) -> Tensor:
     return torch.cat([left, above, own], dim=-1)
 
 
+def token_losses(logits: Tensor, chosen: Tensor) -> Tensor:
+    """-log softmax(logits)[chosen], at least fp32 [n, 1], from ``logits`` [n, V] and ``chosen`` int64 [n, 1]."""
+    return -logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).gather(1, chosen)
+
+
+def softmax_errors(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`token_losses`, and their gradient by the logits in the type of these: softmax less one at ``chosen``."""
+    logs = logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    one_hot = torch.arange(logits.shape[1], device=logits.device) == chosen
+    return -logs.gather(1, chosen), (logs.exp() - one_hot.to(logs.dtype)).to(logits.dtype)
+
+
 class KeyValueCache:
     """Keys and values of one layer for B sequences, each [B, heads, length, head_dim]."""
 

@@ -1,10 +1,13 @@
 """The cross-entropy of a head against torch's, of whole logits."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle.models import losses
+from dalle.models import kernels, losses, plain
+from dalle.models.cpu import softmax
 from dalle.models.losses import Head, linear_cross_entropy
 
 TARGETS = torch.tensor([[3, -100, 0], [6, 6, -100]])
@@ -50,7 +53,8 @@ def test_only_what_learns_gets_a_gradient(most_logits, learns):
 
 
 def test_without_gradient_none_is_made(monkeypatch):
-    monkeypatch.setattr(losses, "_softmax_minus_one_hot", lambda *inputs: pytest.fail("a gradient"))
+    monkeypatch.setitem(kernels.KERNELS, "cpu", dataclasses.replace(
+        kernels.KERNELS["cpu"], softmax_errors=lambda *inputs: pytest.fail("a gradient")))
     hidden, weight = inputs_of(torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(hidden, weight, TARGETS), whole(hidden, weight))
@@ -103,3 +107,16 @@ def test_a_head_gives_logits_or_their_loss():
     head, hidden, targets = Head(4, 9), torch.randn(2, 3, 4), torch.randint(9, (2, 3))
     expected = F.cross_entropy(head(hidden).flatten(0, 1), targets.flatten(), reduction="sum")
     torch.testing.assert_close(head(hidden, targets), expected)
+
+
+@pytest.mark.parametrize("block", [1 << 18, 14, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_softmax_in_blocks_is_the_plain_one(monkeypatch, block, dtype):
+    monkeypatch.setattr(softmax, "BLOCK", block)
+    logits, chosen = torch.randn(6, 7, dtype=dtype) * 3, torch.randint(7, (6, 1))
+    expected = plain.softmax_errors(logits, chosen)
+    wide = logits.detach().to(expected[0].dtype).requires_grad_()
+    gradient, = torch.autograd.grad(plain.token_losses(wide, chosen).sum(), wide)
+    torch.testing.assert_close(softmax.softmax_errors(logits, chosen), expected)
+    torch.testing.assert_close(expected[1], gradient.to(dtype))
+    assert expected[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
