@@ -136,6 +136,8 @@ PRESETS: dict[str, TransformerConfig] = {
     "5.6b": _preset(2688, 64, 42, 256, 32),    # the same
     "12b": _preset(3968, 64, 62, 256, 32),     # the same
 }
+PRESETS |= {f"{name}-128": PRESETS[name].model_copy(update={"heads": PRESETS[name].dim // 128})
+            for name in ("xl", "2.8b", "5.6b", "12b")}    # the same matrices, in half as many heads of twice the width
 MODERN: dict[str, Any] = {"norm": "rmsnorm", "mlp": "swiglu", "mlp_ratio": 8 / 3, "positions": "rotary",
                           "qk_norm": True, "bias": False}
 PRESETS |= {f"{name}-modern": config.model_copy(update=MODERN) for name, config in PRESETS.items()}
@@ -240,8 +242,13 @@ class TextToImageTransformer(PretrainedModel):
     @torch.compiler.disable
     def attention_constants(self, length: int, device: torch.device, dtype: torch.dtype,
                             whole: bool = False) -> list[AttentionConstants]:
-        # Outside of the graph, where the masks would be built anew at every call.
-        return [block.attention.body.constants(length, device, dtype, whole) for block in self.blocks]
+        # Outside of the graph, where the masks would be built anew at every call; one object for a pattern's layers.
+        made: dict[AttentionPattern, AttentionConstants] = {}
+        for block in self.blocks:
+            attention = block.attention.body
+            if attention.pattern not in made:
+                made[attention.pattern] = attention.constants(length, device, dtype, whole)
+        return [made[block.attention.body.pattern] for block in self.blocks]
 
     def embedding_parameters(self) -> list[str]:
         """Names of the position tables, which an optimiser treats as the embeddings that they are added to."""
