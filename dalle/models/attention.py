@@ -91,8 +91,14 @@ class Attention(nn.Module):
         kernels = kernels_for(heads[0].device)
         if self.query_norm is not None:
             queries, keys, values = heads
-            heads = kernels.join_heads(self.query_norm(queries), self.key_norm(keys), values)
+            heads = kernels.join_heads(in_order_of_slots(self.query_norm, queries),
+                                       in_order_of_slots(self.key_norm, keys), values)
         return heads if rotary is None else kernels.rotate(heads, *rotary)
+
+
+def in_order_of_slots(norm: nn.Module, inputs: Tensor) -> Tensor:
+    """``norm`` of [B, heads, S, head_dim], whose memory has the slots before the heads and keeps that order."""
+    return norm(inputs.transpose(1, 2)).transpose(1, 2)
 
 
 def turn_grid(stream: Tensor, prefix: int, rows: int, columns: int) -> Tensor:

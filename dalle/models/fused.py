@@ -34,8 +34,11 @@ def rotate(heads: Heads, cosines: Tensor, sines: Tensor) -> Heads:
 
 
 def _turned(inputs: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    # In the order in which the product wrote them, [B, S, heads, head_dim]: another would be another pass over memory,
+    # and one more for what attention makes, which has the order of its queries.
+    inputs = inputs.transpose(-3, -2)
     swapped = inputs.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return inputs * cosines + swapped * sines
+    return (inputs * cosines[:, None] + swapped * sines[:, None]).transpose(-3, -2)
 
 
 def sdpa_attention(heads: Heads, mask: Tensor | None) -> Tensor:

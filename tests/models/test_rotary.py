@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def fused_rotate(stacked: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    return torch.stack(fused.rotate(tuple(stacked), cosines, sines))
+    return torch.stack(fused.rotate(tuple(stacked[:, None]), cosines, sines))[:, 0]      # of [..., heads, S, head_dim]
 
 
 each_form = pytest.mark.parametrize("form", [plain.rotate, rotate, fused_rotate], ids=["plain", "cpu", "fused"])
