@@ -41,6 +41,19 @@ def _turned(inputs: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return (inputs * cosines[:, None] + swapped * sines[:, None]).transpose(-3, -2)
 
 
+def shift_slots(inputs: Tensor, first_below: int, width: int) -> Tensor:
+    """Token shift as ``plain.shift_slots`` has it, by choosing for each place where it is read from: one pass, where slices
+    that are joined again would be one each."""
+    quarter, (_, length, dim) = inputs.shape[-1] // 4, inputs.shape
+    slots = torch.arange(length, device=inputs.device)[:, None]
+    features = torch.arange(dim, device=inputs.device)
+    left = F.pad(inputs, (0, 0, 1, 0))[:, :-1]
+    above = F.pad(inputs, (0, 0, width, 0))[:, :length]
+    from_left = (features < quarter) & (slots > 0)
+    from_above = (features >= quarter) & (features < 2 * quarter) & (slots >= first_below)
+    return torch.where(from_left, left, torch.where(from_above, above, inputs))
+
+
 def sdpa_attention(heads: Heads, mask: Tensor | None) -> Tensor:
     """[B, heads, S, head_dim] from queries, keys and values of that shape.
 

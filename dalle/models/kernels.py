@@ -132,7 +132,7 @@ KERNELS: dict[str, Kernels] = {
         join_heads=_as_they_are,
         rotate=fused.rotate,
         squared_relu=plain.squared_relu,
-        shift_slots=plain.shift_slots,
+        shift_slots=fused.shift_slots,
         softmax_errors=plain.softmax_errors,
         key_value_cache=TransposedKeyValueCache,
     ),

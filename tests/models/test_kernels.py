@@ -34,7 +34,7 @@ def test_what_was_written_for_cpus_runs_everywhere_but_where_blocks_are_compiled
         assert (chosen.shift_slots, chosen.key_value_cache) == (token_shift.shift_slots, key_value_cache.KeyValueCache)
     chosen = kernels_for(torch.device("cuda"))
     assert (chosen.rotate, chosen.squared_relu, chosen.shift_slots) == (fused.rotate, plain.squared_relu,
-                                                                        plain.shift_slots)
+                                                                        fused.shift_slots)
 
 
 def test_the_device_chooses_the_column():
@@ -73,3 +73,25 @@ def test_a_device_may_run_the_plain_forms(monkeypatch, name):
         shift_slots=lambda *inputs: used.append("shift") or plain.shift_slots(*inputs)))
     torch.testing.assert_close(run(), expected)
     assert set(used) == ({"attention", "shift"} if model.config.token_shift else {"attention"})
+
+
+@pytest.mark.parametrize("shape", [(2, 15, 8), (1, 4, 8), (1, 1, 8), (2, 9, 11)])
+def test_the_fused_shift_is_the_plain_one(shape):
+    inputs = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    found, expected = (form(inputs, 8, 4) for form in (fused.shift_slots, plain.shift_slots))
+    assert torch.equal(found, expected)
+    weights = torch.randn_like(found)
+    gradients = [torch.autograd.grad((value * weights).sum(), inputs)[0] for value in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("column", ["cpu", "cuda", "plain"])
+def test_heads_are_split_alike(column):
+    """A stack or a tuple, in the order q, k, v of the one product."""
+    projected = torch.arange(2 * 3 * 24.0).view(2, 3, 24)
+    heads = COLUMNS[column].split_heads(projected, 2)
+    for index in range(3):
+        expected = projected[..., 8 * index:8 * index + 8].view(2, 3, 2, 4).transpose(1, 2)
+        assert torch.equal(heads[index], expected)
+    joined = COLUMNS[column].join_heads(*heads)
+    assert all(torch.equal(joined[index], heads[index]) for index in range(3))
