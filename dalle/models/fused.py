@@ -42,8 +42,8 @@ def _turned(inputs: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 def shift_slots(inputs: Tensor, first_below: int, width: int) -> Tensor:
-    """Token shift as ``plain.shift_slots`` has it, by choosing for each place where it is read from: one pass, where slices
-    that are joined again would be one each."""
+    """Token shift as ``plain.shift_slots`` has it, by choosing for each place where it is read from: one pass, where
+    slices that are joined again would be one each."""
     quarter, (_, length, dim) = inputs.shape[-1] // 4, inputs.shape
     slots = torch.arange(length, device=inputs.device)[:, None]
     features = torch.arange(dim, device=inputs.device)
