@@ -62,13 +62,14 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def _sum_and_gradients(rows: Tensor, weight: Tensor, targets: Tensor, of_rows: bool,
                        of_weight: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The sum, and its gradients by ``rows`` [n, dim] in the products' type and by ``weight`` [V, dim] in the weight's,
-    where asked for."""
+    """The sum, and where asked for its gradients by ``rows`` [n, dim] and by ``weight`` [V, dim]; autograd rounds both
+    to the types of these."""
     dtype = compute_dtype(rows)
     matrix = weight.to(dtype)
     scored = (targets != IGNORED_TARGET)[:, None]
     chosen = torch.where(scored, targets[:, None], 0)
     parts = min(len(rows), -(-len(rows) * len(weight) // MOST_LOGITS))
+    summed = weight.dtype if parts == 1 else torch.promote_types(weight.dtype, torch.float32)
     total, row_gradients, weight_gradient = 0.0, [], None
     for part, token, counts in zip(rows.to(dtype).tensor_split(parts), chosen.tensor_split(parts),
                                    scored.to(dtype).tensor_split(parts), strict=True):
@@ -81,7 +82,7 @@ def _sum_and_gradients(rows: Tensor, weight: Tensor, targets: Tensor, of_rows: b
         if of_rows:                      # what is not scored is left out here, where it costs dim and not V numbers
             row_gradients.append((errors @ matrix).mul_(counts))
         if of_weight:
-            product = (errors.t() @ (part * counts)).to(weight.dtype)
+            product = (errors.t() @ (part * counts)).to(summed)
             weight_gradient = product if weight_gradient is None else weight_gradient.add_(product)
     row_gradient = None if not of_rows else row_gradients[0] if parts == 1 else torch.cat(row_gradients)
     # `total` as it is: a `to` that changes nothing, returned by a function that torch 2.11 compiles, has no gradient

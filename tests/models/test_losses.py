@@ -82,6 +82,16 @@ def test_under_autocast_products_are_bf16_and_the_rest_is_single(most_logits):
         torch.testing.assert_close(gradient, reference, atol=0.03, rtol=0.03)
 
 
+def test_weights_in_bf16_get_gradients_in_bf16_that_were_added_up_in_single(monkeypatch):
+    """512 parts, each of gradient 1: added up in bf16 they would stay at 256."""
+    monkeypatch.setattr(losses, "MOST_LOGITS", 2)
+    hidden, weight = torch.ones(512, 1, dtype=torch.bfloat16), torch.tensor([[60.0], [-60.0]], dtype=torch.bfloat16)
+    weight.requires_grad_()
+    linear_cross_entropy(hidden, weight, torch.ones(512, dtype=torch.long)).backward()
+    assert weight.grad.dtype == torch.bfloat16
+    assert weight.grad.tolist() == [[512.0], [-512.0]]
+
+
 def test_no_tensor_holds_the_logits_of_all_rows(monkeypatch):
     """Every tensor that an operation makes, of 64 rows over 32 tokens, is at most a quarter of all logits."""
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
