@@ -24,8 +24,7 @@ IMPATIENT = {**FRAGILE, "engine": {**LIMITS, "step_timeout_minutes": SECONDS_ALL
 
 
 def stopping() -> list[Toy]:
-    """Rank 1 alone is asked to stop, in the middle of step 3, and all do after the next; and one whose minutes are over.
-    """
+    """Rank 1 alone is asked to stop, in the middle of step 3: all do after the next; and one whose minutes are over."""
     toys = [Toy("straight", settings=UNDISTURBED), Toy("budget", settings={"minutes": 0.01, "steps": 10**6})]
     for fault, settings in STOPS.items():
         toys += [Toy(f"{fault}_stopped", folder=fault, faults={3: fault}, settings={**UNDISTURBED, **settings}),
