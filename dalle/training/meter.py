@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle.training.figures import Figure, Max, Mean
+from dalle.training.figures import Figure, Max, Mean, numbers_of
 from dalle.training.timing import Part, Timings
 
 # dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets
@@ -62,8 +62,7 @@ class Meter:
 
     def read(self) -> tuple[dict[str, Figure], float, dict[str, float]]:
         """(figures of the finite values of each name, seconds of training, those of its parts); starts over."""
-        flat = [value.reshape(()).float() for values in self._figures.values() for value in values]
-        numbers = iter(_to_list(flat))
+        numbers = iter(numbers_of([value for values in self._figures.values() for value in values]))
         figures: dict[str, Figure] = {}
         for name, values in self._figures.items():
             finite = [number for number in (next(numbers) for _ in values) if abs(number) < float("inf")]
@@ -73,15 +72,6 @@ class Meter:
         parts = self.timings.read()
         self.restart()
         return figures, max(seconds, 1e-9), parts
-
-
-def _to_list(values: list[Tensor]) -> list[float]:
-    """Numbers of 0-d tensors that may live on two devices, each device read once."""
-    numbers: dict[int, float] = {}
-    for device in {value.device for value in values}:
-        here = [index for index, value in enumerate(values) if value.device == device]
-        numbers.update(zip(here, torch.stack([values[index] for index in here]).tolist(), strict=True))
-    return [numbers[index] for index in range(len(values))]
 
 
 def memory_gigabytes(device: torch.device) -> float:

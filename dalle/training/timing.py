@@ -64,13 +64,19 @@ class Timings:
 
     def host(self, name: str) -> Part:
         """What the processor does, or waits for, in ``with``."""
-        return self._parts.get(name) or self._parts.setdefault(name, Part(self, name))
+        part = self._parts.get(name)
+        if part is None:
+            part = self._parts[name] = Part(self, name)
+        return part
 
     def device(self, name: str) -> Part:
         """What the networks' device does for what is called in ``with``; on a CPU the same as :meth:`host`."""
         if not self._on_device:
             return self.host(name)
-        return self._parts.get(name) or self._parts.setdefault(name, DevicePart(self, name))
+        part = self._parts.get(name)
+        if part is None:
+            part = self._parts[name] = DevicePart(self, name)
+        return part
 
     def recorded_event(self) -> Any:
         """An event of now on the current stream; None while a graph is captured there."""

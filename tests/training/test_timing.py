@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -186,3 +187,28 @@ def test_a_resumed_run_past_the_window_traces_nothing_and_one_before_it_does(tmp
     train(tmp_path, SingleTask(), **settings)
     (path,) = (tmp_path / "toy/profile").iterdir()
     assert trace(path)["forward"] == 1
+
+
+# -- what waits for the device
+
+def test_on_a_gpu_only_a_step_with_a_line_reads_the_device(tmp_path, monkeypatch):
+    """The loop's own part and the toy's step, with the events of a stand-in; what reads a tensor would wait for it."""
+    Device(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
+    config = toy_run(tmp_path, steps=9, log_every=4, save_every=3, max_skipped=2)
+    engine = create_engine(config)
+    engine.place = lambda module: module             # where it is
+    engine.device = torch.device("cuda", 0)
+    trainer, reads = Trainer(SingleTask(), config, engine, ToyLoader), Counter()
+
+    def counted(read):
+        def call(tensor, *arguments):
+            reads[trainer.steps.done] += threading.current_thread() is threading.main_thread()      # or the saver's
+            return read(tensor, *arguments)
+        return call
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
+    assert trainer.run().status == "finished"
+    assert {step for step, count in reads.items() if count} == {4, 8, 9}
