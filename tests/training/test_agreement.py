@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from toys import SingleTask, ToyLoader, toy_run
 
+from dalle.errors import LostProcess
 from dalle.training.agreement import Agreement
 from dalle.training.checkpoint import CheckpointStore, find_fault
 from dalle.training.engines.ddp import DistributedEngine
 from dalle.training.engines.group import GroupEngine
+from dalle.training.guards import lost_processes_named
 from dalle.training.loop import Trainer
 
 SECONDS = 60                # until a test has failed
@@ -98,6 +101,29 @@ def comes_together_by_itself(rank: int, folder: str) -> bool:
 
 def test_the_answer_comes_together_while_nobody_waits(ranks):
     assert ranks.of("together") == [True, True]
+
+
+def left_alone(rank: int) -> str:
+    """Rank 1 leaves the group without an answer; what becomes of rank 0."""
+    engine = engine_of(rank)
+    agreement = Agreement(engine, lambda: (0,))
+    if rank == 0:
+        agreement.ask()
+    engine.barrier()                                # of another group, in which all is well
+    if rank == 1:
+        dist.destroy_process_group(engine.agreement)
+        return ""
+    where = SimpleNamespace(step=7, what="agreeing with the other ranks")
+    try:
+        with lost_processes_named(rank, where):
+            agreement.answer()
+    except LostProcess as error:
+        return str(error)
+    return "an answer"
+
+
+def test_a_rank_that_is_lost_before_it_asks_is_noticed_at_the_answer(ranks):
+    assert "rank 0, step 7: lost another rank while agreeing with the other ranks" in ranks.of("left")[0]
 
 
 # -- runs
@@ -204,7 +230,8 @@ def all_of_it(rank: int, folder: str) -> dict[str, list]:
     names = [place.name for place in PLACES]
     return {"asked": asked_and_answered(rank), "together": comes_together_by_itself(rank, folder),
             "behind": behind(rank, folder + "/behind"), "nowhere": ended(rank, folder, "nowhere"),
-            **{name: [*ended(rank, folder, name), *ended(rank, folder, "nowhere", name)] for name in names}}
+            **{name: [*ended(rank, folder, name), *ended(rank, folder, "nowhere", name)] for name in names},
+            "left": left_alone(rank)}
 
 
 @dataclass
@@ -265,3 +292,11 @@ def test_told_to_stop_anywhere_in_a_step_both_ranks_save_after_the_same_one_and_
     assert equal(*(checkpoint(ranks.folder / name, STEPS) for name in (place.name, "nowhere")))
     lines = [json.loads(line) for line in (ranks.folder / place.name / "toy/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line.get("event") == "resume"] == [place.steps]
+
+
+def test_a_line_of_two_ranks_says_how_far_they_are_apart(ranks):
+    lines = (ranks.folder / "nowhere/toy/log.jsonl").read_text().splitlines()
+    (line,) = [entry for entry in map(json.loads, lines) if "seconds_per_step" in entry]
+    for name in ("", "own_"):
+        assert 0 < line[f"rank_seconds/{name}smallest"] <= line[f"rank_seconds/{name}largest"]
+    assert line["rank_seconds/own_largest"] <= line["rank_seconds/largest"]
