@@ -51,7 +51,7 @@ class Gpu:
     """In place of ``torch.cuda``; ``left``: bytes that are free beside the largest step."""
 
     def __init__(self, seed: int, left: int = 0):
-        self.random, self.left = random.Random(seed), left
+        self.random, self.left, self.in_pieces = random.Random(seed), left, False
         self.pending: list[Action] = []
         self.step = self.now = Stream(self)
 
@@ -119,6 +119,8 @@ class OnGpu(Held):
         return held
 
     def clone(self, memory_format=None) -> "OnGpu":
+        if self.gpu.in_pieces:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         copy = OnGpu.allocated(self.gpu)
         self.read_into(copy)
         return copy
@@ -163,6 +165,26 @@ def test_a_checkpoint_has_the_state_of_its_step_whatever_the_streams_do(seed, st
         steps(gpu, state, count=4)
         copies.wait()
         assert [buffer.cell.tolist() for buffer in buffers] == [[10.0 * index + 4 * save] * 4 for index in range(5)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_room_that_turns_out_not_to_be_there_costs_time_alone_and_is_said_once(seed, caplog):
+    gpu = Gpu(seed, left=5 * BYTES)
+    copies = StandIn(GPU, gpu)
+    state = [OnGpu.of(gpu, torch.full(SHAPE, 10.0 * index)) for index in range(5)]
+    for save in range(4):
+        copies.begin()
+        buffers = []
+        for index, held in enumerate(state):
+            gpu.in_pieces = save == 2 and index > 2
+            buffers.append(copies.to_host(str(index), held))
+        assert len(copies._staged) == [0, 5, 3, 3][save]
+        copies.end()
+        steps(gpu, state, count=4)
+        copies.wait()
+        assert [buffer.cell.tolist() for buffer in buffers] == [[10.0 * index + 4 * save] * 4 for index in range(5)]
+    (record,) = caplog.records
+    assert "no room for a copy of 0.00 GB" in record.getMessage()
 
 
 def test_from_the_second_checkpoint_on_what_has_room_is_staged_and_the_step_waits_for_the_rest_alone():

@@ -1,11 +1,15 @@
 """Copies between the processor and a device: batches on their way in, what a checkpoint takes on its way out."""
 
+import logging
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dalle.data.batch import Batch
+
+log = logging.getLogger(__name__)
 
 MARGIN = 0.05      # of a GPU's memory, left free by what is staged there for a checkpoint
 
@@ -64,7 +68,10 @@ class StreamCopies(Copies):
         self.whole = cuda.Event(blocking=True)       # a thread that waits for it sleeps
         self._buffers: dict[str, Tensor] = {}
         self._staged: list[tuple[Tensor, Tensor]] = []      # (copy on the device, its buffer)
-        self._saves = self._room = self._peak = 0           # the last two in bytes
+        self._saves = 0
+        self._peak = self._room = self._in_step = 0         # bytes: of a step, left for staging, copied without
+        self._most = math.inf                               # bytes that were ever staged, where more have failed
+        self._has_said = False
 
     def to_device(self, batch: Batch) -> Batch:
         if not any(self._is_elsewhere(value) for value in batch.values()):
@@ -85,16 +92,17 @@ class StreamCopies(Copies):
             self._peak = self.cuda.max_memory_allocated(self.device)
         free, total = self.cuda.mem_get_info(self.device)
         left = free + self.cuda.memory_reserved(self.device) - self._peak
-        self._room = 0 if self._saves == 1 else int(left - MARGIN * total)
+        self._room = 0 if self._saves == 1 else min(left - MARGIN * total, self._most)
+        self._in_step = 0
 
     def to_host(self, key: str, tensor: Tensor) -> Tensor:
         if not tensor.is_cuda:
             return super().to_host(key, tensor)
-        buffer = self._buffer(key, tensor)
-        if tensor.nbytes > self._room:
+        buffer, staged = self._buffer(key, tensor), self._stage(tensor)
+        if staged is None:
+            self._in_step += tensor.nbytes
             return buffer.copy_(tensor, non_blocking=True)
-        self._room -= tensor.nbytes
-        self._staged.append((tensor.clone(memory_format=torch.contiguous_format), buffer))
+        self._staged.append((staged, buffer))
         return buffer
 
     def end(self) -> None:
@@ -105,9 +113,25 @@ class StreamCopies(Copies):
                 staged.record_stream(self.outgoing)
         self._staged.clear()
         self.whole.record(self.outgoing)
+        if self._saves > 1 and self._in_step and not self._has_said:
+            self._has_said = True
+            log.warning("the GPU has no room for a copy of %.2f GB of what a checkpoint takes: the next step waits "
+                        "until they are in host memory", self._in_step / 1e9)
 
     def wait(self) -> None:
         self.whole.synchronize()
+
+    def _stage(self, tensor: Tensor) -> Tensor | None:
+        """A copy on the device; None where there is no room for it."""
+        if tensor.nbytes > self._room:
+            return None
+        try:
+            staged = tensor.clone(memory_format=torch.contiguous_format)
+        except torch.OutOfMemoryError:      # what is left lies in pieces that are too small, or is a CUDA graph's own
+            self._room, self._most = 0, sum(staged.nbytes for staged, _ in self._staged)
+            return None
+        self._room -= tensor.nbytes
+        return staged
 
     def _is_elsewhere(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.device != self.device
