@@ -53,7 +53,7 @@ class StreamCopies(Copies):
     waits for it.
     Room is what the GPU has left beside the largest step before the first staging, less a margin; should a later step
     want more, torch's allocator waits for the copies and takes the memory back before it gives up. The first checkpoint
-    is not staged: it is that of step 0, before any step has shown what it needs. Staged memory is freed by
+    of a start is not staged: usually that of step 0, before any step has shown what it needs. Staged memory is freed by
     ``record_stream``: not before the outgoing stream has read it.
 
     The host's buffers are kept (pinned memory is slow to come by) and overwritten by the next checkpoint, which
