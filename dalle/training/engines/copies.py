@@ -2,6 +2,7 @@
 
 import logging
 import math
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ class Copies:
 
     def to_device(self, batch: Batch) -> Batch:
         """``batch`` with its tensors where the networks are, ready for what is called next."""
-        return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        return {key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+                for key, value in batch.items()}
 
     def begin(self) -> None:
         """A checkpoint's tensors follow, of all players."""
@@ -64,14 +66,25 @@ class StreamCopies(Copies):
     def __init__(self, device: torch.device, cuda: Any = torch.cuda):
         super().__init__(device)
         self.cuda = cuda
-        self.incoming, self.outgoing = cuda.Stream(device), cuda.Stream(device)
-        self.whole = cuda.Event(blocking=True)       # a thread that waits for it sleeps
         self._buffers: dict[str, Tensor] = {}
         self._staged: list[tuple[Tensor, Tensor]] = []      # (copy on the device, its buffer)
         self._saves = 0
         self._peak = self._room = self._in_step = 0         # bytes: of a step, left for staging, copied without
         self._most = math.inf                               # bytes that were ever staged, where more have failed
         self._has_said = False
+
+    @cached_property
+    def incoming(self) -> Any:
+        return self.cuda.Stream(self.device)
+
+    @cached_property
+    def outgoing(self) -> Any:
+        return self.cuda.Stream(self.device)
+
+    @cached_property
+    def whole(self) -> Any:
+        """After the last copy to the host; a thread that waits for it sleeps."""
+        return self.cuda.Event(blocking=True)
 
     def to_device(self, batch: Batch) -> Batch:
         if not any(self._is_elsewhere(value) for value in batch.values()):
