@@ -5,14 +5,14 @@ from :func:`dalle.data.order.sample_rng`, and a bad sample is replaced by the ne
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from dalle.data.batch import Fetched
 from dalle.data.codes import CachedCodes
@@ -20,8 +20,8 @@ from dalle.data.decode import (
     IN_BAD_SHARD,
     BadSample,
     class_id,
-    decode_image,
     decode_meta,
+    decode_pixels,
     read_member,
     sample_captions,
 )
@@ -32,7 +32,7 @@ from dalle.data.reader import ShardReader
 from dalle.data.reasons import Tally, remedy
 from dalle.data.settings import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
-from dalle.data.transforms import Crop, needed_side, to_square
+from dalle.data.transforms import Crop, Picture, needed_sides, to_square
 from dalle.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -358,12 +358,25 @@ def image_bytes(reader: ShardReader, shard: int, index: int) -> bytes:
     return read_member(reader, shard, reader.row(shard, index), "image")
 
 
-def decode_picture(data: bytes, config: DataConfig, crop: Crop) -> Image.Image:
+def decode_picture(data: bytes, config: DataConfig, crop: Crop) -> Picture:
     """The decoded picture (RGB), by the configured limits."""
-    side = needed_side(config.image_size, crop, config.crop_from) if config.jpeg_draft else None
-    return decode_image(data, config.max_pixels, side)
+    sides = needed_sides(config.image_size, crop, config.crop_from) if config.jpeg_draft else None
+    return decode_pixels(data, config.max_pixels, sides)
 
 
-def image_tensor(squares: list[np.ndarray]) -> torch.Tensor:
-    """uint8 [S, S, 3] each -> uint8 [b, 3, S, S], contiguous."""
-    return torch.from_numpy(np.ascontiguousarray(np.stack(squares).transpose(0, 3, 1, 2)))
+def image_tensor(squares: Sequence[np.ndarray]) -> torch.Tensor:
+    """uint8 [S, S, 3] each -> uint8 [b, 3, S, S], contiguous; in a loader worker in shared memory, where it would be
+    copied to on its way."""
+    batch = empty_images(len(squares), squares[0].shape[0])
+    into = batch.numpy()
+    for place, square in enumerate(squares):
+        into[place] = square.transpose(2, 0, 1)
+    return batch
+
+
+def empty_images(count: int, side: int) -> torch.Tensor:
+    shape = (count, 3, side, side)
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))       # as torch's own collation does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
