@@ -27,7 +27,7 @@ from dalle.data.decode import (
 )
 from dalle.data.index import ShardIndex
 from dalle.data.members import key_text
-from dalle.data.order import Order, SequentialOrder, sample_rng
+from dalle.data.order import Order, PositionRandom, SequentialOrder
 from dalle.data.reader import ShardReader
 from dalle.data.reasons import Tally, remedy
 from dalle.data.settings import DataConfig
@@ -81,6 +81,7 @@ class SampleMaker:
         self._ids: dict[tuple[int, int, int], tuple[np.ndarray, tuple[str, ...]]] = {}
         self._unknown_id = None if tokenizer is None else tokenizer.unknown_id
         self._logged: Counter[str] = Counter()
+        self._random = PositionRandom()
         if self._bpe_dropout and tokenizer is not None and tokenizer.kind == "words":
             raise UserError(f"data.bpe_dropout is {config.bpe_dropout}, but {config.tokenizer} holds whole words, "
                             "which have no merges to skip: set data.bpe_dropout to 0")
@@ -91,7 +92,7 @@ class SampleMaker:
 
         ``place``: (shard, index), by which ids are remembered and codes found; None where there is no index.
         """
-        rng = sample_rng(self.seed, position) if self.training else None
+        rng = self._random.at(self.seed, position) if self.training else None
         number = 0
         if self.training and self.config.caption == "random" and len(record.captions) > 1:
             number = int(rng.integers(len(record.captions)))
@@ -321,6 +322,7 @@ class ViewDataset(Dataset):
         self.tokenizer, self.codes = None, None
         self.order = SequentialOrder(index.counts)
         self._reader = ShardReader(index)
+        self._random = PositionRandom()
 
     def __getitems__(self, positions: Sequence[int]) -> Fetched:
         """``image`` uint8 [b, views, 3, S, S] (black where not ``valid``), ``valid`` bool [b], ``position`` [b]."""
@@ -349,7 +351,7 @@ class ViewDataset(Dataset):
             skipped.add(bad.reason, f"{key} in {self.index.shards[shard].name}")
             return None
         return [to_square(image, config.image_size, config.crop, config.flip,
-                          sample_rng(self.seed, position * self.views + view), config.crop_from)
+                          self._random.at(self.seed, position * self.views + view), config.crop_from)
                 for view in range(self.views)]
 
 
