@@ -5,14 +5,13 @@ from :func:`dalle.data.order.sample_rng`, and a bad sample is replaced by the ne
 """
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from dalle.data.batch import Fetched
 from dalle.data.codes import CachedCodes
@@ -28,6 +27,7 @@ from dalle.data.decode import (
 from dalle.data.index import ShardIndex
 from dalle.data.members import key_text
 from dalle.data.order import Order, PositionRandom, SequentialOrder
+from dalle.data.packing import with_images
 from dalle.data.reader import ShardReader
 from dalle.data.reasons import Tally, remedy
 from dalle.data.settings import DataConfig
@@ -169,11 +169,9 @@ class SampleMaker:
             batch["text"] = torch.from_numpy(text)
         if self.codes is not None:
             batch["codes"] = torch.from_numpy(np.stack([sample.codes for sample in samples]).astype(np.int64))
-        if self.config.images:
-            batch["image"] = image_tensor([sample.image for sample in samples])
         if not self.training:
             batch["meta"] = [sample.record.meta for sample in samples]
-        return batch
+        return with_images(batch, [sample.image for sample in samples] if self.config.images else None)
 
     @staticmethod
     def _partly_used(samples: list[Sample]) -> Tally:
@@ -336,9 +334,8 @@ class ViewDataset(Dataset):
                 squares += views or [np.zeros((size, size, 3), np.uint8)] * self.views
         except UserError as error:
             return {"error": str(error)}
-        image = image_tensor(squares)
-        return {"image": image.view(len(positions), self.views, *image.shape[1:]), "valid": torch.tensor(valid),
-                "position": torch.tensor(positions, dtype=torch.int64), "skipped": skipped}
+        return with_images({"valid": torch.tensor(valid), "position": torch.tensor(positions, dtype=torch.int64),
+                            "skipped": skipped}, squares, self.views)
 
     def _views(self, position: int, shard: int, index: int, skipped: Tally) -> list[np.ndarray] | None:
         config = self.config
@@ -364,21 +361,3 @@ def decode_picture(data: bytes, config: DataConfig, crop: Crop) -> Picture:
     """The decoded picture (RGB), by the configured limits."""
     sides = needed_sides(config.image_size, crop, config.crop_from) if config.jpeg_draft else None
     return decode_pixels(data, config.max_pixels, sides)
-
-
-def image_tensor(squares: Sequence[np.ndarray]) -> torch.Tensor:
-    """uint8 [S, S, 3] each -> uint8 [b, 3, S, S], contiguous; in a loader worker in shared memory, where it would be
-    copied to on its way."""
-    batch = empty_images(len(squares), squares[0].shape[0])
-    into = batch.numpy()
-    for place, square in enumerate(squares):
-        into[place] = square.transpose(2, 0, 1)
-    return batch
-
-
-def empty_images(count: int, side: int) -> torch.Tensor:
-    shape = (count, 3, side, side)
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))       # as torch's own collation does
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)

@@ -26,6 +26,7 @@ from dalle.data.damage import DAMAGED_SHARD, MISSING_SHARD, REBUILD
 from dalle.data.dataset import ShardDataset, ViewDataset
 from dalle.data.decode import IN_BAD_SHARD
 from dalle.data.index import ShardIndex
+from dalle.data.packing import unpacked
 from dalle.data.reasons import Tally, remedy
 from dalle.data.settings import DataConfig
 from dalle.data.streaming import StreamDataset
@@ -171,7 +172,7 @@ class Loader(BatchSource):
                 self._waiting = False
             if batch is None:
                 return
-            yield batch
+            yield unpacked(batch)
 
     def _begun(self) -> Iterator[Fetched]:
         if not self._loader.num_workers:
