@@ -2,7 +2,7 @@
 
 Nothing here trusts its input: the size is read from the header before a pixel is decoded, only known picture formats
 are opened (Pillow would start Ghostscript for an EPS), truncated pictures are refused, nothing is unpickled. Plain
-JPEGs and WebPs are then decoded by :mod:`dalle.data.quick`.
+JPEGs are then decoded by :mod:`dalle.data.quick`.
 """
 
 import json

@@ -1,21 +1,19 @@
-"""JPEG and WebP to pixels by quicker decoders than Pillow's, where they give the very same pixels.
+"""JPEG to pixels by a quicker decoder than Pillow's, where it gives the very same; and how far it may shrink them.
 
-A JPEG through ``simplejpeg`` (libjpeg-turbo, an optional dependency), a WebP through torchvision (libwebp): the
-libraries that Pillow calls, without its copies in between. Pillow has read the header before, so that what is a picture
-and how large it may be is decided in one place; and whatever these decoders do not take, or only warn of, is Pillow's
-to judge. A fault has one name whichever decoder met it first.
+``simplejpeg``, an optional dependency, calls libjpeg-turbo as Pillow does, without the copies in between. Pillow has
+read the header before, so that what is a picture and how large it may be is decided in one place; and whatever the
+quick decoder does not take, or only warns of, is Pillow's to judge: a fault has one name whichever decoder met it first.
+
+There is none for WebP: nearly all of its time is libwebp's own, whoever calls it.
 """
 
 import functools
 import logging
 import math
-import warnings
 from collections.abc import Callable
-from io import BytesIO
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from PIL.JpegImagePlugin import get_sampling
 
@@ -27,7 +25,7 @@ SCALES = (8, 4, 2)               # by which libjpeg's decoder can shrink at the 
 LEAST_LEFT = 2                   # what is left to resize by after it, where it does not meet the side itself
 SMALLEST = 8                     # pixels of a side: below, a rounded side and a scale do not determine each other
 WHOLE_CHROMA = (0, 2)            # Pillow's numbers of 4:4:4 and 4:2:0
-JPEG_MODES, ONE_FRAME_WEBP = ("RGB", "L"), (b"VP8 ", b"VP8L")
+JPEG_MODES = ("RGB", "L")
 
 
 def draft_scale(image: Image.Image, smallest: int, largest: int) -> int:
@@ -54,18 +52,10 @@ def draft_scale(image: Image.Image, smallest: int, largest: int) -> int:
 def quick_pixels(data: bytes, image: Image.Image, scale: int = 1) -> np.ndarray | None:
     """uint8 [H, W, 3] of ``data``, which Pillow has opened as ``image``, shrunk by ``scale``; None: Pillow must do it.
     """
-    if image.format == "JPEG" and image.mode in JPEG_MODES:
-        return _jpeg(data, *image.size, scale)
-    if image.format == "WEBP" and image.mode == "RGB" and data[12:16] in ONE_FRAME_WEBP:
-        return _webp(data, *image.size)
-    return None
-
-
-def _jpeg(data: bytes, width: int, height: int, scale: int) -> np.ndarray | None:
-    decode = jpeg_decoder()
-    shape = math.ceil(height / scale), math.ceil(width / scale), 3
+    decode = jpeg_decoder() if image.format == "JPEG" and image.mode in JPEG_MODES else None
     if decode is None:
         return None
+    shape = math.ceil(image.height / scale), math.ceil(image.width / scale), 3
     least = {"min_height": shape[0], "min_width": shape[1]} if scale > 1 else {}
     try:
         pixels = decode(data, "RGB", **least)      # strict: a warning is an error
@@ -74,41 +64,13 @@ def _jpeg(data: bytes, width: int, height: int, scale: int) -> np.ndarray | None
     return pixels if pixels.shape == shape else None
 
 
-def _webp(data: bytes, width: int, height: int) -> np.ndarray | None:
-    decode = webp_decoder()
-    if decode is None:
-        return None
-    try:
-        pixels = decode(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0).numpy()
-    except RuntimeError:
-        return None
-    return pixels if pixels.shape == (height, width, 3) else None
-
-
 @functools.cache
 def jpeg_decoder() -> Decoder | None:
     """``simplejpeg.decode_jpeg``; None where the package is not installed, which is said once."""
     try:
         from simplejpeg import decode_jpeg
     except ImportError as error:
-        log.info("JPEGs are decoded by Pillow, to the same pixels at two thirds of the speed (%s); "
+        log.info("JPEGs are decoded by Pillow, to the same pixels at three quarters of the speed (%s); "
                  "pip install simplejpeg", error)
         return None
     return decode_jpeg
-
-
-@functools.cache
-def webp_decoder() -> Decoder | None:
-    """``torchvision.io.decode_webp``; None where this torchvision was built without it, which is said once."""
-    file = BytesIO()
-    Image.new("RGB", (2, 2)).save(file, "WEBP")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")         # of a torchvision without its own library; said below
-            from torchvision.io import decode_webp  # late: a loader without a WebP does without it
-        decode_webp(torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8))
-    except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        log.info("WebPs are decoded by Pillow, to the same pixels at half of the speed (torchvision: %s)",
-                 str(error).splitlines()[0] if str(error) else type(error).__name__)
-        return None
-    return decode_webp

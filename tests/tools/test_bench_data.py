@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = {"Pillow, bicubic", "Pillow, area", "Tessera, whole", "Tessera, shrunk by Pillow", "Tessera",
+ROWS = {"Pillow, bicubic", "Pillow, area", "Tessera, whole", "Tessera, shrunk by Pillow", "Tessera, shrunk", "Tessera",
         "webdataset, Pillow, bicubic", "Tessera, captions to ids", "Tessera, codes and captions to ids"}
 
 
