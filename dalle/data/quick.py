@@ -2,7 +2,7 @@
 
 ``simplejpeg``, an optional dependency, calls libjpeg-turbo as Pillow does, without the copies in between. Pillow has
 read the header before, so that what is a picture and how large it may be is decided in one place; and whatever the
-quick decoder does not take, or only warns of, is Pillow's to judge: a fault has one name whichever decoder met it first.
+quick decoder does not take, or only warns of, is Pillow's to judge: a fault has one name whichever met it first.
 
 There is none for WebP: nearly all of its time is libwebp's own, whoever calls it.
 """
