@@ -44,8 +44,8 @@ def parse_arguments() -> argparse.Namespace:
                         "256); another one may tip a code on its edge")
     parser.add_argument("--workers", type=int, help="processes that decode for each process (default: 2 with a GPU, "
                         "else 0)")
-    parser.add_argument("--device", default="auto", help="auto (default: each process's GPU, if there is one), cpu, "
-                        "cuda")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda: each process's own GPU, "
+                        "if there is one")
     parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES), help="of the encoder (default fp32); bf16: "
                         "faster on a GPU, other codes here and there")
     parser.add_argument("--bad-shards", choices=("refuse", "skip"), default="refuse", help="missing or damaged ones: "
@@ -56,8 +56,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     adopt_slurm()
-    if arguments.device == "auto":
-        arguments.device = "cpu" if wants_cpu() else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if arguments.device == "cuda" or (arguments.device == "auto" and not wants_cpu()):
+        arguments.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    elif arguments.device == "auto":
+        arguments.device = "cpu"
     if arguments.device.startswith("cuda:"):
         torch.cuda.set_device(arguments.device)        # else what pins batches would take memory of the first GPU, too
     if asked_for_more_processes():

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Pictures a second: shards to batches and decoders alone, beside webdataset with Pillow, in turns in one process.
 
-    OMP_NUM_THREADS=1 python tools/bench/data.py
-    OMP_NUM_THREADS=1 python tools/bench/data.py --cases jpeg-512-256 --workers 0 --pictures 300 --rounds 5
+    PYTHONPATH=. OMP_NUM_THREADS=1 python tools/bench/data.py
+    PYTHONPATH=. OMP_NUM_THREADS=1 python tools/bench/data.py --cases jpeg-512-256 --workers 0 --pictures 300 --rounds 5
 
 Makes its pictures (smoothed noise under shapes, quality 90) in a temporary folder. The peer is ``webdataset`` with
 ``decode("pil")``, bicubic resizing and batches made in the worker. A figure is the median of the rounds in pictures a
