@@ -33,16 +33,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rounds import Synthetic
 
 from dalle.data.batch import Batch, BatchSource
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
-from dalle.tasks.transformer import TransformerRun, TransformerTask
+from dalle.tasks.transformer import TransformerRun
 from dalle.training.allocator import keep_freed_memory
 from dalle.training.engines.base import Engine
 from dalle.training.loop import Summary, Trainer
 from dalle.training.saving import SaveFailed
 from dalle.training.state import Checkpoints
-from dalle.training.task import Phase, Player, parameter_count
+from dalle.training.task import parameter_count
 
 TEXT_LENGTH, NUM_WORDS = 32, 2048
 BATCHES_IN_MEMORY = 8
@@ -64,22 +65,6 @@ REALISTIC = Size(dim=512, depth=8, grid=8, batch=8)       # some 0.3 s a step on
 SMALL = Size(dim=128, depth=4, grid=8, batch=4, block=50)
 TINY = Size(dim=16, depth=1, grid=2, batch=2)
 SAVING_BATCH = 16                                         # some 0.5 s
-
-
-class Synthetic(TransformerTask):
-    """The transformer task without a codec and a tokenizer: the codes come with the batch."""
-
-    def __init__(self, config: TransformerRun, size: Size):
-        self.config = config
-        model = build(size)
-        self.players = {"transformer": Player(model, config.optimizer)}
-        self.frozen = {}
-        self.phases = [Phase("transformer", player="transformer", loss=self.next_token_loss)]
-        self.tokens_per_sample, self.flops_per_sample = model.config.length, model.flops_per_sample()
-        self.scored_text_slots = TEXT_LENGTH
-
-    def export(self, folder: str, states: dict) -> None:
-        self._model.save_pretrained(folder, states["transformer"])
 
 
 def build(size: Size) -> TextToImageTransformer:
@@ -164,7 +149,7 @@ def bench_checkpoint(folder: Path, size: Size, precision: str, save_every: int, 
     modes = block_modes(rounds)
     config = make_config(folder, size, precision, save_every * (len(modes) + 1), save_every, ema=0.999)
     engine = Engine(config, torch.device("cpu"))
-    task, batches = Synthetic(config, size), make_batches(size)
+    task, batches = Synthetic(config, build(size)), make_batches(size)
 
     trainer = Trainer(task, config, engine, lambda start: InMemory(batches, start))
     saves = SavingByBlocks(task, config, engine, trainer.checkpoints.store, "auto", trainer.steps, trainer.evolving,
@@ -267,7 +252,7 @@ def bench_step(folder: Path, name: str, size: Size, precision: str, rounds: int,
     """Prints the table; returns the loop's time over the bare loop's."""
     config = make_config(folder, size, precision, size.block * (rounds + 1) + 1, save_every=0, ema=0.0)
     turns = TakingTurns(make_batches(size), size.block, rounds, make_bare_step(size, config), clock)
-    task = Synthetic(config, size)
+    task = Synthetic(config, build(size))
     run_quietly(Trainer(task, config, Engine(config, torch.device("cpu")), lambda start: turns).run)
     print(f"step, {name}: {parameter_count(task.players['transformer'].module) / 1e6:.1f} M parameters, {precision}, "
           f"batch {size.batch}, {rounds} rounds of {size.block} steps each")
