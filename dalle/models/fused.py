@@ -22,6 +22,12 @@ def sdpa_attention(stacked: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None)
 
 
+def attend(stacked: Tensor, mask: Tensor | None) -> Tensor:
+    """The same with an additive ``mask`` [S, S], or with none."""
+    queries, keys, values = stacked
+    return F.scaled_dot_product_attention(queries, keys, values, None if mask is None else mask.to(queries.dtype))
+
+
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dalle.models import fused, plain
 from dalle.models.cpu.activations import squared_relu
-from dalle.models.cpu.attention import MATH_LONGEST, math_attention, without_fused_kernels
+from dalle.models.cpu.attention import MATH_LONGEST, attend, math_attention, without_fused_kernels
 from dalle.models.cpu.key_value_cache import KeyValueCache as TransposedKeyValueCache
+from dalle.models.cpu.linear import linear
 from dalle.models.cpu.rotary import rotate
 from dalle.models.cpu.token_shift import shift_slots
 from dalle.models.masks import additive_mask, block_mask, boolean_mask
@@ -74,7 +76,9 @@ class Kernels:
     """The forms that run on one type of device: no default, so that each column names every operation."""
 
     attention: Callable[[AttentionPattern, int], str]          # the entry of ATTENTION for a pattern and a length
+    attend: Callable[[Tensor, Tensor | None], Tensor]          # with any additive mask [S, S], or none
     tower_attention: Callable[[], AbstractContextManager]      # around networks whose attention is their own (CLIP's)
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]   # of inputs, weight and bias
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     squared_relu: Callable[[Tensor], Tensor]
     shift_slots: Callable[[Tensor, int, int], Tensor]
@@ -94,7 +98,9 @@ def _attention_on_cuda(pattern: AttentionPattern, length: int) -> str:
 KERNELS: dict[str, Kernels] = {
     "cpu": Kernels(
         attention=_attention_on_cpu,
+        attend=attend,
         tower_attention=without_fused_kernels,
+        linear=linear,
         rotate=rotate,
         squared_relu=squared_relu,
         shift_slots=shift_slots,
@@ -102,7 +108,9 @@ KERNELS: dict[str, Kernels] = {
     ),
     "cuda": Kernels(
         attention=_attention_on_cuda,
+        attend=fused.attend,
         tower_attention=nullcontext,
+        linear=F.linear,
         rotate=rotate,
         squared_relu=squared_relu,
         shift_slots=shift_slots,
@@ -111,7 +119,9 @@ KERNELS: dict[str, Kernels] = {
 }
 ELSEWHERE = Kernels(                                            # any other type of device
     attention=lambda pattern, length: "sdpa",
+    attend=fused.attend,
     tower_attention=nullcontext,
+    linear=F.linear,
     rotate=rotate,
     squared_relu=squared_relu,
     shift_slots=shift_slots,
@@ -119,7 +129,9 @@ ELSEWHERE = Kernels(                                            # any other type
 )
 PLAIN = Kernels(                                                # what they all compute
     attention=lambda pattern, length: "plain",
+    attend=plain.attend,
     tower_attention=nullcontext,
+    linear=F.linear,
     rotate=plain.rotate,
     squared_relu=plain.squared_relu,
     shift_slots=plain.shift_slots,

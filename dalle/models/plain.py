@@ -22,6 +22,11 @@ def attention(stacked: Tensor, mask: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ values
 
 
+def attend(stacked: Tensor, mask: Tensor | None) -> Tensor:
+    """The same, where there may be no mask."""
+    return attention(stacked, stacked.new_zeros(()) if mask is None else mask.to(stacked.dtype))
+
+
 def rotate(stacked: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Turn each pair (i, i + head_dim / 2) of the queries and keys in [3, ..., S, head_dim] by its slot's angle.
 
