@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.models.kernels import ATTENTION, Backend, choose_backend, kernels_for
-from dalle.models.linear import Linear
+from dalle.models.layers import Linear
 from dalle.models.norms import RMSNorm
 from dalle.models.patterns import AttentionPattern
 from dalle.models.rotary import rotary_table

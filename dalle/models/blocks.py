@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dalle.models.attention import AttentionConstants
 from dalle.models.kernels import kernels_for
-from dalle.models.linear import Linear
+from dalle.models.layers import Dropout, Linear
 from dalle.models.precision import compute_dtype
 
 MlpName = Literal["gelu", "gelu_tanh", "relu2", "swiglu", "geglu"]
@@ -58,7 +58,7 @@ class SubLayer(nn.Module):
                  dropout: float):
         super().__init__()
         self.norm, self.shift, self.body, self.norm_out = norm, shift, body, norm_out
-        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.dropout = Dropout(dropout) if dropout else None
 
     def forward(self, inputs: Tensor, *context: Any) -> Tensor:
         """``inputs`` [B, S, dim]; ``context`` is what the body takes besides them."""

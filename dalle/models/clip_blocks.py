@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dalle.models.kernels import kernels_for
-from dalle.models.linear import Linear
+from dalle.models.layers import Linear
 
 
 class TowerBlock(ResidualAttentionBlock):

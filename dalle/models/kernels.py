@@ -17,6 +17,7 @@ from torch import Tensor
 from dalle.models import fused, plain
 from dalle.models.cpu.activations import squared_relu
 from dalle.models.cpu.attention import MATH_LONGEST, attend, math_attention, without_fused_kernels
+from dalle.models.cpu.dropout import dropout
 from dalle.models.cpu.key_value_cache import KeyValueCache as TransposedKeyValueCache
 from dalle.models.cpu.linear import linear
 from dalle.models.cpu.rotary import rotate
@@ -78,6 +79,7 @@ class Kernels:
     attention: Callable[[AttentionPattern, int], str]          # the entry of ATTENTION for a pattern and a length
     attend: Callable[[Tensor, Tensor | None], Tensor]          # with any additive mask [S, S], or none
     tower_attention: Callable[[], AbstractContextManager]      # around networks whose attention is their own (CLIP's)
+    dropout: Callable[[Tensor, float], Tensor]                  # in training, of inputs and the share of zeros
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]   # of inputs, weight and bias
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     squared_relu: Callable[[Tensor], Tensor]
@@ -100,6 +102,7 @@ KERNELS: dict[str, Kernels] = {
         attention=_attention_on_cpu,
         attend=attend,
         tower_attention=without_fused_kernels,
+        dropout=dropout,
         linear=linear,
         rotate=rotate,
         squared_relu=squared_relu,
@@ -110,6 +113,7 @@ KERNELS: dict[str, Kernels] = {
         attention=_attention_on_cuda,
         attend=fused.attend,
         tower_attention=nullcontext,
+        dropout=F.dropout,
         linear=F.linear,
         rotate=rotate,
         squared_relu=squared_relu,
@@ -121,6 +125,7 @@ ELSEWHERE = Kernels(                                            # any other type
     attention=lambda pattern, length: "sdpa",
     attend=fused.attend,
     tower_attention=nullcontext,
+    dropout=F.dropout,
     linear=F.linear,
     rotate=rotate,
     squared_relu=squared_relu,
@@ -131,6 +136,7 @@ PLAIN = Kernels(                                                # what they all 
     attention=lambda pattern, length: "plain",
     attend=plain.attend,
     tower_attention=nullcontext,
+    dropout=F.dropout,
     linear=F.linear,
     rotate=plain.rotate,
     squared_relu=plain.squared_relu,

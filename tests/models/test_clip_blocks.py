@@ -9,7 +9,7 @@ from torch import nn
 from dalle.models import clip
 from dalle.models.clip import ClipConfig, ClipModel
 from dalle.models.clip_blocks import TowerBlock, TowerTransformer, encode_ends, pools_the_end
-from dalle.models.linear import Linear
+from dalle.models.layers import Linear
 
 VISION = {"layers": 2, "width": 16, "head_width": 8, "patch_size": 8, "image_size": 16}
 TEXT = {"layers": 2, "width": 16, "heads": 2}

@@ -11,6 +11,7 @@ from dalle.models.cpu import attention as cpu_attention
 from dalle.models.cpu import linear as cpu_linear
 from dalle.models.cpu.activations import SquaredRelu, squared_relu
 from dalle.models.cpu.attention import MathAttention, attend, causal_ends, math_attention
+from dalle.models.cpu.dropout import dropout
 from dalle.models.cpu.key_value_cache import KeyValueCache
 from dalle.models.cpu.rotary import rotate
 from dalle.models.cpu.token_shift import ShiftSlots, shift_slots
@@ -117,6 +118,33 @@ def test_attention_with_any_mask_or_none(monkeypatch, longest, mask):
              for form in (attend, fused.attend, plain.attend)]
     torch.testing.assert_close(forms[0], forms[2], atol=1e-12, rtol=1e-10)
     torch.testing.assert_close(forms[1], forms[2], atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_dropout_keeps_the_mean_and_its_gradient_is_its_factor(dtype, share):
+    torch.manual_seed(0)
+    inputs = torch.ones(301, 337, dtype=dtype, requires_grad=True)       # not a multiple of the four that a word gives
+    factors = dropout(inputs, share)
+    kept = factors != 0
+    torch.testing.assert_close(kept.double().mean().item(), 1 - share, atol=0.006, rtol=0)     # some five deviations
+    torch.testing.assert_close(factors[kept], torch.full_like(factors[kept], 1 / (1 - share)), atol=1e-4, rtol=1e-2)
+    for axis in (0, 1):                                                  # no feature and no slot is drawn otherwise
+        torch.testing.assert_close(kept.double().mean(axis), torch.full(kept.shape[1 - axis:][:1], 1 - share).double(),
+                                   atol=0.16, rtol=0)
+    weights = torch.randn_like(factors)
+    assert torch.equal(torch.autograd.grad(factors, inputs, weights)[0], weights * factors)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(inputs, share), factors)
+    assert not torch.equal(dropout(inputs, share), factors)
+
+
+def test_a_share_below_the_steps_of_dropout_is_drawn_by_torch():
+    torch.manual_seed(0)
+    expected = F.dropout(torch.ones(1000, 1000), 5e-6)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(torch.ones(1000, 1000), 5e-6), expected) and 0 < (expected == 0).sum() < 30
+    assert dropout(torch.ones(5), 1.0).tolist() == [0] * 5
 
 
 needs_onednn = pytest.mark.skipif(not cpu_linear.AVAILABLE, reason="torch has no oneDNN beside MKL, or no AVX-512")
