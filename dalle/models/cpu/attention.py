@@ -33,7 +33,7 @@ class MathAttention(torch.autograd.Function):
         for start, end in chunks(ends):
             scores = _scores(queries[:, start:end], keys[:, :end], mask, start, scale)
             weights.append(_softmax(scores))
-            torch.bmm(weights[-1], values[:, :end], out=attended[:, start:end])
+            attended[:, start:end] = torch.bmm(weights[-1], values[:, :end])
         context.save_for_backward(stacked, *weights)
         return attended
 
@@ -49,11 +49,14 @@ class MathAttention(torch.autograd.Function):
             grad_part = grad[:, start:end]
             grad_weights = torch.bmm(grad_part, values[:, :end].transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, part, -1, part.dtype).mul_(scale)
-            torch.bmm(grad_scores, keys[:, :end], out=grads[0][:, start:end])
-            # the last chunk sees all keys, and is the first here: the others add to what it has written
-            for into, left, right in ((grads[1], grad_scores, queries[:, start:end]), (grads[2], part, grad_part)):
-                torch.baddbmm(into[:, :end], left.transpose(1, 2), right, beta=float(end < len(into[0])),
-                              out=into[:, :end])
+            grads[0][:, start:end] = torch.bmm(grad_scores, keys[:, :end])
+            grad_keys = torch.bmm(grad_scores.transpose(1, 2), queries[:, start:end])
+            grad_values = torch.bmm(part.transpose(1, 2), grad_part)
+            if end == stacked.shape[2]:      # the last chunk sees all keys, and is the first here: the others add to it
+                grads[1], grads[2] = grad_keys, grad_values
+            else:
+                grads[1][:, :end] += grad_keys
+                grads[2][:, :end] += grad_values
         return grads, None, None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 AVAILABLE = (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
              and torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
-FEWEST_PRODUCTS = 1 << 21      # below, the longer way to oneDNN costs more than it saves
+FEWEST_PRODUCTS = 1 << 20      # below, the longer way to oneDNN costs more than it saves
 
 
 class OneDnnLinear(torch.autograd.Function):
@@ -52,7 +52,7 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``; by oneDNN where all is fp32, autocast is off and the product is a large one."""
     if torch.compiler.is_compiling() or not _is_for_onednn(inputs, weight, bias):
         return F.linear(inputs, weight, bias)
-    return OneDnnLinear.apply(inputs, weight, bias)
+    return (OneDnnLinear.apply if torch.is_grad_enabled() else product)(inputs, weight, bias)
 
 
 def _is_for_onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
