@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.models.kernels import ATTENTION, Backend, choose_backend, kernels_for
+from dalle.models.layers import Linear
 from dalle.models.norms import RMSNorm
 from dalle.models.patterns import AttentionPattern
 from dalle.models.plain import Heads
@@ -36,8 +37,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.head_dim, self.pattern = heads, head_dim, pattern
         self.rotary, self.backend = rotary, backend
-        self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=bias)
-        self.out = nn.Linear(heads * head_dim, dim, bias=bias)
+        self.qkv = Linear(dim, 3 * heads * head_dim, bias=bias)
+        self.out = Linear(heads * head_dim, dim, bias=bias)
         self.query_norm = RMSNorm(head_dim) if qk_norm else None
         self.key_norm = RMSNorm(head_dim) if qk_norm else None
 

@@ -63,6 +63,12 @@ def sdpa_attention(heads: Heads, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None)
 
 
+def attend(stacked: Tensor, mask: Tensor | None) -> Tensor:
+    """The same with an additive ``mask`` [S, S], or with none."""
+    queries, keys, values = stacked
+    return F.scaled_dot_product_attention(queries, keys, values, None if mask is None else mask.to(queries.dtype))
+
+
 def flex_attention(heads: Heads, mask: Any) -> Tensor:
     """The same through FlexAttention and a block mask: part of the graph of a block that is being compiled, else
     compiled by itself, since uncompiled it holds all scores."""

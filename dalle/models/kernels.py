@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dalle.models import fused, plain
 from dalle.models.cpu.activations import squared_relu
-from dalle.models.cpu.attention import MATH_LONGEST, math_attention, without_fused_kernels
+from dalle.models.cpu.attention import MATH_LONGEST, attend, math_attention, without_fused_kernels
+from dalle.models.cpu.dropout import dropout
 from dalle.models.cpu.key_value_cache import KeyValueCache as TransposedKeyValueCache
+from dalle.models.cpu.linear import linear
 from dalle.models.cpu.rotary import rotate
 from dalle.models.cpu.softmax import softmax_errors
 from dalle.models.cpu.token_shift import shift_slots
@@ -88,9 +91,12 @@ class Kernels:
     """The forms that run on one type of device: no default, so that each column names every operation."""
 
     attention: Callable[[AttentionPattern, int], str]          # the entry of ATTENTION for a pattern and a length
+    attend: Callable[[Tensor, Tensor | None], Tensor]          # with any additive mask [S, S], or none
     tower_attention: Callable[[], AbstractContextManager]      # around networks whose attention is their own (CLIP's)
     split_heads: Callable[[Tensor, int], Heads]                 # of the one product that makes q, k and v
     join_heads: Callable[[Tensor, Tensor, Tensor], Heads]       # what rotation and attention take, of three
+    dropout: Callable[[Tensor, float], Tensor]                  # in training, of inputs and the share of zeros
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]   # of inputs, weight and bias
     rotate: Callable[[Heads, Tensor, Tensor], Heads]
     squared_relu: Callable[[Tensor], Tensor]
     shift_slots: Callable[[Tensor, int, int], Tensor]
@@ -116,9 +122,12 @@ def _as_they_are(queries: Tensor, keys: Tensor, values: Tensor) -> Heads:
 KERNELS: dict[str, Kernels] = {
     "cpu": Kernels(
         attention=_attention_on_cpu,
+        attend=attend,
         tower_attention=without_fused_kernels,
         split_heads=plain.split_heads,
         join_heads=plain.join_heads,
+        dropout=dropout,
+        linear=linear,
         rotate=rotate,
         squared_relu=squared_relu,
         shift_slots=shift_slots,
@@ -127,9 +136,12 @@ KERNELS: dict[str, Kernels] = {
     ),
     "cuda": Kernels(
         attention=_attention_on_cuda,
+        attend=fused.attend,
         tower_attention=nullcontext,
         split_heads=fused.split_heads,
         join_heads=_as_they_are,
+        dropout=F.dropout,
+        linear=F.linear,
         rotate=fused.rotate,
         squared_relu=plain.squared_relu,
         shift_slots=fused.shift_slots,
@@ -139,9 +151,12 @@ KERNELS: dict[str, Kernels] = {
 }
 ELSEWHERE = Kernels(                                            # any other type of device
     attention=lambda pattern, length: "sdpa",
+    attend=fused.attend,
     tower_attention=nullcontext,
     split_heads=plain.split_heads,
     join_heads=plain.join_heads,
+    dropout=F.dropout,
+    linear=F.linear,
     rotate=rotate,
     squared_relu=squared_relu,
     shift_slots=shift_slots,
@@ -150,9 +165,12 @@ ELSEWHERE = Kernels(                                            # any other type
 )
 PLAIN = Kernels(                                                # what they all compute
     attention=lambda pattern, length: "plain",
+    attend=plain.attend,
     tower_attention=nullcontext,
     split_heads=plain.split_heads,
     join_heads=plain.join_heads,
+    dropout=F.dropout,
+    linear=F.linear,
     rotate=plain.rotate,
     squared_relu=plain.squared_relu,
     shift_slots=plain.shift_slots,

@@ -65,7 +65,7 @@ def _sum_and_gradients(rows: Tensor, weight: Tensor, targets: Tensor, of_rows: b
     """The sum, and where asked for its gradients by ``rows`` [n, dim] and by ``weight`` [V, dim]; autograd rounds both
     to the types of these."""
     dtype = compute_dtype(rows)
-    matrix = weight.to(dtype)
+    matrix, linear = weight.to(dtype), kernels_for(rows.device).linear
     scored = (targets != IGNORED_TARGET)[:, None]
     chosen = torch.where(scored, targets[:, None], 0)
     parts = min(len(rows), -(-len(rows) * len(weight) // MOST_LOGITS))
@@ -73,16 +73,16 @@ def _sum_and_gradients(rows: Tensor, weight: Tensor, targets: Tensor, of_rows: b
     total, row_gradients, weight_gradient = 0.0, [], None
     for part, token, counts in zip(rows.to(dtype).tensor_split(parts), chosen.tensor_split(parts),
                                    scored.to(dtype).tensor_split(parts), strict=True):
-        logits = part @ matrix.t()                                                           # [some rows, V]
+        logits = linear(part, matrix, None)                                                  # [some rows, V]
         if not (of_rows or of_weight):
             total = total + (plain.token_losses(logits, token) * counts).sum()
             continue
         losses, errors = kernels_for(rows.device).softmax_errors(logits, token)
         total = total + (losses * counts).sum()
         if of_rows:                      # what is not scored is left out here, where it costs dim and not V numbers
-            row_gradients.append((errors @ matrix).mul_(counts))
+            row_gradients.append(linear(errors, matrix.t(), None).mul_(counts))
         if of_weight:
-            product = (errors.t() @ (part * counts)).to(summed)
+            product = linear(errors.t(), (part * counts).t(), None).to(summed)
             weight_gradient = product if weight_gradient is None else weight_gradient.add_(product)
     row_gradient = None if not of_rows else row_gradients[0] if parts == 1 else torch.cat(row_gradients)
     # `total` as it is: a `to` that changes nothing, returned by a function that torch 2.11 compiles, has no gradient

@@ -34,6 +34,11 @@ def attention(heads: Heads, mask: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ values
 
 
+def attend(heads: Heads, mask: Tensor | None) -> Tensor:
+    """The same, where there may be no mask."""
+    return attention(heads, heads[0].new_zeros(()) if mask is None else mask.to(heads[0].dtype))
+
+
 def rotate(heads: Heads, cosines: Tensor, sines: Tensor) -> Heads:
     """Turn each pair (i, i + head_dim / 2) of the queries and keys [..., S, head_dim] by its slot's angle.
 

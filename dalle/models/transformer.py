@@ -26,6 +26,7 @@ from dalle.models.attention import Attention, AttentionConstants
 from dalle.models.base import FREE, ModelConfig, PretrainedModel
 from dalle.models.blocks import Block, FeedForward, MlpName, SubLayer, TokenShift
 from dalle.models.kernels import Backend
+from dalle.models.layers import Dropout
 from dalle.models.losses import IGNORED_TARGET, Head
 from dalle.models.norms import NormName, make_norm
 from dalle.models.patterns import AttentionPattern, ConvMode, PatternName, layer_patterns
@@ -159,7 +160,7 @@ class TextToImageTransformer(PretrainedModel):
             self.text_position = nn.Parameter(torch.empty(config.text_length, dim))
             self.row_position = nn.Parameter(torch.empty(config.grid[0], 1, dim))
             self.column_position = nn.Parameter(torch.empty(1, config.grid[1], dim))
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else None
+        self.dropout = Dropout(config.dropout) if config.dropout else None
         self.blocks = nn.ModuleList(make_block(config, pattern) for pattern in attention_patterns(config))
         self.norm = make_norm(config.norm, dim, config.bias)
         self.text_head = Head(dim, num_texts)

@@ -38,16 +38,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rounds import Synthetic
 
 from dalle.data.batch import Batch, BatchSource
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
-from dalle.tasks.transformer import TransformerRun, TransformerTask
+from dalle.tasks.transformer import TransformerRun
 from dalle.training.allocator import keep_freed_memory
 from dalle.training.engines.base import Engine
 from dalle.training.loop import Summary, Trainer
 from dalle.training.saving import SaveFailed
 from dalle.training.state import Checkpoints
-from dalle.training.task import Phase, Player, parameter_count
+from dalle.training.task import parameter_count
 
 BATCHES_IN_MEMORY = 8
 LOG_EVERY = 10
@@ -78,22 +79,6 @@ TINY = Size(dim=16, depth=1, grid=2, batch=2)
 XL = Size(dim=2048, depth=24, grid=32, batch=8, text=256, words=16_384, codes=8192)
 SIZES = {"realistic": REALISTIC, "small": SMALL, "xl": XL}
 SAVING_BATCH = 16                                         # some 0.5 s
-
-
-class Synthetic(TransformerTask):
-    """The transformer task without a codec and a tokenizer: the codes come with the batch."""
-
-    def __init__(self, config: TransformerRun, size: Size):
-        self.config = config
-        model = build(size)
-        self.players = {"transformer": Player(model, config.optimizer)}
-        self.frozen = {}
-        self.phases = [Phase("transformer", player="transformer", loss=self.next_token_loss)]
-        self.tokens_per_sample, self.flops_per_sample = model.config.length, model.flops_per_sample()
-        self.scored_text_slots = size.text
-
-    def export(self, folder: str, states: dict) -> None:
-        self._model.save_pretrained(folder, states["transformer"])
 
 
 def build(size: Size) -> TextToImageTransformer:
@@ -180,7 +165,7 @@ def bench_checkpoint(folder: Path, size: Size, precision: str, save_every: int, 
     modes = block_modes(rounds)
     config = make_config(folder, size, precision, save_every * (len(modes) + 1), save_every, ema=0.999)
     engine = Engine(config, device)
-    task, batches = Synthetic(config, size), make_batches(size, device)
+    task, batches = Synthetic(config, build(size)), make_batches(size, device)
     trainer = Trainer(task, config, engine, lambda start: InMemory(batches, start))
     saves = SavingByBlocks(task, config, engine, trainer.checkpoints.store, "auto", trainer.steps, trainer.evolving,
                            trainer.limits, trainer.output, modes=modes, clock=clock)
@@ -284,7 +269,7 @@ def bench_step(folder: Path, name: str, size: Size, precision: str, rounds: int,
     """Prints the table; returns the loop's time over the bare loop's."""
     config = make_config(folder, size, precision, size.block * (rounds + 1) + 1, save_every=0, ema=0.0)
     turns = TakingTurns(make_batches(size, device), size.block, rounds, make_bare_step(size, config, device), clock)
-    task = Synthetic(config, size)
+    task = Synthetic(config, build(size))
     run_quietly(Trainer(task, config, Engine(config, device), lambda start: turns).run)
     print(f"step, {name}: {parameter_count(task.players['transformer'].module) / 1e6:.1f} M parameters, {precision}, "
           f"batch {size.batch}, {rounds} rounds of {size.block} steps each")
