@@ -100,7 +100,7 @@ class Kernels:
     rotate: Callable[[Heads, Tensor, Tensor], Heads]
     squared_relu: Callable[[Tensor], Tensor]
     shift_slots: Callable[[Tensor, int, int], Tensor]
-    softmax_errors: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]       # may take the place of the logits
+    softmax_errors: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]       # may take the place of the logits
     # from B, heads, head_dim, slots, device, type
     key_value_cache: Callable[[int, int, int, int, torch.device, torch.dtype], KeyValueCache]
 

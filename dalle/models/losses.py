@@ -77,12 +77,12 @@ def _sum_and_gradients(rows: Tensor, weight: Tensor, targets: Tensor, of_rows: b
         if not (of_rows or of_weight):
             total = total + (plain.token_losses(logits, token) * counts).sum()
             continue
-        losses, errors = kernels_for(rows.device).softmax_errors(logits, token)
+        losses, errors = kernels_for(rows.device).softmax_errors(logits, token, counts)
         total = total + (losses * counts).sum()
-        if of_rows:                      # what is not scored is left out here, where it costs dim and not V numbers
-            row_gradients.append(linear(errors, matrix.t(), None).mul_(counts))
+        if of_rows:
+            row_gradients.append(linear(errors, matrix.t(), None))
         if of_weight:
-            product = linear(errors.t(), (part * counts).t(), None).to(summed)
+            product = linear(errors.t(), part.t(), None).to(summed)
             weight_gradient = product if weight_gradient is None else weight_gradient.add_(product)
     row_gradient = None if not of_rows else row_gradients[0] if parts == 1 else torch.cat(row_gradients)
     # `total` as it is: a `to` that changes nothing, returned by a function that torch 2.11 compiles, has no gradient

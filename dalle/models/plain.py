@@ -77,11 +77,14 @@ def token_losses(logits: Tensor, chosen: Tensor) -> Tensor:
     return -logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).gather(1, chosen)
 
 
-def softmax_errors(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`token_losses`, and their gradient by the logits in the type of these: softmax less one at ``chosen``."""
+def softmax_errors(logits: Tensor, chosen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`token_losses`, and their gradient by the logits in the type of these: softmax less one at ``chosen``.
+
+    ``counts`` [n, 1] is 0 for the rows whose gradient is zero, else 1.
+    """
     logs = logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     one_hot = torch.arange(logits.shape[1], device=logits.device) == chosen
-    return -logs.gather(1, chosen), (logs.exp() - one_hot.to(logs.dtype)).to(logits.dtype)
+    return -logs.gather(1, chosen), ((logs.exp() - one_hot.to(logs.dtype)) * counts).to(logits.dtype)
 
 
 class KeyValueCache:

@@ -124,9 +124,10 @@ def test_a_head_gives_logits_or_their_loss():
 def test_the_softmax_in_blocks_is_the_plain_one(monkeypatch, block, dtype):
     monkeypatch.setattr(softmax, "BLOCK", block)
     logits, chosen = torch.randn(6, 7, dtype=dtype) * 3, torch.randint(7, (6, 1))
-    expected = plain.softmax_errors(logits, chosen)
+    counts = torch.tensor([1, 1, 0, 1, 0, 1], dtype=dtype)[:, None]
+    expected = plain.softmax_errors(logits, chosen, counts)
     wide = logits.detach().to(expected[0].dtype).requires_grad_()
-    gradient, = torch.autograd.grad(plain.token_losses(wide, chosen).sum(), wide)
-    torch.testing.assert_close(softmax.softmax_errors(logits, chosen), expected)
+    gradient, = torch.autograd.grad((plain.token_losses(wide, chosen) * counts).sum(), wide)
+    torch.testing.assert_close(softmax.softmax_errors(logits, chosen, counts), expected)
     torch.testing.assert_close(expected[1], gradient.to(dtype))
     assert expected[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

@@ -6,10 +6,10 @@ from torch import Tensor
 BLOCK = 1 << 18      # logits: 1 MiB in fp32
 
 
-def softmax_errors(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_errors(logits: Tensor, chosen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """-log softmax(logits)[chosen], at least fp32 [n, 1], and its gradient by the logits, which takes their place.
 
-    ``logits`` [n, V], ``chosen`` int64 [n, 1].
+    ``logits`` [n, V], ``chosen`` int64 [n, 1], ``counts`` [n, 1]: 0 for the rows whose gradient is zero, else 1.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     losses, parts = [], min(len(logits), -(-logits.numel() // BLOCK))
@@ -17,4 +17,4 @@ def softmax_errors(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         logs = block.log_softmax(dim=-1, dtype=wide)
         losses.append(-logs.gather(1, token))
         block.copy_(logs.exp_().scatter_add_(1, token, logs.new_tensor(-1.0).expand_as(token)))
-    return torch.cat(losses), logits
+    return torch.cat(losses), logits.index_fill_(0, (counts[:, 0] == 0).nonzero()[:, 0], 0.0)
