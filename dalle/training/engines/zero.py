@@ -29,6 +29,7 @@ from dalle.training.run import RunConfig
 from dalle.training.task import Task
 
 NEVER = 10**12
+BUCKET_ELEMENTS = 50_000_000
 SAMPLING = -1       # among the numbers of the modules that still need a parameter under ZeRO-3: none of them
 
 
@@ -100,9 +101,10 @@ class DeepSpeedEngine(GroupEngine):
 
     def settings(self, member: Member) -> dict[str, Any]:
         """DeepSpeed's JSON for one player, with no "auto" left for anyone to guess."""
+        bucket = self.options.bucket_elements or BUCKET_ELEMENTS
         zero: dict[str, Any] = {
             "contiguous_gradients": True, "overlap_comm": self.device.type != "cpu",
-            "reduce_bucket_size": self.options.bucket_elements, "allgather_bucket_size": self.options.bucket_elements,
+            "reduce_bucket_size": bucket, "allgather_bucket_size": bucket,
             **self.zero}
         offload = {"device": "cpu", "pin_memory": self.device.type != "cpu"}
         if self.options.offload_optimizer or "offload_optimizer" in zero:
