@@ -2,7 +2,10 @@
 were. Skipped where torchao is not installed, but for what is refused."""
 
 import importlib.util
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 
 import toys
-from launching import largest_difference, mean_difference, weights
+from launching import LAUNCH_SECONDS, ROOT, largest_difference, mean_difference, weights
 
 from dalle.errors import UserError
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
@@ -58,14 +61,19 @@ class WideTask(toys.SingleTask):
 
 
 def train(folder: Path, *, stop_after: int | None = None, **settings) -> None:
-    config = toys.toy_run(folder, batch_size=16, **settings)
-    Trainer(WideTask(), config, create_engine(config), Rows16, stop_after=stop_after).run()
+    config = toys.toy_run(folder, batch_size=32, **settings)
+    engine = create_engine(config)
+    if engine.world_size > 1:
+        engine.close = engine.barrier        # the next run uses the same process group
+    Trainer(WideTask(), config, engine, lambda start: Rows32(start, engine.rank, engine.world_size),
+            stop_after=stop_after).run()
 
 
-class Rows16(toys.ToyLoader):
+class Rows32(toys.ToyLoader):
     def __iter__(self):
         for step in range(self.start, self.steps):
-            yield {"x": toys.global_batch(step, 16), "key": [str(index) for index in range(16)]}
+            rows = toys.global_batch(step, 32)[self.rank::self.world_size]
+            yield {"x": rows, "key": [str(index) for index in range(len(rows))]}
 
 
 def transformer() -> TextToImageTransformer:
@@ -164,3 +172,32 @@ def test_it_resumes_bit_for_bit(emulated, tmp_path):
     train(tmp_path / "halves", precision="fp8", stop_after=2)
     train(tmp_path / "halves", precision="fp8")
     assert largest_difference(weights(tmp_path, "halves"), weights(tmp_path, "straight")) == 0
+
+
+@needs_torchao
+def test_two_processes_are_near_one_under_ddp_and_fsdp(emulated, tmp_path):
+    """Not equal: each rank scales by the largest of its own activations."""
+    train(tmp_path / "one", precision="fp8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__,
+               str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                   "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True,
+                          timeout=LAUNCH_SECONDS)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    one = weights(tmp_path, "one")
+    for kind in ("ddp", "fsdp2"):
+        assert 0 < mean_difference(weights(tmp_path, kind), one) < 5e-3
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    float8.EMULATE, compiling.BACKEND = True, "aot_eager"
+    for kind in ("ddp", "fsdp2"):
+        os.environ["ACCELERATE_USE_FSDP"] = str(kind == "fsdp2").lower()
+        train(Path(sys.argv[1]) / kind, precision="fp8", compile=True)
+    (Path(sys.argv[1]) / f"done{os.environ['RANK']}").touch()
+    while not (Path(sys.argv[1]) / "done0").exists():      # who leaves while another is in a collective ends that, too
+        time.sleep(0.05)
+    sys.stderr.flush()
+    os._exit(0)
