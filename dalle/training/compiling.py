@@ -24,9 +24,9 @@ BACKEND = "inductor"
 ALIKE = 4                        # blocks of a kind, from which on a network is compiled by block
 FORMS = 64                       # of one function: classes, attention patterns, players that learn or do not
 
-# Where `train.compile` is left open. Compiling a block's forward and backward takes 10 to 20 s for each attention
-# pattern; a step then gains 14 ms at 123 M parameters and 31 ms at 1.3 B (one H200, of 51 and 194), which is even
-# after some 1,500 steps. Below 20 M parameters a step is bound by the host's launches, not by what compiling fuses.
+# Where `train.compile` is left open. On one H200 compiling 1.3 B parameters whole took 40 to 60 s, and a step then
+# gained 31 ms of 194, or 14 of 51 at 123 M parameters: even after 2,000 and 4,000 steps, and sooner by block, which
+# compiles a fraction of that. Below 20 M parameters a step is bound by the host's launches, not by what compiling fuses.
 LEAST_PARAMETERS = 20_000_000    # in the blocks
 LEAST_STEPS = 2_000              # of the run
 

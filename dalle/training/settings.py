@@ -31,7 +31,8 @@ class TrainConfig(Section, json_schema_extra=FREE):
         default="fp32", description="what the networks compute in; bf16 is autocast, fp8 is bf16 with the matrices of "
         "the blocks in fp8; weights and optimiser state stay fp32")
     compile: bool | None = Field(default=None, description="torch.compile the players, block by block where they have "
-                                 "blocks; null: on CUDA, from 20 million parameters in blocks and 2,000 steps on")
+                                 "blocks; null: on CUDA, from 20 million parameters in blocks and 2,000 steps on, and "
+                                 "in fp8")
     log_every: int = Field(default=10, ge=1, description="steps between two log lines")
     validate_every: int = Field(default=0, ge=0, description="steps between two validations; 0: never")
     validation_samples: int | None = Field(default=None, ge=1, description="samples of data.validation that are "

@@ -60,6 +60,9 @@ def test_a_finite_loss_is_left_as_it_is():
     assert loss == -6 and weight.grad.tolist() == [-3.0, 2.0]
 
 
-def test_left_open_nothing_is_compiled_on_a_cpu(tmp_path):
-    engine = Engine(toy_run(tmp_path, steps=10_000), CPU)
-    assert engine.compile is None and not engine.compiles(SingleTask().players["net"].module)
+@pytest.mark.parametrize(("device", "settings", "expected"), [
+    ("cpu", {"precision": "fp8"}, False), ("cuda", {}, False), ("cuda", {"precision": "fp8"}, True),
+    ("cuda", {"precision": "fp8", "compile": False}, False), ("cpu", {"compile": True}, True)])
+def test_left_open_small_networks_are_compiled_in_fp8_alone(tmp_path, device, settings, expected):
+    engine = Engine(toy_run(tmp_path, steps=10_000, **settings), torch.device(device))
+    assert engine.compiles(SingleTask().players["net"].module) is expected

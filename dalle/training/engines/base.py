@@ -94,7 +94,8 @@ class Engine:
         self.options, self.compile, self.steps = config.engine, config.train.compile, config.train.steps
         self.precision = config.train.precision
         self.bf16 = self.precision != "fp32"       # fp8 is for some layers; the others compute in bf16
-        self.remarks: list[str] = []               # what :meth:`prepare` chose, for the first line of the run
+        self.compiled = False                      # whether :meth:`prepare` had a player compiled
+        self.remarks: list[str] = []               # and what it chose, for the first line of the run
         self.local_batch, self.accumulation = split_batch(config.train.batch_size, config.train.micro_batch_size,
                                                           world_size)
         self.members: dict[str, Member] = {}
@@ -119,8 +120,9 @@ class Engine:
             if self.precision == "fp8":
                 self.remarks.append(f"fp8: {compute_in_float8(module)} matrices of {name}")
             if self.compiles(module):
-                compiled = compile_network(module, hooked=self.splits_parameters)
-                self.remarks.append(f"compiled: {compiled} of {name}")
+                self.compiled = True
+                what = compile_network(module, hooked=self.splits_parameters)
+                self.remarks.append(f"compiled: {what} of {name}")
             member = Member(name, module, player.optimizer, trainable, build_optimizer(module, player.optimizer))
             self.wrap(member, folder)
             if player.optimizer.ema > 0:
@@ -134,8 +136,11 @@ class Engine:
         return module.to(self.device)
 
     def compiles(self, module: nn.Module) -> bool:
-        """Whether a player's network is compiled: as the config says, or, where it leaves that open, if it pays."""
-        return pays(module, self.device, self.steps) if self.compile is None else self.compile
+        """Whether a player's network is compiled: as the config says, or, where it leaves that open, if it pays: in fp8
+        always, whose roundings are passes over memory of their own unless they are fused."""
+        if self.compile is not None:
+            return self.compile
+        return self.device.type == "cuda" if self.precision == "fp8" else pays(module, self.device, self.steps)
 
     @property
     def computes(self) -> str:
