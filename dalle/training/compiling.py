@@ -26,7 +26,7 @@ FORMS = 64                       # of one function: classes, attention patterns,
 
 # Where `train.compile` is left open. On one H200 compiling 1.3 B parameters whole took 40 to 60 s, and a step then
 # gained 31 ms of 194, or 14 of 51 at 123 M parameters: even after 2,000 and 4,000 steps, and sooner by block, which
-# compiles a fraction of that. Below 20 M parameters a step is bound by the host's launches, not by what compiling fuses.
+# compiles a fraction of that. Below 20 M parameters a step is bound by launches from the host, not by what is fused.
 LEAST_PARAMETERS = 20_000_000    # in the blocks
 LEAST_STEPS = 2_000              # of the run
 
