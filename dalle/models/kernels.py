@@ -18,9 +18,13 @@ from dalle.models.cpu.activations import squared_relu
 from dalle.models.cpu.attention import MATH_LONGEST, math_attention, without_fused_kernels
 from dalle.models.cpu.key_value_cache import KeyValueCache as TransposedKeyValueCache
 from dalle.models.cpu.rotary import rotate
+from dalle.models.cpu.softmax import softmax_errors
 from dalle.models.cpu.token_shift import shift_slots
 from dalle.models.masks import additive_mask, block_mask, boolean_mask
 from dalle.models.patterns import AttentionPattern
+from dalle.models.plain import Heads
+
+FLEX_SHORTEST = 512   # below this a stream has few blocks to leave out, and a dense mask of it is small
 
 Backend = Literal["auto", "sdpa", "math", "flex"]      # what a config may ask for
 
@@ -49,7 +53,9 @@ class AttentionForm:
     """One way to compute softmax(q k^T / sqrt(head_dim) + mask) v, and the mask that it takes."""
 
     mask: Callable[[AttentionPattern, int, torch.device, torch.dtype], Any]   # of the first so many slots
-    attend: Callable[[Tensor, Any], Tensor]                                    # q, k, v as [3, B, heads, S, head_dim]
+    attend: Callable[[Heads, Any], Tensor]
+    # of a stream whose image slots stand column after column, where the form gains from that order
+    mask_by_columns: Callable[[AttentionPattern, int, torch.device, torch.dtype], Any] | None = None
 
 
 def _boolean_mask_or_none(pattern: AttentionPattern, length: int, device: torch.device,
@@ -61,11 +67,19 @@ def _block_mask(pattern: AttentionPattern, length: int, device: torch.device, dt
     return block_mask(pattern, length, device)
 
 
+def _block_mask_by_columns(pattern: AttentionPattern, length: int, device: torch.device, dtype: torch.dtype) -> Any:
+    return block_mask(pattern, length, device, by_columns=True)
+
+
+def _math_attention(heads: Heads, mask: Tensor) -> Tensor:
+    return math_attention(heads if isinstance(heads, Tensor) else plain.join_heads(*heads), mask)
+
+
 ATTENTION: dict[str, AttentionForm] = {
     "plain": AttentionForm(additive_mask, plain.attention),
-    "math": AttentionForm(additive_mask, math_attention),
+    "math": AttentionForm(additive_mask, _math_attention),
     "sdpa": AttentionForm(_boolean_mask_or_none, fused.sdpa_attention),
-    "flex": AttentionForm(_block_mask, fused.flex_attention),
+    "flex": AttentionForm(_block_mask, fused.flex_attention, _block_mask_by_columns),
 }
 
 
@@ -75,9 +89,12 @@ class Kernels:
 
     attention: Callable[[AttentionPattern, int], str]          # the entry of ATTENTION for a pattern and a length
     tower_attention: Callable[[], AbstractContextManager]      # around networks whose attention is their own (CLIP's)
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    split_heads: Callable[[Tensor, int], Heads]                 # of the one product that makes q, k and v
+    join_heads: Callable[[Tensor, Tensor, Tensor], Heads]       # what rotation and attention take, of three
+    rotate: Callable[[Heads, Tensor, Tensor], Heads]
     squared_relu: Callable[[Tensor], Tensor]
     shift_slots: Callable[[Tensor, int, int], Tensor]
+    softmax_errors: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]       # may take the place of the logits
     # from B, heads, head_dim, slots, device, type
     key_value_cache: Callable[[int, int, int, int, torch.device, torch.dtype], KeyValueCache]
 
@@ -87,42 +104,59 @@ def _attention_on_cpu(pattern: AttentionPattern, length: int) -> str:
 
 
 def _attention_on_cuda(pattern: AttentionPattern, length: int) -> str:
-    return "sdpa" if pattern.name == "full" else "flex"
+    return "sdpa" if pattern.name == "full" or length < FLEX_SHORTEST else "flex"
 
 
-# The hand-written forms of rotation, squared ReLU, shift and cache were made for CPUs and run everywhere so far.
+def _as_they_are(queries: Tensor, keys: Tensor, values: Tensor) -> Heads:
+    return queries, keys, values
+
+
+# On CUDA blocks are compiled, and what stands between two products is fused: plain operations, nothing hand-written
+# that a compiler cannot look into. Elsewhere the forms that were made for CPUs run.
 KERNELS: dict[str, Kernels] = {
     "cpu": Kernels(
         attention=_attention_on_cpu,
         tower_attention=without_fused_kernels,
+        split_heads=plain.split_heads,
+        join_heads=plain.join_heads,
         rotate=rotate,
         squared_relu=squared_relu,
         shift_slots=shift_slots,
+        softmax_errors=softmax_errors,
         key_value_cache=TransposedKeyValueCache,
     ),
     "cuda": Kernels(
         attention=_attention_on_cuda,
         tower_attention=nullcontext,
-        rotate=rotate,
-        squared_relu=squared_relu,
-        shift_slots=shift_slots,
+        split_heads=fused.split_heads,
+        join_heads=_as_they_are,
+        rotate=fused.rotate,
+        squared_relu=plain.squared_relu,
+        shift_slots=plain.shift_slots,
+        softmax_errors=plain.softmax_errors,
         key_value_cache=TransposedKeyValueCache,
     ),
 }
 ELSEWHERE = Kernels(                                            # any other type of device
     attention=lambda pattern, length: "sdpa",
     tower_attention=nullcontext,
+    split_heads=plain.split_heads,
+    join_heads=plain.join_heads,
     rotate=rotate,
     squared_relu=squared_relu,
     shift_slots=shift_slots,
+    softmax_errors=plain.softmax_errors,
     key_value_cache=TransposedKeyValueCache,
 )
 PLAIN = Kernels(                                                # what they all compute
     attention=lambda pattern, length: "plain",
     tower_attention=nullcontext,
+    split_heads=plain.split_heads,
+    join_heads=plain.join_heads,
     rotate=plain.rotate,
     squared_relu=plain.squared_relu,
     shift_slots=plain.shift_slots,
+    softmax_errors=plain.softmax_errors,
     key_value_cache=plain.KeyValueCache,
 )
 

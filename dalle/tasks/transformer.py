@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, Required
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
@@ -20,8 +19,8 @@ from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.evaluation.small_config import SmallEvaluationConfig
 from dalle.models.codec import Codec
+from dalle.models.losses import IGNORED_TARGET
 from dalle.models.transformer import (
-    IGNORED_TARGET,
     PRESETS,
     TextToImageTransformer,
     TransformerArchitecture,
@@ -163,12 +162,10 @@ class TransformerTask(Task):
     def _cross_entropies(self, networks: Networks, batch: StreamBatch) -> tuple[Tensor, Tensor, Tensor, int]:
         """Sum and count of the scored text slots, then of the image slots."""
         text, codes = batch["text"], batch["codes"]
-        text_logits, image_logits = networks["transformer"](text, codes)
         targets = self._model.text_targets(text)
         if not self.config.loss.text_pads:
             targets = targets.masked_fill(targets >= self._model.config.num_text_tokens, IGNORED_TARGET)
-        text_sum = F.cross_entropy(text_logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        image_sum = F.cross_entropy(image_logits.flatten(0, 1), codes.flatten(), reduction="sum")
+        text_sum, image_sum = networks["transformer"](text, codes, targets)
         return text_sum, (targets != IGNORED_TARGET).sum(), image_sum, codes.numel()
 
     @torch.no_grad()

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from dalle.data.batch import Batch, BatchSource
 from dalle.errors import EXIT_STOPPED_BY_SIGNAL, UserError
+from dalle.training.agreement import Agreement
 from dalle.training.checkpoint import CheckpointStore
+from dalle.training.determinism import deterministic_algorithms
 from dalle.training.engines.base import Engine, Outcome
 from dalle.training.feeding import Feed
 from dalle.training.figures import Max
 from dalle.training.guards import SkipCounter, lost_processes_named
 from dalle.training.meter import Meter
+from dalle.training.profiling import ProfileWindow
 from dalle.training.randomness import seed_random
 from dalle.training.run import RunConfig
 from dalle.training.run_folder import RunFolder
@@ -29,6 +32,7 @@ from dalle.training.watchdog import Limits, Watchdog
 from dalle.training.watching import Evaluate, LogLines, Looks, Output, ValidationLoader
 
 GO_ON, BUDGET_SPENT, SIGNALLED = 0, 1, 2       # what the ranks agree on after every step; the largest wins
+EARLY_STEPS = 2        # may take long: the first, in which much is made, and the next, in which others wait for that
 
 
 @dataclass
@@ -63,13 +67,14 @@ def train_step(engine: Engine, task: Task, batch: Batch, step: int, config: RunC
     micro_batches = []
     for index, part in enumerate(split(batch, count)):
         seed_random(config.seed, step, index, engine.rank, 0)
-        with torch.no_grad(), engine.autocast():
+        with meter.part("prepare"), torch.no_grad(), engine.autocast():
             micro_batches.append(task.prepare(engine.to_device(part), engine.networks, step))
 
     waiting: dict[tuple[str, int], Batch] = {}       # (phase, micro-batch) -> what it made ahead, with its graph
     for phase in task.phases:
         if phase.ahead:
-            made = make_ahead(engine, phase, micro_batches, step, config)
+            with meter.part(named(task, phase, "ahead")):
+                made = make_ahead(engine, phase, micro_batches, step, config)
             micro_batches = [batch | detached(own) for batch, own in zip(micro_batches, made, strict=True)]
             waiting |= {(phase.name, index): own for index, own in enumerate(made)}
 
@@ -83,16 +88,19 @@ def train_step(engine: Engine, task: Task, batch: Batch, step: int, config: RunC
             for index, micro_batch in enumerate(micro_batches):
                 seed_random(config.seed, step, index, engine.rank, number, repeat)
                 engine.begin_micro_batch(last=index + 1 == count)
-                with engine.autocast():
+                with meter.part(named(task, phase, "forward")), engine.autocast():
                     own = waiting.pop((phase.name, index), None) or phase.make(engine.networks, micro_batch, step)
                     loss = phase.loss(engine.networks, micro_batch | own, step)
-                engine.backward(loss.total / count)
+                with meter.part(named(task, phase, "backward")):
+                    engine.backward(loss.total / count)
                 losses.append(loss.total.detach())
                 record(meter, task, phase, {"loss": loss.total, **loss.parts})
-            outcome = engine.step()
+            with meter.part(named(task, phase, "step")):
+                outcome = engine.step()
             record(meter, task, phase, {"grad_norm": outcome.grad_norm, "skipped": outcome.skipped})
             played.append(Played(phase, losses, outcome))
-    engine.update_ema(step + 1)
+    with meter.part("average"):
+        engine.update_ema(step + 1)
     return played
 
 
@@ -130,7 +138,9 @@ class Trainer:
         self.limits = Limits(self.watchdog, config.engine, self.steps)
         store = CheckpointStore(Path(config.folder) / "checkpoints", config.train.keep_last)
         self.folder = RunFolder(config, store)
-        self.feed, self.meter = Feed(train_loader), Meter()
+        self.feed, self.meter = Feed(train_loader), Meter(engine.device)
+        self.profile = ProfileWindow(config.train.profile, self.folder.path, engine.rank, engine.device,
+                                     self.meter.timings)
         self.skips = SkipCounter(config.train.max_skipped)
         self.output = Output(config, engine, self.steps)
         self.checkpoints = Checkpoints(task, config, engine, store, resume, self.steps, self.evolving, self.limits,
@@ -144,6 +154,7 @@ class Trainer:
         """Train; raises :class:`UserError` for what the user can mend, :class:`LostProcess` for a dead or hung one."""
         began = time.monotonic()
         with ExitStack() as closing:
+            closing.enter_context(deterministic_algorithms(self.config.train.deterministic))
             closing.enter_context(self.watchdog)
             closing.callback(self.folder.release)
             closing.callback(self._leave)
@@ -175,36 +186,50 @@ class Trainer:
         return self._summary(status, began)
 
     def _loop(self, signals: StopSignals, began: float) -> str:
-        settings, steps, decision, first = self.config.train, self.steps, GO_ON, True
+        settings, steps, decision, early = self.config.train, self.steps, GO_ON, EARLY_STEPS
+        agreement = Agreement(self.engine, lambda: self._wishes(signals, began))
         while steps.done < steps.last and decision == GO_ON:
-            with self.limits.allow("waiting for data", first), self.meter.waiting():
+            if self.profile.is_over(steps.done):
+                self._write_trace()
+            with self.limits.allow("waiting for data", early > 0), self.meter.waiting():
                 batch = self.feed.next(steps.done, self.evolving.numbers)
-            with self.limits.allow("training", first):
+            with self.limits.allow("training", early > 0):
                 played = train_step(self.engine, self.task, batch, steps.done, self.config, self.meter)
             steps.done += 1
             self.meter.steps += 1
             self.output.advance(batch)
-            with self.limits.allow("agreeing with the other ranks", first):
+            with self.limits.allow("agreeing with the other ranks", early > 0):
                 self._count_skips(played, batch)
                 if settings.spike.zscore is not None and self._roll_back_on_spike(played, batch):
-                    first = True
+                    early = EARLY_STEPS
                     continue
-                decision, save_due = self._agree(signals, began)
+                with self.meter.timings.host("agreement"):
+                    decision, save_due = self._agreed(agreement)
                 if steps.due(settings.log_every):
                     self.log_lines.write()
+            early -= 1
             ends = decision != GO_ON or steps.done == steps.last
             with self.meter.paused():
                 if ends or save_due or steps.due(settings.save_every):
-                    self.checkpoints.save(required=ends)
+                    with self.meter.timings.host("save"):
+                        self.checkpoints.save(required=ends)
                 self._look()
-            first = False
+            if not ends:
+                agreement.ask()
         return self._end(decision)
 
-    def _agree(self, signals: StopSignals, began: float) -> tuple[int, bool]:
-        """What all ranks do next: (go on, or why not; whether a save is due by the clock). Moves a running save on."""
+    def _wishes(self, signals: StopSignals, began: float) -> tuple[int, ...]:
+        """What this rank has to say at the end of a step: to go on, or why not; whether its clock asks for a save;
+        whether it still writes the one before, or has failed to."""
         saver = self.checkpoints.saver
-        decision, save_due, busy, failed = self.engine.all_reduce_max(
-            self._wish(signals, began), int(self.checkpoints.is_late()), int(saver.busy), int(saver.failed))
+        return self._wish(signals, began), int(self.checkpoints.is_late()), int(saver.busy), int(saver.failed)
+
+    def _agreed(self, agreement: Agreement) -> tuple[int, bool]:
+        """What all ranks do next: (go on, or why not; whether a save is due by the clock). Moves a running save on."""
+        answer = agreement.answer()
+        if answer is None:
+            return GO_ON, False
+        decision, save_due, busy, failed = answer
         self.checkpoints.advance(bool(busy), bool(failed))
         return decision, bool(save_due)
 
@@ -224,6 +249,10 @@ class Trainer:
         self.engine.share_buffers()
         for look in looks:
             look()
+
+    def _write_trace(self) -> None:
+        with self.limits.allow("writing a trace"), self.meter.paused():
+            self.output.say(f"a trace for chrome://tracing or ui.perfetto.dev: {self.profile.write()}")
 
     # -- what goes wrong
 
@@ -303,6 +332,8 @@ class Trainer:
         return "finished" if finished else "stopped"
 
     def _end(self, decision: int) -> str:
+        if self.profile.is_open:
+            self._write_trace()
         share = " of this process" if self.engine.world_size > 1 else ""
         for line in self.feed.source.report():
             self.output.say(f"samples{share} {line}")
@@ -328,10 +359,14 @@ def keys_of(batch: Batch) -> list[str]:
 
 
 def record(meter: Meter, task: Task, phase: Phase, figures: dict[str, Tensor | float | Max]) -> None:
-    """Into the meter, by the phase's name where there are several."""
-    prefix = f"{phase.name}/" if len(task.phases) > 1 else ""
+    """Into the meter."""
     for name, value in figures.items():
-        meter.add(prefix + name, value)
+        meter.add(named(task, phase, name), value)
+
+
+def named(task: Task, phase: Phase, name: str) -> str:
+    """What a figure, or the time of a part, is called: by the phase's name, too, where there are several."""
+    return f"{phase.name}/{name}" if len(task.phases) > 1 else name
 
 
 def split(batch: Batch, count: int) -> Iterator[Batch]:

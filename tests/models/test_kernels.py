@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_transformers import PIECES, make_batch, make_model
 
-from dalle.models import kernels, plain
+from dalle.models import fused, kernels, plain
 from dalle.models.cpu import activations, key_value_cache, rotary, token_shift
 from dalle.models.kernels import ATTENTION, ELSEWHERE, KERNELS, PLAIN, Kernels, choose_backend, kernels_for
 from dalle.models.patterns import AttentionPattern
@@ -27,11 +27,14 @@ def test_a_column_names_every_operation(column):
             assert chosen.attention(pattern, length) in ATTENTION
 
 
-def test_what_was_written_for_cpus_runs_everywhere():
-    for device in ("cpu", "cuda", "mps", "meta"):
+def test_what_was_written_for_cpus_runs_everywhere_but_where_blocks_are_compiled():
+    for device in ("cpu", "mps", "meta"):
         chosen = kernels_for(torch.device(device))
         assert (chosen.rotate, chosen.squared_relu) == (rotary.rotate, activations.squared_relu)
         assert (chosen.shift_slots, chosen.key_value_cache) == (token_shift.shift_slots, key_value_cache.KeyValueCache)
+    chosen = kernels_for(torch.device("cuda"))
+    assert (chosen.rotate, chosen.squared_relu, chosen.shift_slots) == (fused.rotate, plain.squared_relu,
+                                                                        plain.shift_slots)
 
 
 def test_the_device_chooses_the_column():
@@ -44,6 +47,7 @@ def test_backend_is_chosen_by_device_pattern_and_length():
     assert choose_backend("auto", FULL, 1280, CPU) == "sdpa"
     assert choose_backend("auto", FULL, 1280, torch.device("cuda")) == "sdpa"
     assert choose_backend("auto", ROW, 1280, torch.device("cuda")) == "flex"
+    assert choose_backend("auto", ROW, 96, torch.device("cuda")) == "sdpa"
     assert choose_backend("auto", ROW, 8, torch.device("mps")) == "sdpa"
     assert choose_backend("sdpa", ROW, 8, CPU) == "sdpa"
     with pytest.raises(ValueError, match="needs a CUDA device"):

@@ -21,6 +21,7 @@ from dalle.errors import UserError
 from dalle.training.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.compiling import compile_network, pays, uncompiled
 from dalle.training.ema import EMA
+from dalle.training.engines.copies import copies_of
 from dalle.training.float8 import check_float8, compute_in_float8
 from dalle.training.optimizers import OptimizerConfig, build_optimizer, optimizer_parts, set_learning_rate
 from dalle.training.run import RunConfig
@@ -101,7 +102,7 @@ class Engine:
         self.members: dict[str, Member] = {}
         self.active: Member | None = None
         self.networks = EngineNetworks(self, {})      # those of a task, from :meth:`prepare` on
-        self._pinned: dict[str, Tensor] = {}
+        self.copies = copies_of(device)
 
     @property
     def is_rank0(self) -> bool:
@@ -168,8 +169,7 @@ class Engine:
     # -- one phase
 
     def to_device(self, batch: Batch) -> Batch:
-        return {key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-                for key, value in batch.items()}
+        return self.copies.to_device(batch)
 
     def autocast(self) -> AbstractContextManager:
         """bf16 for the operations that are safe in it, unless the run is fp32; weights stay fp32."""
@@ -264,6 +264,11 @@ class Engine:
         """The largest over the ranks of each of some small integers: one cheap agreement a step."""
         return values
 
+    def start_max(self, *values: int) -> Callable[[], tuple[int, ...]]:
+        """Begin the same without waiting; what is returned waits, and gives the answer. Other exchanges may lie in
+        between."""
+        return lambda: values
+
     def all_reduce_mean(self, value: Tensor) -> Tensor:
         return value.detach()
 
@@ -301,7 +306,8 @@ class Engine:
     # -- state
 
     def snapshot(self, name: str) -> Snapshot:
-        """Copies, on the CPU, of what this rank writes of a player's state; called on every rank.
+        """Copies, on the CPU, of what this rank writes of a player's state; called on every rank, between
+        ``copies.begin()`` and ``copies.end()``, and to be read after ``copies.wait()``.
 
         All that evolves is in it once: the ranks of :attr:`writers` share the tensors by size.
         """
@@ -313,11 +319,10 @@ class Engine:
             writer = min(shares, key=shares.__getitem__)
             shares[writer] += tensor.nbytes
             if writer == self.rank:
-                copies[section][key] = self.host_copy(f"{name}/{section}/{key}", tensor)
+                copies[section][key] = self.copies.to_host(f"{name}/{section}/{key}", tensor)
         if member.ema is not None and member.ema.is_split:
-            copies[AVERAGE] = {key: value.to("cpu", copy=True) for key, value in member.ema.state_dict().items()}
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            copies[AVERAGE] = {key: self.copies.to_host(f"{name}/{AVERAGE}/{key}", value)
+                               for key, value in member.ema.state_dict().items()}
         return copies
 
     @property
@@ -347,15 +352,6 @@ class Engine:
         """What the optimiser keeps of one parameter, in full, by its own names; on every rank."""
         parts = optimizer_parts(member.optimizer)
         return next((dict(part.state[parameter]) for part in parts if parameter in part.state), {})
-
-    def host_copy(self, key: str, tensor: Tensor) -> Tensor:
-        """A copy on the CPU that the next call with the same key overwrites (pinned memory is slow to come by)."""
-        if tensor.device.type != "cuda":
-            return tensor.to("cpu", copy=True).contiguous()
-        buffer = self._pinned.get(key)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = self._pinned[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return buffer.copy_(tensor, non_blocking=True)
 
     def load_player(self, name: str, saved: SavedPlayer) -> None:
         """Take over a saved state; raises ``ValueError``, ``KeyError`` or ``RuntimeError`` where it does not fit."""

@@ -1,0 +1,20 @@
+"""Softmax of many logits in blocks that stay in the cache, in place."""
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 18      # logits: 1 MiB in fp32
+
+
+def softmax_errors(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(logits)[chosen], at least fp32 [n, 1], and its gradient by the logits, which takes their place.
+
+    ``logits`` [n, V], ``chosen`` int64 [n, 1].
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    losses, parts = [], min(len(logits), -(-logits.numel() // BLOCK))
+    for block, token in zip(logits.tensor_split(parts), chosen.tensor_split(parts), strict=True):
+        logs = block.log_softmax(dim=-1, dtype=wide)
+        losses.append(-logs.gather(1, token))
+        block.copy_(logs.exp_().scatter_add_(1, token, logs.new_tensor(-1.0).expand_as(token)))
+    return torch.cat(losses), logits
