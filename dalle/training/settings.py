@@ -35,9 +35,12 @@ class TrainConfig(Section, json_schema_extra=FREE):
     batch_size: int = Field(default=32, ge=1, description="samples a step over all processes",
                             json_schema_extra=FIXED)
     micro_batch_size: int | None = Field(default=None, ge=1, description="samples at once in a process; null: all")
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="what the networks compute in; bf16 is "
-                                               "autocast, and weights and optimiser state stay fp32")
-    compile: bool = Field(default=False, description="torch.compile the players")
+    precision: Literal["fp32", "bf16", "fp8"] = Field(
+        default="fp32", description="what the networks compute in; bf16 is autocast, fp8 is bf16 with the matrices of "
+        "the blocks in fp8; weights and optimiser state stay fp32")
+    compile: bool | None = Field(default=None, description="torch.compile the players, block by block where they have "
+                                 "blocks; null: on CUDA, from 20 million parameters in blocks and 2,000 steps on, and "
+                                 "in fp8")
     deterministic: bool = Field(default=False, description="the same bits at every run on the same GPU, by slower "
                                 "algorithms; what has none ends the run with its name")
     profile: ProfileConfig | None = Field(default=None, description="trace a few steps; null: none")
@@ -77,7 +80,9 @@ class EngineConfig(Section, json_schema_extra=FREE):
                                 "gradients in")
     offload_optimizer: bool = Field(default=False, description="ZeRO: optimiser state in host memory")
     offload_parameters: bool = Field(default=False, description="ZeRO-3: parameters in host memory")
-    bucket_elements: int = Field(default=50_000_000, ge=1, description="ZeRO: elements exchanged at once")
+    bucket_elements: int | None = Field(default=None, ge=1, description="gradients, in elements, that DDP and ZeRO "
+                                        "exchange at once while the backward runs; null: 25 MiB under DDP, 50 million "
+                                        "under ZeRO")
     allow_zero3_players: bool = Field(default=False, description="ZeRO-3 for a task of several players")
     timeout_minutes: float = Field(default=10, gt=0, description="minutes: one of the first two steps, a batch of "
                                    "validation, a preview or a save that takes longer ends the run as hung")

@@ -35,8 +35,8 @@ from toys import SingleTask, toy_run
 
 from dalle.errors import UserError
 from dalle.training.checkpoint import SavedPlayer
+from dalle.training.compiling import blocks_of
 from dalle.training.engines.base import Engine
-from dalle.training.engines.fsdp import blocks_of
 from dalle.training.engines.launching import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.optimizers import OptimizerConfig

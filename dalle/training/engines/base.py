@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from dalle.errors import UserError
 from dalle.training.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, SavedPlayer
+from dalle.training.compiling import compile_network, pays, uncompiled
 from dalle.training.ema import EMA
 from dalle.training.engines.copies import copies_of
+from dalle.training.float8 import check_float8, compute_in_float8
 from dalle.training.optimizers import OptimizerConfig, build_optimizer, optimizer_parts, set_learning_rate
 from dalle.training.run import RunConfig
 from dalle.training.settings import split_batch
@@ -90,8 +92,11 @@ class Engine:
 
     def __init__(self, config: RunConfig, device: torch.device, rank: int = 0, world_size: int = 1):
         self.device, self.rank, self.world_size = device, rank, world_size
-        self.options, self.compile = config.engine, config.train.compile
-        self.bf16 = config.train.precision == "bf16"
+        self.options, self.compile, self.steps = config.engine, config.train.compile, config.train.steps
+        self.precision = config.train.precision
+        self.bf16 = self.precision != "fp32"       # fp8 is for some layers; the others compute in bf16
+        self.compiled = False                      # whether :meth:`prepare` had a player compiled
+        self.remarks: list[str] = []               # and what it chose, for the first line of the run
         self.local_batch, self.accumulation = split_batch(config.train.batch_size, config.train.micro_batch_size,
                                                           world_size)
         self.members: dict[str, Member] = {}
@@ -113,8 +118,12 @@ class Engine:
         for name, player in task.players.items():
             module = self.place(player.module).train()
             trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            if self.compile:
-                compile_for_phases(module, trainable)
+            if self.precision == "fp8":
+                self.remarks.append(f"fp8: {compute_in_float8(module)} matrices of {name}")
+            if self.compiles(module):
+                self.compiled = True
+                what = compile_network(module, hooked=self.splits_parameters)
+                self.remarks.append(f"compiled: {what} of {name}")
             member = Member(name, module, player.optimizer, trainable, build_optimizer(module, player.optimizer))
             self.wrap(member, folder)
             if player.optimizer.ema > 0:
@@ -127,12 +136,26 @@ class Engine:
         """A player's network where it is trained."""
         return module.to(self.device)
 
+    def compiles(self, module: nn.Module) -> bool:
+        """Whether a player's network is compiled: as the config says, or, where it leaves that open, if it pays: in fp8
+        always, whose roundings are passes over memory of their own unless they are fused."""
+        if self.compile is not None:
+            return self.compile
+        return self.device.type == "cuda" if self.precision == "fp8" else pays(module, self.device, self.steps)
+
+    @property
+    def computes(self) -> str:
+        """How the players are computed, in words; known after :meth:`prepare`."""
+        return "; ".join([self.precision, *self.remarks])
+
     def check(self, task: Task) -> None:
         """Raise :class:`UserError` for what this backend cannot do with the task."""
         if self.accumulation > 1 and not task.splits_batch:
             raise UserError(f"{type(task).__name__} compares the samples of a batch with one another, so it cannot be "
                             f"split into {self.accumulation} micro-batches: remove train.micro_batch_size")
         task.check_share(self.local_batch // self.accumulation, self.world_size)
+        if self.precision == "fp8":
+            check_float8(self.device)
         unknown = {phase.player for phase in task.phases} - set(task.players)
         if unknown:
             raise ValueError(f"a phase moves {sorted(unknown)[0]!r}; players: {', '.join(task.players)}")
@@ -149,7 +172,7 @@ class Engine:
         return self.copies.to_device(batch)
 
     def autocast(self) -> AbstractContextManager:
-        """bf16 for the operations that are safe in it, where the run asks for bf16; weights stay fp32."""
+        """bf16 for the operations that are safe in it, unless the run is fp32; weights stay fp32."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def begin_phase(self, phase: Phase, step: int, steps: int) -> None:
@@ -200,11 +223,8 @@ class Engine:
         return self.twice_differentiable(self.members[name].module)
 
     def twice_differentiable(self, module: nn.Module) -> Callable[..., Any]:
-        if not self.compile:
-            return module
-
         def eager(*arguments: Any, **named: Any) -> Any:
-            with torch.compiler.set_stance("force_eager"):    # compiled code has no second derivative
+            with uncompiled():
                 return module(*arguments, **named)
 
         return eager
@@ -373,21 +393,9 @@ def state_keys(saved: SavedPlayer) -> dict[str, list[str]]:
     return found
 
 
-def compile_for_phases(module: nn.Module, trainable: list[nn.Parameter]) -> None:
-    """``module.compile()``, apart for the phases in which it learns and for the others: torch 2.11 does not look again
-    at the ``requires_grad`` of a module's parameters, and would hand on a graph that has no gradient."""
-    def call(learns: bool, *arguments: Any, **named: Any) -> Any:
-        if learns:                   # read, so that what is compiled holds for this answer alone
-            return module._call_impl(*arguments, **named)
-        return module._call_impl(*arguments, **named)
-
-    compiled = torch.compile(call)
-    module._compiled_call_impl = lambda *arguments, **named: compiled(trainable[0].requires_grad, *arguments, **named)
-
-
 def poisoned(loss: Tensor) -> Tensor:
     """``loss`` with a non-finite value made to spoil every gradient, so that all ranks see it without asking."""
-    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+    return loss * (loss.detach() * 0 + 1)      # 0 times what is not finite is no number
 
 
 def fill_gradients(parameters: list[nn.Parameter]) -> bool:

@@ -33,10 +33,13 @@ class DistributedEngine(GroupEngine):
         from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         hook = DDPCommunicationHookType.BF16 if config.engine.gradient_dtype == "bf16" else DDPCommunicationHookType.NO
+        elements = config.engine.bucket_elements      # by default DDP's first bucket is a small one of 1 MiB
+        bucket = {} if elements is None else {"bucket_cap_mb": 4 * elements / 2**20}
         accelerator = Accelerator(cpu=wants_cpu(), mixed_precision="no", kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(minutes=config.engine.timeout_minutes)),
             # buffers: broadcasting them between two forwards of one backward changes what the graph has saved
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook)])
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook,
+                                          **bucket)])
         if accelerator.num_processes != launched_size() or "MULTI" not in accelerator.distributed_type.value:
             raise UserError(f"the launcher started {launched_size()} processes, accelerate sees "
                             f"{accelerator.num_processes} ({accelerator.distributed_type.value}): check its settings")

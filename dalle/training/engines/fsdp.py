@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dalle.errors import UserError
 from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
+from dalle.training.compiling import blocks_of
 from dalle.training.ema import EMA
 from dalle.training.engines.base import Member, Outcome, fill_gradients, state_keys
 from dalle.training.engines.environment import is_set, launched_size, wants_cpu
@@ -61,7 +62,6 @@ class FSDPEngine(GroupEngine):
 
     def __init__(self, config: RunConfig, device: torch.device, rank: int, world_size: int):
         super().__init__(config, device, rank, world_size)
-        self.compile_blocks, self.compile = self.compile, False    # see `compile_forwards`
         self.mesh: DeviceMesh | None = None
 
     # -- before the first step
@@ -82,8 +82,6 @@ class FSDPEngine(GroupEngine):
         names = {parameter: name for name, parameter in member.module.named_parameters()}
         trainable = [names[parameter] for parameter in member.trainable]
         groups = [[names[parameter] for parameter in group["params"]] for group in member.optimizer.param_groups]
-        if self.compile_blocks:
-            compile_forwards(member.module)
         shard(member.module, self.mesh, torch.bfloat16 if self.options.gradient_dtype == "bf16" else None)
         member.wrapper = Rows(member.module)
         member.trainable = [member.wrapper.parameters[name] for name in trainable]
@@ -142,8 +140,7 @@ class FSDPEngine(GroupEngine):
         """Every rank has the whole weights meanwhile: sampling calls blocks in ways and numbers that FSDP cannot see,
         and gathering them for each token would cost far more than it saves."""
         modules = [member.module for member in self.members.values()]
-        stance = "force_eager" if self.compile_blocks else "default"     # not worth compiling again without gradient
-        with super().evaluation(), torch.compiler.set_stance(stance):
+        with super().evaluation():
             try:
                 for module in modules:
                     gather(module)
@@ -259,23 +256,6 @@ def shard(module: nn.Module, mesh: DeviceMesh, gradient_dtype: torch.dtype | Non
     for part in [*blocks_of(module), module]:
         fully_shard(part, mesh=mesh, reshard_after_forward=part is not module, ignored_params=numbers,
                     mp_policy=MixedPrecisionPolicy(reduce_dtype=gradient_dtype))
-
-
-def compile_forwards(module: nn.Module) -> None:
-    """Compile each block's ``forward``, or that of a module without blocks.
-
-    Only what lies inside of FSDP's hooks: of a ``__call__`` that has them torch compiles nothing, and says nothing.
-    """
-    for part in blocks_of(module) or [module]:
-        part.forward = torch.compile(part.forward)
-
-
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The children with parameters of every ``nn.ModuleList`` in ``module``, the inner before the outer."""
-    containers = (nn.ModuleList, nn.ModuleDict)
-    children = [child for part in reversed(list(module.modules())) if isinstance(part, nn.ModuleList)
-                for child in part if not isinstance(child, containers) and any(True for _ in child.parameters())]
-    return list(dict.fromkeys(children))
 
 
 def sharded_parts(module: nn.Module) -> list[FSDPModule]:
