@@ -30,6 +30,9 @@ class TrainConfig(Section, json_schema_extra=FREE):
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="what the networks compute in; bf16 is "
                                                "autocast, and weights and optimiser state stay fp32")
     compile: bool = Field(default=False, description="torch.compile the players")
+    capture: bool | None = Field(default=None, description="record the phases of a step once, as CUDA graphs, and "
+                                 "replay them, on one GPU without accumulation and compile; null: for models small "
+                                 "enough to be bound by the host")
     log_every: int = Field(default=10, ge=1, description="steps between two log lines")
     validate_every: int = Field(default=0, ge=0, description="steps between two validations; 0: never")
     validation_samples: int | None = Field(default=None, ge=1, description="samples of data.validation that are "

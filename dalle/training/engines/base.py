@@ -8,6 +8,7 @@ Three rules are the same everywhere. A parameter that a phase gave no gradient c
 non-finite loss or gradient on any rank skips the player's step on all of them. In a phase only its player is trainable.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,12 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from dalle.errors import UserError
+from dalle.training.capture import Capture, GraphRecorder, Recorder, reason_to_run_plainly
 from dalle.training.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.ema import EMA
-from dalle.training.optimizers import OptimizerConfig, build_optimizer, optimizer_parts, set_learning_rate
+from dalle.training.engines.gradients import clipping_divisor, fill_gradients, poisoned
+from dalle.training.optimizers import (
+    OptimizerConfig,
+    build_optimizer,
+    optimizer_parts,
+    rates_on,
+    set_learning_rate,
+)
 from dalle.training.run import RunConfig
 from dalle.training.settings import split_batch
-from dalle.training.task import Batch, Phase, Task
+from dalle.training.task import Batch, Phase, Task, parameter_count
+
+log = logging.getLogger(__name__)
 
 MOST_WRITERS = 8      # ranks that share the writing of a checkpoint, spread over the job
 Snapshot = dict[str, dict[str, Tensor]]     # section -> key -> tensor on the CPU
@@ -41,6 +52,7 @@ class Member:
     ema: EMA | None = None
     wrapper: Any = None       # what DDP or DeepSpeed put around the module
     is_open: bool = True      # whether ``trainable`` has requires_grad on
+    factor: float | None = None       # of its learning rates, as they are set
 
     def named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         chosen = {id(parameter) for parameter in self.trainable}
@@ -96,6 +108,8 @@ class Engine:
         self.members: dict[str, Member] = {}
         self.active: Member | None = None
         self.networks = EngineNetworks(self, {})      # those of a task, from :meth:`prepare` on
+        self.capture: Capture | None = None           # what records and replays steps, where they are
+        self._capture_wish = config.train.capture
         self._pinned: dict[str, Tensor] = {}
 
     @property
@@ -114,13 +128,33 @@ class Engine:
             trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
             if self.compile:
                 compile_for_phases(module, trainable)
-            member = Member(name, module, player.optimizer, trainable, build_optimizer(module, player.optimizer))
+            settings = player.optimizer.of(parameter_count(module))
+            member = Member(name, module, settings, trainable, build_optimizer(module, settings, self.share_rows))
             self.wrap(member, folder)
-            if player.optimizer.ema > 0:
+            if settings.ema > 0:
                 member.ema = self.build_ema(member)
             self.members[name] = member
         modules = {**task.frozen, **{name: member.module for name, member in self.members.items()}}
         self.networks = EngineNetworks(self, modules)
+        reason = reason_to_run_plainly(
+            self._capture_wish, task, alone_on_cuda=self.kind == "single" and self.device.type == "cuda",
+            accumulation=self.accumulation, compiled=bool(self.compile))
+        if reason is None:
+            stream = torch.cuda.Stream(self.device)
+            self.record_steps(lambda: GraphRecorder(stream))
+        elif self._capture_wish:
+            log.warning("train.capture: the steps are run plainly: %s", reason)
+
+    def record_steps(self, new_recorder: Callable[[], Recorder]) -> None:
+        """Have steps recorded and replayed from now on, with learning rates that a replay reads anew."""
+        optimizers = [member.optimizer for member in self.members.values()]
+        for optimizer in optimizers:
+            rates_on(optimizer, self.device)
+        self.capture = Capture(new_recorder, optimizers)
+
+    def share_rows(self, rows: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """``work`` done to rows [n, ...] that are the same on all ranks; each rank may do a part, and all get all."""
+        return work(rows)
 
     def place(self, module: nn.Module) -> nn.Module:
         """A player's network where it is trained."""
@@ -160,8 +194,19 @@ class Engine:
                 member.is_open = member is self.active
                 for parameter in member.trainable:
                     parameter.requires_grad_(member.is_open)
-        set_learning_rate(self.active.optimizer, self.active.settings.factor(step, steps))
+        self.set_rate(self.active, step, steps)
         self.clear_gradients(self.active)
+
+    def set_rates(self, step: int, steps: int) -> None:
+        """The learning rates of all players; within the step :meth:`begin_phase` then finds its player's as it is."""
+        for member in self.members.values():
+            self.set_rate(member, step, steps)
+
+    def set_rate(self, member: Member, step: int, steps: int) -> None:
+        factor = member.settings.factor(step, steps)
+        if factor != member.factor:
+            set_learning_rate(member.optimizer, factor)
+            member.factor = factor
 
     def begin_micro_batch(self, last: bool) -> None:
         """Called before the forward of every micro-batch: only after the last one are gradients exchanged."""
@@ -174,12 +219,11 @@ class Engine:
         """Exchange, clip, and move the active player, unless its gradient is not finite."""
         member = self.active
         self.exchange_gradients(member)
-        gradients = [parameter.grad for parameter in member.trainable]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if member.settings.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(member.trainable, member.settings.clip, norm)
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in member.trainable])
         skipped = 1.0 - norm.isfinite().float()
-        member.optimizer.found_inf = skipped     # read by the optimiser on the device: no host synchronisation
+        # both are read by the optimiser, on the device: no host synchronisation, and no pass that only scales
+        member.optimizer.grad_scale = clipping_divisor(norm, member.settings.clip)
+        member.optimizer.found_inf = skipped
         member.optimizer.step()
         self.clear_gradients(member)
         return Outcome(norm, skipped)
@@ -387,16 +431,3 @@ def compile_for_phases(module: nn.Module, trainable: list[nn.Parameter]) -> None
 
     compiled = torch.compile(call)
     module._compiled_call_impl = lambda *arguments, **named: compiled(trainable[0].requires_grad, *arguments, **named)
-
-
-def poisoned(loss: Tensor) -> Tensor:
-    """``loss`` with a non-finite value made to spoil every gradient, so that all ranks see it without asking."""
-    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-
-
-def fill_gradients(parameters: list[nn.Parameter]) -> bool:
-    """Give zeros to parameters without a gradient; whether there were any."""
-    missing = [parameter for parameter in parameters if parameter.grad is None]
-    for parameter in missing:
-        parameter.grad = torch.zeros_like(parameter)
-    return bool(missing)
