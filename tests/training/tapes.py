@@ -3,17 +3,20 @@
 What could not be a CUDA graph is refused: values that the host reads, and shapes that follow from values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dalle.training.capture import Capture
 from dalle.training.engines.base import Engine
+from dalle.training.loop import train_step
+from dalle.training.meter import Meter
+from dalle.training.task import Task
 
 aten = torch.ops.aten
 READS_OF_THE_HOST = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
@@ -21,13 +24,15 @@ SHAPES_FROM_VALUES = {aten.nonzero.default, aten.masked_select.default, aten._un
                       aten.unique_consecutive.default, aten.repeat_interleave.Tensor, aten.bincount.default}
 
 
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+
+
 def reason_against(operation: Any, arguments: tuple) -> str | None:
-    """Why a CUDA graph could not hold the operation."""
+    """Why a CUDA graph could not hold the operation, and a host that asks for it waits for the device."""
     if operation in READS_OF_THE_HOST:
         return f"{operation} reads a value on the host"
-    masked = operation in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
-                           aten._index_put_impl_.default) \
-        and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1])
+    masked = operation in INDEXING and any(index is not None and index.dtype in (torch.bool, torch.uint8)
+                                           for index in arguments[1])
     if operation in SHAPES_FROM_VALUES or masked:
         return f"{operation} has a shape that follows from values"
     return None
@@ -52,7 +57,8 @@ class Listener(TorchDispatchMode):
                 self.before[memory.data_ptr()] = memory, memory.clone()
         given = operation(*arguments, **named)
         self.own.update(memory.data_ptr() for memory in memories(given) if memory.data_ptr() not in self.before)
-        self.operations.append((operation, arguments, named, given))
+        # aliases: what is turned around or reshaped in place later was not so here
+        self.operations.append((operation, *tree_map_only(Tensor, Tensor.detach, (arguments, named, given))))
         return given
 
 
@@ -125,14 +131,43 @@ def as_tuple(value: Any) -> tuple:
     return value if isinstance(value, tuple) else (value,)
 
 
-class TapedEngine:
-    """Has an engine on the CPU record its steps, and counts them."""
+@dataclass
+class Trained:
+    """What some steps left."""
 
-    def __init__(self, engine: Engine):
-        self.tapes: list[Tape] = []
-        engine.record_steps(self.tape)
-        self.capture: Capture = engine.capture
+    state: dict[str, Tensor]                # all that evolves
+    figures: dict[str, list[float]]         # what was to be logged
+    tapes: list[Tape]                       # of the combinations of phases and shapes
 
-    def tape(self) -> Tape:
-        self.tapes.append(Tape())
-        return self.tapes[-1]
+    def different_from(self, other: "Trained") -> list[str]:
+        """What is not the same, bit for bit."""
+        assert self.state.keys() == other.state.keys() and self.figures.keys() == other.figures.keys()
+        return [key for key, value in self.state.items() if not torch.equal(value, other.state[key])] \
+            + [key for key, values in self.figures.items() if values != other.figures[key]]
+
+
+def trained(task: Task, config: Any, batches: Iterable[dict], folder: Any, *, recorded: bool) -> Trained:
+    """A step of ``task`` on each of ``batches``: plain ones, or recorded and replayed ones."""
+    engine, tapes = Engine(config, torch.device("cpu")), []
+    engine.prepare(task, folder)
+
+    def new_tape() -> Tape:
+        tapes.append(Tape())
+        return tapes[-1]
+
+    engine.record_steps(new_tape)
+    if not recorded:        # but with the learning rates of before, in tensors of fp32
+        engine.capture = None
+    meter = Meter()
+    for step, batch in enumerate(batches):
+        train_step(engine, task, batch, step, config, meter)
+    state = {f"{name}/{section}/{key}": value.clone() for name, member in engine.members.items()
+             for section, key, value in engine.whole_state(member)}
+    return Trained(state, {name: [float(value) for value in values] for name, values in meter._figures.items()}, tapes)
+
+
+def assert_replay_trains_alike(make: Callable[[], Task], config: Any, batches: list[dict], folder: Any) -> None:
+    """Every phase of the task declares itself capturable, and is right to."""
+    plain, replayed = (trained(make(), config, batches, folder, recorded=recorded) for recorded in (False, True))
+    assert sum(tape.replayed for tape in replayed.tapes) > 1
+    assert replayed.different_from(plain) == []

@@ -3,6 +3,7 @@
 import logging
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tapes import TapedEngine
+from fake_gpu import step_without_waiting
+from tapes import Trained, trained
 from toys import GanTask, OftenPaintsOnceTask, OftenTask, PaintsOnceTask, SingleTask, ToyLoader, toy_run
 
 from dalle.training.capture import PLAIN_STEPS, reason_to_run_plainly
-from dalle.training.engines.base import Engine
-from dalle.training.loop import train_step
-from dalle.training.meter import Meter
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.task import Loss
 
@@ -30,49 +29,38 @@ def capturable(task):
     return task
 
 
-def trained(task, tmp_path, recorded: bool, steps: int = STEPS, batches=None, **settings):
-    """All that evolves after some steps, their log figures, and the recorder's tapes."""
-    config = toy_run(tmp_path, steps=steps, **settings)
-    engine = Engine(config, torch.device("cpu"))
-    engine.prepare(capturable(task), tmp_path)
-    # both read the rates from tensors, which are fp32
-    taped = TapedEngine(engine)
-    if not recorded:
-        engine.capture = None
-    meter = Meter()
-    for step, batch in zip(range(steps), batches or ToyLoader(), strict=False):
-        train_step(engine, task, batch, step, config, meter)
-    state = {f"{name}/{section}/{key}": value.clone() for name, member in engine.members.items()
-             for section, key, value in engine.whole_state(member)}
-    figures = {name: [float(value) for value in values] for name, values in meter._figures.items()}
-    return state, figures, taped.tapes
+def both(make, folder, batches) -> tuple[Trained, Trained]:
+    """Plain steps of a toy, and the same replayed."""
+    batches = list(batches)
+    return tuple(trained(capturable(make()), toy_run(folder, steps=len(batches)), batches, folder, recorded=recorded)
+                 for recorded in (False, True))
+
+
+def first(count: int):
+    return islice(ToyLoader(), count)
 
 
 @pytest.mark.parametrize("make", [
     lambda: SingleTask(ADAMW, dropout=0.3), lambda: SingleTask(MUON, dropout=0.3), lambda: GanTask(),
     lambda: PaintsOnceTask(dropout=0.3), lambda: OftenTask(), lambda: OftenPaintsOnceTask()])
 def test_replayed_steps_train_as_plain_ones(tmp_path, make):
-    expected, logged, _ = trained(make(), tmp_path, recorded=False, steps=2 * STEPS)
-    found, replayed, tapes = trained(make(), tmp_path, recorded=True, steps=2 * STEPS)
-    assert found.keys() == expected.keys()
-    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
-    assert replayed == logged
+    plain, replayed = both(make, tmp_path, first(2 * STEPS))
+    assert replayed.different_from(plain) == []
+    tapes = replayed.tapes
     assert [tape.warmed for tape in tapes] == [PLAIN_STEPS] * len(tapes)
     assert sum(tape.warmed + tape.replayed for tape in tapes) == 2 * STEPS and all(tape.replayed for tape in tapes)
 
 
 def test_a_step_that_is_not_finite_is_skipped_in_a_replay_too(tmp_path):
     def batches():
-        for step, batch in enumerate(ToyLoader()):
-            if step == STEPS - 3:
-                batch["x"] = batch["x"] * torch.nan
-            yield batch
+        for step, batch in enumerate(first(STEPS)):
+            yield {"x": batch["x"] * torch.nan} if step == STEPS - 3 else {"x": batch["x"]}
 
-    expected, logged, _ = trained(SingleTask(MUON), tmp_path, recorded=False, batches=batches())
-    found, replayed, tapes = trained(SingleTask(MUON), tmp_path, recorded=True, batches=batches())
-    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
-    assert replayed["skipped"] == logged["skipped"] == [float(step == STEPS - 3) for step in range(STEPS)]
-    assert all(value.isfinite().all() for value in found.values()) and tapes[0].replayed == STEPS - PLAIN_STEPS
+    plain, replayed = both(lambda: SingleTask(MUON), tmp_path, batches())
+    assert [key for key, value in plain.state.items() if not torch.equal(replayed.state[key], value)] == []
+    assert replayed.figures["skipped"] == [float(step == STEPS - 3) for step in range(STEPS)]
+    assert all(value.isfinite().all() for value in replayed.state.values())
+    assert replayed.tapes[0].replayed == STEPS - PLAIN_STEPS
 
 
 class Reading(SingleTask):
@@ -84,11 +72,10 @@ class Reading(SingleTask):
 
 
 def test_what_cannot_be_recorded_is_run_plainly_and_said_once(tmp_path, caplog):
-    expected, *_ = trained(Reading(ADAMW), tmp_path, recorded=False)
     with caplog.at_level(logging.WARNING):
-        found, _, tapes = trained(Reading(ADAMW), tmp_path, recorded=True)
-    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
-    assert sum(tape.replayed for tape in tapes) == 0
+        plain, replayed = both(lambda: Reading(ADAMW), tmp_path, first(STEPS))
+    assert replayed.different_from(plain) == []
+    assert sum(tape.replayed for tape in replayed.tapes) == 0
     assert caplog.text.count("cannot be recorded: aten._local_scalar_dense") == 1
 
 
@@ -101,20 +88,18 @@ class OfTheStep(SingleTask):
 
 
 def test_a_phase_that_depends_on_the_step_differs_where_it_is_recorded_all_the_same(tmp_path):
-    expected, *_ = trained(OfTheStep(ADAMW), tmp_path, recorded=False)
-    found, *_ = trained(OfTheStep(ADAMW), tmp_path, recorded=True)
-    assert any(not torch.equal(found[key], expected[key]) for key in expected)
+    plain, replayed = both(lambda: OfTheStep(ADAMW), tmp_path, first(STEPS))
+    assert replayed.different_from(plain) != []
 
 
 def test_batches_of_another_shape_have_a_recording_of_their_own(tmp_path):
     def batches():
-        for step, batch in enumerate(ToyLoader()):
+        for step, batch in enumerate(first(2 * STEPS)):
             yield batch if step % 2 else {key: value[:4] for key, value in batch.items()}
 
-    expected, *_ = trained(SingleTask(ADAMW), tmp_path, recorded=False, steps=2 * STEPS, batches=batches())
-    found, _, tapes = trained(SingleTask(ADAMW), tmp_path, recorded=True, steps=2 * STEPS, batches=batches())
-    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
-    assert [tape.replayed for tape in tapes] == [STEPS - PLAIN_STEPS] * 2
+    plain, replayed = both(lambda: SingleTask(ADAMW), tmp_path, batches())
+    assert replayed.different_from(plain) == []
+    assert [tape.replayed for tape in replayed.tapes] == [STEPS - PLAIN_STEPS] * 2
 
 
 def test_when_steps_are_recorded():
@@ -128,3 +113,28 @@ def test_when_steps_are_recorded():
     task.players["net"].module = torch.nn.Linear(10_000, 6_000, device="meta")
     assert "not bound by the host" in reason_to_run_plainly(None, task, **usual)
     assert reason_to_run_plainly(True, task, **usual) is None
+
+
+# -- the toys on a GPU that is not there
+
+@pytest.mark.parametrize("make", [lambda: SingleTask(MUON), lambda: SingleTask(ADAMW), GanTask, PaintsOnceTask])
+def test_a_step_of_the_loop_itself_does_not_wait_for_the_device(tmp_path, make):
+    watch = step_without_waiting(capturable(make()), toy_run(tmp_path), next(iter(ToyLoader())), tmp_path)
+    assert watch.on_device > 100
+
+
+@pytest.mark.parametrize(("wait", "reason"), [
+    (lambda x: torch.full((), x.square().mean().item(), device=x.device), "aten._local_scalar_dense"),
+    (lambda x: torch.tensor(2.0, device=x.device), "waits for its copy"),
+    (lambda x: torch.ones(()).to(x.device, non_blocking=True), "copies from the host in phases that are recorded"),
+    (lambda x: x[x > 0].sum(), "aten.index.Tensor"),
+    (lambda x: x.nonzero().sum(), "aten.nonzero"),
+    (lambda x: x.cpu().sum().to(x.device, non_blocking=True), "reads the device")])
+def test_what_waits_for_the_device_is_seen(tmp_path, wait, reason):
+    class Waits(SingleTask):
+        def fit(self, networks, batch, step):
+            loss = super().fit(networks, batch, step)
+            return Loss(loss.total * (wait(batch["x"]) if step else 1), loss.parts)
+
+    with pytest.raises(Exception, match=reason):
+        step_without_waiting(capturable(Waits(ADAMW)), toy_run(tmp_path), next(iter(ToyLoader())), tmp_path)
