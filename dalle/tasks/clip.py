@@ -128,7 +128,7 @@ class ClipTask(Task):
             total = loss(*output)
         parts = {"contrast": total.detach(), "logit_scale": output.logit_scale.detach()}
         if output.logit_bias is not None:
-            parts["logit_bias"] = output.logit_bias.detach()
+            parts["logit_bias"] = output.logit_bias.detach().clone()      # it is the weight itself, which moves
         return Loss(total, parts)
 
     @torch.no_grad()

@@ -22,14 +22,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from fake_gpu import step_without_waiting
-from tapes import assert_replay_trains_alike
+from tapes import PLAIN_STEPS, assert_replay_trains_alike
 
 import gans
 from dalle.config import load_config, resume_rule
 from dalle.data.loader import train_batches
 from dalle.store import load_generator
 from dalle.tasks import RUNS, TASKS
-from dalle.training.capture import PLAIN_STEPS
 from dalle.training.checkpoint import read_state
 from dalle.training.companions import records_of
 from dalle.training.engines.base import Engine

@@ -9,12 +9,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from fake_gpu import step_without_waiting
-from tapes import assert_replay_trains_alike
+from tapes import PLAIN_STEPS, assert_replay_trains_alike
 
 from dalle.config import load_config
 from dalle.data.loader import train_batches
 from dalle.tasks import RUNS, TASKS
-from dalle.training.capture import PLAIN_STEPS
 
 FULL = {"attention": "full"}      # the other layouts are compiled, which takes a device
 CASES = {
