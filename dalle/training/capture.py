@@ -140,6 +140,12 @@ class Capture:
         self._recordings: dict[Any, Recording] = {}
         self._refused: str | None = None           # why nothing is recorded any more
 
+    def forget(self) -> None:
+        """States of optimisers lie elsewhere from now on: record anew, after as many plain steps as at first."""
+        self._seen.clear()
+        self._recordings.clear()
+        self._recorders.clear()
+
     def play(self, due: tuple[Any, ...], micro_batches: list[Batch], step: int, seed: Seed, play: Play) \
             -> Sequence[Results]:
         """The results of ``play`` for a step whose phases are ``due``. Learning rates are set already."""

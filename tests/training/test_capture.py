@@ -12,10 +12,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_gpu import step_without_waiting
-from tapes import Trained, trained
+from tapes import Tape, Trained, trained
 from toys import GanTask, OftenPaintsOnceTask, OftenTask, PaintsOnceTask, SingleTask, ToyLoader, toy_run
 
 from dalle.training.capture import PLAIN_STEPS, reason_to_run_plainly
+from dalle.training.engines.base import Engine
+from dalle.training.loop import train_step
+from dalle.training.meter import Meter
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.task import Loss
 
@@ -100,6 +103,42 @@ def test_batches_of_another_shape_have_a_recording_of_their_own(tmp_path):
     plain, replayed = both(lambda: SingleTask(ADAMW), tmp_path, batches())
     assert replayed.different_from(plain) == []
     assert [tape.replayed for tape in replayed.tapes] == [STEPS - PLAIN_STEPS] * 2
+
+
+class Loaded:
+    """A snapshot as a checkpoint gives it back."""
+
+    def __init__(self, sections: dict[str, dict[str, torch.Tensor]]):
+        self.section = sections.__getitem__
+
+    def keys(self, section: str) -> list[str]:
+        return list(self.section(section))
+
+    def tensor(self, section: str, key: str) -> torch.Tensor:
+        return self.section(section)[key].clone()
+
+
+def test_a_checkpoint_that_is_loaded_ends_the_recordings_of_before(tmp_path):
+    """As a rollback does: the optimiser's state is then in other tensors than those that were recorded."""
+    def run(recorded: bool) -> dict[str, torch.Tensor]:
+        config = toy_run(tmp_path, steps=2 * STEPS)
+        engine, task = Engine(config, torch.device("cpu")), capturable(SingleTask(MUON))
+        engine.prepare(task, tmp_path)
+        engine.record_steps(Tape)
+        if not recorded:
+            engine.capture = None
+        meter, saved = Meter(), {}
+        for step, batch in enumerate(first(2 * STEPS)):
+            if step == 2:
+                saved = engine.snapshot("net")
+            if step == STEPS:
+                engine.load_player("net", Loaded(saved))
+            train_step(engine, task, batch, step, config, meter)
+        return engine.snapshot("net")
+
+    plain, replayed = run(False), run(True)
+    assert all(torch.equal(value, replayed[section][key])
+               for section, values in plain.items() for key, value in values.items())
 
 
 def test_when_steps_are_recorded():

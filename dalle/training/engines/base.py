@@ -22,7 +22,7 @@ from dalle.errors import UserError
 from dalle.training.capture import Capture, GraphRecorder, Recorder, reason_to_run_plainly
 from dalle.training.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.ema import EMA
-from dalle.training.engines.gradients import clipping_divisor, fill_gradients, poisoned
+from dalle.training.engines.gradients import clipping_divisor, fill_gradients, poisoned, total_norm
 from dalle.training.optimizers import (
     OptimizerConfig,
     build_optimizer,
@@ -219,7 +219,7 @@ class Engine:
         """Exchange, clip, and move the active player, unless its gradient is not finite."""
         member = self.active
         self.exchange_gradients(member)
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in member.trainable])
+        norm = total_norm([parameter.grad for parameter in member.trainable])
         skipped = 1.0 - norm.isfinite().float()
         # both are read by the optimiser, on the device: no host synchronisation, and no pass that only scales
         member.optimizer.grad_scale = clipping_divisor(norm, member.settings.clip)
@@ -229,7 +229,8 @@ class Engine:
         return Outcome(norm, skipped)
 
     def clear_gradients(self, member: Member) -> None:
-        member.optimizer.zero_grad(set_to_none=True)
+        for parameter in member.trainable:
+            parameter.grad = None
 
     def exchange_gradients(self, member: Member) -> None:
         """The mean gradient of all ranks on every rank; absent gradients become zeros."""
@@ -384,6 +385,8 @@ class Engine:
     def load_player(self, name: str, saved: SavedPlayer) -> None:
         """Take over a saved state; raises ``ValueError``, ``KeyError`` or ``RuntimeError`` where it does not fit."""
         member = self.members[name]
+        if self.capture is not None:
+            self.capture.forget()
         self.load_weights(member, saved)
         self.load_optimizer(member, saved)
         if member.ema is not None and saved.keys(AVERAGE):

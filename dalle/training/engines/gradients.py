@@ -9,6 +9,11 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, 0-d."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
 def clipping_divisor(norm: Tensor, largest: float) -> Tensor | None:
     """What gradients of this norm are divided by so that it is at most ``largest`` (0: by nothing); 0-d fp32."""
     return ((norm + 1e-6) / largest).clamp(min=1.0).float() if largest > 0 else None
