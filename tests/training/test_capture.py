@@ -15,7 +15,7 @@ from fake_gpu import step_without_waiting
 from tapes import Tape, Trained, trained
 from toys import GanTask, OftenPaintsOnceTask, OftenTask, PaintsOnceTask, SingleTask, ToyLoader, toy_run
 
-from dalle.training.capture import PLAIN_STEPS, reason_to_run_plainly
+from dalle.training.capture import PLAIN_STEPS, GraphRecorder, reason_to_run_plainly
 from dalle.training.engines.base import Engine
 from dalle.training.loop import train_step
 from dalle.training.meter import Meter
@@ -177,3 +177,62 @@ def test_what_waits_for_the_device_is_seen(tmp_path, wait, reason):
 
     with pytest.raises(Exception, match=reason):
         step_without_waiting(capturable(Waits(ADAMW)), toy_run(tmp_path), next(iter(ToyLoader())), tmp_path)
+
+
+# -- what is asked of CUDA graphs, told by stand-ins
+
+class FakeGraphs:
+    """``torch.cuda`` as far as a recorder asks it; writes down what it was asked for."""
+
+    def __init__(self, monkeypatch, spoilt: bool = False):
+        self.calls: list[tuple] = []
+        said, fakes = self.calls, self
+
+        class Graph:
+            def __init__(self):
+                self.number = sum(call[0] == "begin" for call in said)
+
+            def replay(self):
+                said.append(("replay", self.number))
+
+        class Recording:
+            def __init__(self, graph, pool, stream, capture_error_mode):
+                self.told = (graph.number, pool, stream, capture_error_mode)
+
+            def __enter__(self):
+                said.append(("begin", *self.told))
+                fakes.stream = self.told[2]
+
+            def __exit__(self, *_):
+                said.append(("end", self.told[0]))
+                if spoilt:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                fakes.stream = "default"
+
+        self.stream = "default"
+        for name, fake in {"CUDAGraph": Graph, "graph": Recording, "graph_pool_handle": lambda: "pool",
+                           "current_stream": lambda: self.stream,
+                           "set_stream": lambda stream: setattr(self, "stream", stream)}.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_pieces_are_graphs_of_one_pool_and_one_stream_replayed_in_order(monkeypatch):
+    fakes = FakeGraphs(monkeypatch)
+    recorder = GraphRecorder("side")
+    recorder.stop()                                  # nothing is begun yet
+    for _ in range(2):
+        recorder.start()
+        assert fakes.stream == "side"
+        recorder.stop()
+    recorder.replay(0)
+    recorder.replay(1)
+    assert fakes.calls == [("begin", 0, "pool", "side", "thread_local"), ("end", 0),
+                           ("begin", 1, "pool", "side", "thread_local"), ("end", 1), ("replay", 0), ("replay", 1)]
+
+
+def test_a_spoilt_capture_leaves_the_stream_of_before(monkeypatch):
+    fakes = FakeGraphs(monkeypatch, spoilt=True)
+    recorder = GraphRecorder("side")
+    recorder.start()
+    recorder.abandon()
+    assert fakes.stream == "default" and fakes.calls[-1] == ("end", 0)
