@@ -132,7 +132,8 @@ class TransformerTask(Task):
         model = TextToImageTransformer(resolve_model(config, codec, self.tokenizer))
         self.players = {"transformer": Player(model, config.optimizer)}
         self.frozen = {"codec": codec.requires_grad_(False)}
-        self.phases = [Phase("transformer", player="transformer", loss=self.next_token_loss)]
+        self.phases = [Phase("transformer", player="transformer", loss=self.next_token_loss,
+                             capturable=True)]
         self.tokens_per_sample = model.config.length
         self.flops_per_sample = model.flops_per_sample()
         self.scored_text_slots = model.config.text_length - (model.config.layout == "boi")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from dalle.data.batch import Batch, BatchSource
 from dalle.errors import EXIT_STOPPED_BY_SIGNAL, UserError
 from dalle.training.agreement import Agreement
+from dalle.training.capture import Seed
 from dalle.training.checkpoint import CheckpointStore
 from dalle.training.determinism import deterministic_algorithms
 from dalle.training.engines.base import Engine, Outcome
@@ -53,28 +54,64 @@ class Summary:
 
 @dataclass
 class Played:
-    """What came of a phase: this rank's losses, 0-d on the device, one a micro-batch, and the player's step."""
+    """What came of a phase: this rank's losses, 0-d on the device, and parts, one a micro-batch; the player's step."""
 
     phase: Phase
     losses: list[Tensor]
+    parts: list[dict[str, Tensor | float | Max]]
     outcome: Outcome
+
+    def mapped(self, work: Callable[[Tensor], Tensor]) -> "Played":
+        """The same with ``work`` done to every tensor in it."""
+        def done(value: Any) -> Any:
+            if isinstance(value, Max):
+                return Max(done(value.maximum))
+            return work(value) if isinstance(value, Tensor) else value
+
+        return Played(self.phase, [work(loss) for loss in self.losses],
+                      [{name: done(value) for name, value in parts.items()} for parts in self.parts],
+                      Outcome(work(self.outcome.grad_norm), work(self.outcome.skipped)))
 
 
 def train_step(engine: Engine, task: Task, batch: Batch, step: int, config: RunConfig, meter: Meter) \
-        -> list["Played"]:
+        -> list[Played]:
     """One step on this rank's share of the batch: every phase that is due, over all micro-batches, moves its player."""
-    count = engine.accumulation
-    micro_batches = []
-    for index, part in enumerate(split(batch, count)):
-        seed_random(config.seed, step, index, engine.rank, 0)
-        with meter.part("prepare"), torch.no_grad(), engine.autocast():
-            micro_batches.append(task.prepare(engine.to_device(part), engine.networks, step))
+    def seed(step: int, *draws: int | str) -> None:
+        micro_batch, *rest = draws
+        seed_random(config.seed, step, micro_batch, engine.rank, *rest)
 
+    micro_batches = []
+    for index, part in enumerate(split(batch, engine.accumulation)):
+        seed(step, index, 0)
+        with meter.part("prepare"), torch.no_grad(), engine.autocast():
+            micro_batches.append(task.prepare(engine.to_device(task.on_host(part, step)), engine.networks, step))
+    engine.set_rates(step, config.train.steps)
+
+    def play(micro_batches: list[Batch], seed: Seed) -> list[Played]:
+        return play_phases(engine, task, micro_batches, step, config.train.steps, seed, meter)
+
+    if engine.capture is None:
+        played = play(micro_batches, seed)
+    else:
+        due = tuple(phase.name for phase in task.phases if phase.is_due(step))
+        with meter.part("phases"):      # of a replay all that there is
+            played = engine.capture.play(due, micro_batches, step, seed, play)
+    for one in played:
+        record(meter, task, one)
+    with meter.part("average"):
+        engine.update_ema(step + 1)
+    return played
+
+
+def play_phases(engine: Engine, task: Task, micro_batches: list[Batch], step: int, steps: int, seed: Seed,
+                meter: Meter) -> list[Played]:
+    """The phases of ``step`` that are due, on prepared micro-batches; the draws are seeded by ``seed``."""
+    count = engine.accumulation
     waiting: dict[tuple[str, int], Batch] = {}       # (phase, micro-batch) -> what it made ahead, with its graph
     for phase in task.phases:
         if phase.ahead:
             with meter.part(named(task, phase, "ahead")):
-                made = make_ahead(engine, phase, micro_batches, step, config)
+                made = make_ahead(engine, phase, micro_batches, step, steps, seed)
             micro_batches = [batch | detached(own) for batch, own in zip(micro_batches, made, strict=True)]
             waiting |= {(phase.name, index): own for index, own in enumerate(made)}
 
@@ -83,10 +120,10 @@ def train_step(engine: Engine, task: Task, batch: Batch, step: int, config: RunC
         if not phase.is_due(step):
             continue
         for repeat in range(phase.repeats):
-            engine.begin_phase(phase, step, config.train.steps)
-            losses = []
+            engine.begin_phase(phase, step, steps)
+            losses, parts = [], []
             for index, micro_batch in enumerate(micro_batches):
-                seed_random(config.seed, step, index, engine.rank, number, repeat)
+                seed(step, index, number, repeat)
                 engine.begin_micro_batch(last=index + 1 == count)
                 with meter.part(named(task, phase, "forward")), engine.autocast():
                     own = waiting.pop((phase.name, index), None) or phase.make(engine.networks, micro_batch, step)
@@ -94,23 +131,20 @@ def train_step(engine: Engine, task: Task, batch: Batch, step: int, config: RunC
                 with meter.part(named(task, phase, "backward")):
                     engine.backward(loss.total / count)
                 losses.append(loss.total.detach())
-                record(meter, task, phase, {"loss": loss.total, **loss.parts})
+                parts.append(loss.parts)
             with meter.part(named(task, phase, "step")):
                 outcome = engine.step()
-            record(meter, task, phase, {"grad_norm": outcome.grad_norm, "skipped": outcome.skipped})
-            played.append(Played(phase, losses, outcome))
-    with meter.part("average"):
-        engine.update_ema(step + 1)
+            played.append(Played(phase, losses, parts, outcome))
     return played
 
 
-def make_ahead(engine: Engine, phase: Phase, micro_batches: list[Batch], step: int, config: RunConfig) \
+def make_ahead(engine: Engine, phase: Phase, micro_batches: list[Batch], step: int, steps: int, seed: Seed) \
         -> list[Batch]:
     """What ``phase`` makes before the step's phases, of each micro-batch; with its graph where the phase is due."""
-    engine.begin_phase(phase, step, config.train.steps)
+    engine.begin_phase(phase, step, steps)
     made = []
     for index, micro_batch in enumerate(micro_batches):
-        seed_random(config.seed, step, index, engine.rank, phase.name)
+        seed(step, index, phase.name)
         engine.begin_micro_batch(last=index + 1 == len(micro_batches))
         with torch.set_grad_enabled(phase.is_due(step)), engine.autocast():
             made.append(phase.make(engine.networks, micro_batch, step))
@@ -310,11 +344,10 @@ class Trainer:
     def _announce(self, checkpoint: Path | None) -> None:
         engine = self.engine
         self.output.log(self.steps.done, {"event": "resume" if checkpoint else "start", "engine": engine.kind,
-                                          "processes": engine.world_size, "device": engine.device.type,
-                                          "computes": engine.computes})
+                                          "processes": engine.world_size, "device": engine.device.type})
         begin = f"resuming {checkpoint}" if checkpoint else f"starting {self.folder.path}"
         self.output.say(f"{begin}: {engine.kind}, {engine.world_size} process(es) on {engine.device.type}, "
-                        f"{engine.computes}")
+                        f"{self.config.train.precision}")
 
     def _nothing_to_do(self, checkpoint: Path | None) -> str:
         """The end of a start that has no step to make: it opens no data, and writes only what a kill kept from it."""
@@ -358,10 +391,13 @@ def keys_of(batch: Batch) -> list[str]:
     return list(batch.get("key", ()))
 
 
-def record(meter: Meter, task: Task, phase: Phase, figures: dict[str, Tensor | float | Max]) -> None:
+def record(meter: Meter, task: Task, played: Played) -> None:
     """Into the meter."""
-    for name, value in figures.items():
-        meter.add(named(task, phase, name), value)
+    for loss, parts in zip(played.losses, played.parts, strict=True):
+        for name, value in {"loss": loss, **parts}.items():
+            meter.add(named(task, played.phase, name), value)
+    meter.add(named(task, played.phase, "grad_norm"), played.outcome.grad_norm)
+    meter.add(named(task, played.phase, "skipped"), played.outcome.skipped)
 
 
 def named(task: Task, phase: Phase, name: str) -> str:

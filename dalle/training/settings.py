@@ -41,6 +41,9 @@ class TrainConfig(Section, json_schema_extra=FREE):
     compile: bool | None = Field(default=None, description="torch.compile the players, block by block where they have "
                                  "blocks; null: on CUDA, from 20 million parameters in blocks and 2,000 steps on, and "
                                  "in fp8")
+    capture: bool | None = Field(default=None, description="record the phases of a step once, as CUDA graphs, and "
+                                 "replay them, on one GPU without accumulation and compile; null: for models small "
+                                 "enough to be bound by the host")
     deterministic: bool = Field(default=False, description="the same bits at every run on the same GPU, by slower "
                                 "algorithms; what has none ends the run with its name")
     profile: ProfileConfig | None = Field(default=None, description="trace a few steps; null: none")

@@ -8,6 +8,7 @@ Three rules are the same everywhere. A parameter that a phase gave no gradient c
 non-finite loss or gradient on any rank skips the player's step on all of them. In a phase only its player is trainable.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,15 +19,25 @@ import torch
 from torch import Tensor, nn
 
 from dalle.errors import UserError
+from dalle.training.capture import Capture, GraphRecorder, Recorder, reason_to_run_plainly
 from dalle.training.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.compiling import compile_network, pays, uncompiled
 from dalle.training.ema import EMA
 from dalle.training.engines.copies import copies_of
+from dalle.training.engines.gradients import clipping_divisor, fill_gradients, poisoned, total_norm
 from dalle.training.float8 import check_float8, compute_in_float8
-from dalle.training.optimizers import OptimizerConfig, build_optimizer, optimizer_parts, set_learning_rate
+from dalle.training.optimizers import (
+    OptimizerConfig,
+    build_optimizer,
+    optimizer_parts,
+    rates_on,
+    set_learning_rate,
+)
 from dalle.training.run import RunConfig
 from dalle.training.settings import split_batch
-from dalle.training.task import Batch, Phase, Task
+from dalle.training.task import Batch, Phase, Task, parameter_count
+
+log = logging.getLogger(__name__)
 
 MOST_WRITERS = 8      # ranks that share the writing of a checkpoint, spread over the job
 Snapshot = dict[str, dict[str, Tensor]]     # section -> key -> tensor on the CPU
@@ -44,6 +55,7 @@ class Member:
     ema: EMA | None = None
     wrapper: Any = None       # what DDP or DeepSpeed put around the module
     is_open: bool = True      # whether ``trainable`` has requires_grad on
+    factor: float | None = None       # of its learning rates, as they are set
 
     def named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         chosen = {id(parameter) for parameter in self.trainable}
@@ -103,6 +115,8 @@ class Engine:
         self.active: Member | None = None
         self.networks = EngineNetworks(self, {})      # those of a task, from :meth:`prepare` on
         self.copies = copies_of(device)
+        self.capture: Capture | None = None           # what records and replays steps, where they are
+        self._capture_wish = config.train.capture
 
     @property
     def is_rank0(self) -> bool:
@@ -124,13 +138,33 @@ class Engine:
                 self.compiled = True
                 what = compile_network(module, hooked=self.splits_parameters)
                 self.remarks.append(f"compiled: {what} of {name}")
-            member = Member(name, module, player.optimizer, trainable, build_optimizer(module, player.optimizer))
+            settings = player.optimizer.of(parameter_count(module))
+            member = Member(name, module, settings, trainable, build_optimizer(module, settings, self.share_rows))
             self.wrap(member, folder)
-            if player.optimizer.ema > 0:
+            if settings.ema > 0:
                 member.ema = self.build_ema(member)
             self.members[name] = member
         modules = {**task.frozen, **{name: member.module for name, member in self.members.items()}}
         self.networks = EngineNetworks(self, modules)
+        reason = reason_to_run_plainly(
+            self._capture_wish, task, alone_on_cuda=self.kind == "single" and self.device.type == "cuda",
+            accumulation=self.accumulation, compiled=self.compiled)
+        if reason is None:
+            stream = torch.cuda.Stream(self.device)
+            self.record_steps(lambda: GraphRecorder(stream))
+        elif self._capture_wish:
+            log.warning("train.capture: the steps are run plainly: %s", reason)
+
+    def record_steps(self, new_recorder: Callable[[], Recorder]) -> None:
+        """Have steps recorded and replayed from now on, with learning rates that a replay reads anew."""
+        optimizers = [member.optimizer for member in self.members.values()]
+        for optimizer in optimizers:
+            rates_on(optimizer, self.device)
+        self.capture = Capture(new_recorder, optimizers)
+
+    def share_rows(self, rows: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """``work`` done to rows [n, ...] that are the same on all ranks; each rank may do a part, and all get all."""
+        return work(rows)
 
     def place(self, module: nn.Module) -> nn.Module:
         """A player's network where it is trained."""
@@ -183,8 +217,19 @@ class Engine:
                 member.is_open = member is self.active
                 for parameter in member.trainable:
                     parameter.requires_grad_(member.is_open)
-        set_learning_rate(self.active.optimizer, self.active.settings.factor(step, steps))
+        self.set_rate(self.active, step, steps)
         self.clear_gradients(self.active)
+
+    def set_rates(self, step: int, steps: int) -> None:
+        """The learning rates of all players; within the step :meth:`begin_phase` then finds its player's as it is."""
+        for member in self.members.values():
+            self.set_rate(member, step, steps)
+
+    def set_rate(self, member: Member, step: int, steps: int) -> None:
+        factor = member.settings.factor(step, steps)
+        if factor != member.factor:
+            set_learning_rate(member.optimizer, factor)
+            member.factor = factor
 
     def begin_micro_batch(self, last: bool) -> None:
         """Called before the forward of every micro-batch: only after the last one are gradients exchanged."""
@@ -197,18 +242,18 @@ class Engine:
         """Exchange, clip, and move the active player, unless its gradient is not finite."""
         member = self.active
         self.exchange_gradients(member)
-        gradients = [parameter.grad for parameter in member.trainable]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if member.settings.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(member.trainable, member.settings.clip, norm)
+        norm = total_norm([parameter.grad for parameter in member.trainable])
         skipped = 1.0 - norm.isfinite().float()
-        member.optimizer.found_inf = skipped     # read by the optimiser on the device: no host synchronisation
+        # both are read by the optimiser, on the device: no host synchronisation, and no pass that only scales
+        member.optimizer.grad_scale = clipping_divisor(norm, member.settings.clip)
+        member.optimizer.found_inf = skipped
         member.optimizer.step()
         self.clear_gradients(member)
         return Outcome(norm, skipped)
 
     def clear_gradients(self, member: Member) -> None:
-        member.optimizer.zero_grad(set_to_none=True)
+        for parameter in member.trainable:
+            parameter.grad = None
 
     def exchange_gradients(self, member: Member) -> None:
         """The mean gradient of all ranks on every rank; absent gradients become zeros."""
@@ -356,6 +401,8 @@ class Engine:
     def load_player(self, name: str, saved: SavedPlayer) -> None:
         """Take over a saved state; raises ``ValueError``, ``KeyError`` or ``RuntimeError`` where it does not fit."""
         member = self.members[name]
+        if self.capture is not None:
+            self.capture.forget()
         self.load_weights(member, saved)
         self.load_optimizer(member, saved)
         if member.ema is not None and saved.keys(AVERAGE):
@@ -391,16 +438,3 @@ def state_keys(saved: SavedPlayer) -> dict[str, list[str]]:
         name, _, state = key.rpartition("/")
         found.setdefault(name, []).append(state)
     return found
-
-
-def poisoned(loss: Tensor) -> Tensor:
-    """``loss`` with a non-finite value made to spoil every gradient, so that all ranks see it without asking."""
-    return loss * (loss.detach() * 0 + 1)      # 0 times what is not finite is no number
-
-
-def fill_gradients(parameters: list[nn.Parameter]) -> bool:
-    """Give zeros to parameters without a gradient; whether there were any."""
-    missing = [parameter for parameter in parameters if parameter.grad is None]
-    for parameter in missing:
-        parameter.grad = torch.zeros_like(parameter)
-    return bool(missing)

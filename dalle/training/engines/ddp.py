@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from dalle.errors import UserError
-from dalle.training.engines.base import Member, fill_gradients
+from dalle.training.engines.base import Member
 from dalle.training.engines.environment import launched_size, wants_cpu
+from dalle.training.engines.gradients import fill_gradients
 from dalle.training.engines.group import GroupEngine, average_gradients
 from dalle.training.run import RunConfig
 from dalle.training.task import Phase

@@ -27,8 +27,9 @@ from dalle.errors import UserError
 from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.compiling import blocks_of
 from dalle.training.ema import EMA
-from dalle.training.engines.base import Member, Outcome, fill_gradients, state_keys
+from dalle.training.engines.base import Member, Outcome, state_keys
 from dalle.training.engines.environment import is_set, launched_size, wants_cpu
+from dalle.training.engines.gradients import fill_gradients
 from dalle.training.engines.group import GroupEngine, average_gradients
 from dalle.training.run import RunConfig
 from dalle.training.task import Task

@@ -60,6 +60,19 @@ class GroupEngine(Engine):
         dist.all_reduce(value)
         return value / self.world_size
 
+    def share_rows(self, rows: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rank r does rows r * k to (r + 1) * k, of k = ceil(n / ranks); with fewer rows than ranks each does all."""
+        count, size = len(rows), -(-len(rows) // self.world_size)
+        if count < self.world_size:
+            return work(rows)
+        own = work(rows[self.rank * size:(self.rank + 1) * size]) if self.rank * size < count else rows[:0]
+        padded = own.new_zeros(size, *rows.shape[1:])
+        padded[:len(own)] = own
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        # as bytes: not every backend knows every type
+        dist.all_gather([part.view(torch.uint8) for part in parts], padded.view(torch.uint8))
+        return torch.cat(parts)[:count]
+
     def share_buffers(self) -> None:
         """Each rank's BatchNorm sees its own samples, so without ``sync_batch_norm`` the statistics drift apart. Those
         of rank 0 count, as under DDP, which broadcasts them in each forward: in training nothing reads them."""

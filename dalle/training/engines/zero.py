@@ -21,8 +21,9 @@ from dalle.errors import UserError
 from dalle.text_file import read_text_file
 from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.ema import EMA, full_access
-from dalle.training.engines.base import Member, Outcome, poisoned, state_keys
+from dalle.training.engines.base import Member, Outcome, state_keys
 from dalle.training.engines.environment import launched_size, wants_cpu
+from dalle.training.engines.gradients import poisoned
 from dalle.training.engines.group import GroupEngine
 from dalle.training.engines.launcher_settings import check_deepspeed_file
 from dalle.training.run import RunConfig
