@@ -14,6 +14,7 @@ from dalle.models.attention import Attention, AttentionConstants
 from dalle.models.blocks import Block, TokenShift
 from dalle.models.kernels import kernels_for
 from dalle.models.precision import at_least_single
+from dalle.models.rotary import rotary_table
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
 
 
@@ -33,17 +34,29 @@ def decode_step(model: TextToImageTransformer, codes: Tensor, state: "DecodingSt
     hidden = model.code_embedding(codes)
     if state.image_positions is not None:
         hidden = hidden + state.image_positions[state.slot - model.config.prefix]
+    turns = None if state.turns is None else tuple(table[state.slot:state.slot + 1] for table in state.turns)
     for cache in state.caches:
-        hidden = cache.step(hidden, state.slot)
+        hidden = cache.step(hidden, state.slot, turns)
     state.slot += 1
     return at_least_single(model.image_head(model.norm(hidden)))
 
 
-def for_decoding(model: TextToImageTransformer, dtype: torch.dtype | None = None) -> TextToImageTransformer:
-    """``model`` if it has ``dtype`` already, else a copy of it in that type; dropout is off in the copy."""
-    if dtype in (None, model.start.dtype):
-        return model
-    return copy.deepcopy(model).to(dtype).eval()
+def for_decoding(model: TextToImageTransformer, dtype: torch.dtype | None, rows: int) -> TextToImageTransformer:
+    """``model``, made ready for steps of ``rows`` sequences: in ``dtype``, its weights packed where that is faster.
+
+    What has to be changed is a copy; dropout is off in it.
+    """
+    if dtype not in (None, model.start.dtype):
+        model = copy.deepcopy(model).to(dtype).eval()
+    return kernels_for(model.start.device).packed(model, rows, ("text_head",))
+
+
+def rotary_rows(model: TextToImageTransformer) -> tuple[Tensor, Tensor] | None:
+    """The tables of cosines and signed sines, [prefix + N, head_dim] in the type of the weights; None: learned."""
+    config, weight = model.config, model.start
+    if config.positions != "rotary":
+        return None
+    return rotary_table(config.prefix, config.grid, config.width_of_head, weight.device, weight.dtype)
 
 
 class DecodingState:
@@ -55,6 +68,7 @@ class DecodingState:
         self.slot = 0
         self.caches = [BlockCache(block, batch, length, weight.device, weight.dtype) for block in model.blocks]
         self.image_positions = model.image_positions() if model.config.positions == "learned" else None
+        self.turns = rotary_rows(model)
 
     def expand(self, rows: Tensor) -> "DecodingState":
         """A state with room for the whole stream whose sequence b goes on from sequence ``rows[b]`` of this one."""
@@ -97,20 +111,18 @@ class BlockCache:
         hidden = hidden + first.leave(self.attention.attend(stacked, constants))
         return hidden + second.leave(second.body(second_shift.prefill(second.norm(hidden))))
 
-    def step(self, hidden: Tensor, slot: int) -> Tensor:
+    def step(self, hidden: Tensor, slot: int, turns: tuple[Tensor, ...] | None) -> Tensor:
         """The block over the one slot ``hidden`` [B, dim], which sees those before it."""
         (first, second), (first_shift, second_shift) = self.layers, self.shifts
-        hidden = hidden + first.leave(self._attend_from(first_shift.step(first.norm(hidden), slot), slot))
+        hidden = hidden + first.leave(self._attend_from(first_shift.step(first.norm(hidden), slot), slot, turns))
         return hidden + second.leave(second.body(second_shift.step(second.norm(hidden), slot)))
 
-    def _attend_from(self, inputs: Tensor, slot: int) -> Tensor:
+    def _attend_from(self, inputs: Tensor, slot: int, turns: tuple[Tensor, ...] | None) -> Tensor:
         """Attend from the one slot ``inputs`` [B, dim] to everything remembered that the pattern allows, and itself."""
         attention = self.attention
-        stacked = attention.qkv(inputs).view(len(inputs), 3, attention.heads, 1, attention.head_dim).transpose(0, 1)
-        turns = attention.turns(slot, slot + 1, inputs.device, inputs.dtype)
-        queries, keys, values = attention.position(stacked, turns)
-        self.keys_values.put(slot, keys, values)
-        return attention.out(self.keys_values.attend(queries, attention.pattern, slot))
+        heads = attention.project(inputs[:, None], turns)
+        self.keys_values.put(slot, heads[1], heads[2])
+        return attention.out(self.keys_values.attend(heads[0], attention.pattern, slot))
 
     def copy_rows(self, source: "BlockCache", rows: Tensor, length: int, first: int) -> None:
         """Take the sequences ``rows`` of ``source`` after ``length`` slots as sequences ``first`` and on."""
@@ -137,7 +149,11 @@ class ShiftCache:
 
     def __init__(self, shift: TokenShift, batch: int, dim: int, device: torch.device, dtype: torch.dtype):
         self.shift, self.first_below = shift, shift.first_below
+        self.quarters = [dim // 4, dim // 4, dim - dim // 4 * 2]
         self.recent = torch.zeros(shift.width, batch, dim // 4 * 2, device=device, dtype=dtype)
+        # Views are made once: in a small model they would cost a step as much as its products.
+        self.slots = self.recent.unbind(0)
+        self.left, self.above = zip(*(slot.chunk(2, dim=1) for slot in self.slots), strict=True)
 
     def prefill(self, inputs: Tensor) -> Tensor:
         """``inputs`` [B, S, dim], the first S slots of the stream, shifted; the last of them are remembered."""
@@ -149,11 +165,12 @@ class ShiftCache:
 
     def step(self, inputs: Tensor, slot: int) -> Tensor:
         """The one slot ``inputs`` [B, dim] shifted, and remembered."""
-        width, quarter = len(self.recent), inputs.shape[-1] // 4
-        left = self.recent[(slot - 1) % width, :, :quarter]
-        above = (self.recent[slot % width] if slot >= self.first_below else inputs)[:, quarter:2 * quarter]
-        shifted = torch.cat([left, above, inputs[:, 2 * quarter:]], dim=1)
-        self.recent[slot % width] = inputs[:, :2 * quarter]
+        width = len(self.slots)
+        first, second, rest = inputs.split(self.quarters, dim=1)
+        above = self.above[slot % width] if slot >= self.first_below else second
+        shifted = torch.cat([self.left[(slot - 1) % width], above, rest], dim=1)
+        self.left[slot % width].copy_(first)
+        self.above[slot % width].copy_(second)
         return shifted
 
     def copy_rows(self, source: "ShiftCache", rows: Tensor, first: int) -> None:

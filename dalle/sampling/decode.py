@@ -9,37 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
-from dalle.config import FREE, Section
 from dalle.errors import UserError
 from dalle.models.decoding import DecodingState, cache_bytes, decode_step, for_decoding, prefill
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
+from dalle.sampling.choosing import SamplingConfig, choose_codes, guide
 
 BATCH_SIZE = {"cpu": 16, "cuda": 64}    # candidates side by side where memory allows
 CPU_CACHE_BYTES = 2 << 30
 PREFILL_ROWS = 4                        # captions run through the model at once
-
-
-class SamplingConfig(Section, json_schema_extra=FREE):
-    """How the next code is chosen. The defaults are the paper's: the model's own distribution."""
-
-    temperature: float = Field(default=1.0, ge=0, description="what logits are divided by; 0 takes the most probable "
-                               "code, and so does all that is near enough to 0")
-    top_k: int | None = Field(default=None, ge=1, description="codes to choose among, the most probable; of equal "
-                              "ones the lower come first; null: all")
-    top_p: float | None = Field(default=None, gt=0, le=1, description="probability in (0, 1] that the fewest most "
-                                "probable codes must hold to be chosen among; null: all")
-    guidance: float = Field(default=1.0, ge=0, le=10_000,      # far beyond use, and far from an overflow
-                            description="scale of classifier-free guidance, from the logits u without the caption to c "
-                            "with it: u + guidance (c - u); 1 is off (arXiv 2406.06525)")
-
-    @property
-    def streams(self) -> int:
-        """Sequences decoded for each candidate: guidance needs a second one, without its caption."""
-        return 1 if self.guidance == 1.0 else 2
 
 
 def sample_codes(model: TextToImageTransformer, text: Tensor, seeds: Sequence[int],
@@ -67,7 +46,7 @@ def sample_codes(model: TextToImageTransformer, text: Tensor, seeds: Sequence[in
     model.eval()
     try:
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            decoder = for_decoding(model, dtype)
+            decoder = for_decoding(model, dtype, options.streams * batch_size)
             drawn = uniforms(seeds, config.num_image_slots).to(device)
             codes = torch.zeros(len(seeds), config.num_image_slots, dtype=torch.int64, device=device)
             for candidates, rows, logits, state in _batches(decoder, text, known, per_caption, batch_size, options):
@@ -169,57 +148,3 @@ def _decode(model: TextToImageTransformer, state: DecodingState, logits: Tensor,
 def part_done(on_progress: Callable[[float], None], candidates: range, share: float) -> None:
     """Tell that of the batch ``candidates`` this share is done, and all before it."""
     on_progress(candidates.start + share * len(candidates))
-
-
-def guide(logits: Tensor, options: SamplingConfig) -> Tensor:
-    """u + guidance * (c - u) from [c; u] stacked along the batch; with guidance 1 there is only c."""
-    if options.streams == 1:
-        return logits
-    conditioned, unconditioned = logits.chunk(2)
-    return torch.lerp(unconditioned, conditioned, options.guidance)
-
-
-def choose_codes(logits: Tensor, numbers: Tensor, options: SamplingConfig) -> Tensor:
-    """One code [B] for each row of ``logits`` [B, K] by inverting its distribution at ``numbers`` [B] in [0, 1).
-
-    Filters apply in the usual order: temperature, top-k, top-p. They are written out here because transformers' warpers
-    each sort and scatter anew, at every code. Logits that are not finite give some code; the caller has to look.
-    """
-    if options.temperature == 0:
-        return logits.argmax(dim=-1)
-    if options.temperature != 1:
-        logits = cooled(logits, options.temperature)
-    if options.top_k is not None and options.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(~among_largest(logits, options.top_k), float("-inf"))
-    if options.top_p is not None and options.top_p < 1:
-        logits = logits.masked_fill(~in_nucleus(logits, options.top_p), float("-inf"))
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    target = numbers[:, None].to(cumulative.dtype) * cumulative[:, -1:]
-    found = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return found.clamp(max=logits.shape[-1] - 1)             # a number finds no place among NaNs
-
-
-def cooled(logits: Tensor, temperature: float) -> Tensor:
-    """``logits`` / temperature, less a constant of each row: the best is 0, whatever the others fall to.
-
-    Divided as they are, logits overflow below 1e-37 and the best of them have no difference left. From the best on,
-    only what is worse overflows, to a probability of 0, which is the limit. Below its smallest normal number fp32 may
-    take a divisor for 0.
-    """
-    best = logits.amax(dim=-1, keepdim=True)
-    return (logits - best) / max(temperature, torch.finfo(logits.dtype).tiny)
-
-
-def among_largest(logits: Tensor, count: int) -> Tensor:
-    """bool [B, K]: the ``count`` largest of each row, of equal ones the first (``topk`` leaves open which)."""
-    smallest = logits.topk(count, dim=-1).values[:, -1:]
-    larger, equal = logits > smallest, logits == smallest
-    room = count - larger.sum(dim=-1, keepdim=True)
-    return larger | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))
-
-
-def in_nucleus(logits: Tensor, mass: float) -> Tensor:
-    """bool [B, K]: the fewest, most probable codes that have ``mass``, one at least; of equal ones the first."""
-    ranked, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    mass_before = F.pad(ranked.cumsum(dim=-1)[:, :-1], (1, 0), value=-1.0)     # the first stays for any mass above 0
-    return (mass_before < mass).gather(1, order.argsort(dim=-1))
