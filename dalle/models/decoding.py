@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dalle.models.attention import Attention, AttentionConstants
 from dalle.models.blocks import Block, TokenShift
-from dalle.models.kernels import kernels_for
+from dalle.models.kernels import KeyValueCache, kernels_for
 from dalle.models.precision import at_least_single
 from dalle.models.rotary import rotary_table
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
@@ -30,11 +30,13 @@ def prefill(model: TextToImageTransformer, text: Tensor, codes: Tensor) -> tuple
 
 
 def decode_step(model: TextToImageTransformer, codes: Tensor, state: "DecodingState") -> Tensor:
-    """Append one code to each sequence, [B]: logits of the next, fp32 [B, K]. Moves ``state`` on by one slot."""
-    hidden = model.code_embedding(codes)
-    if state.image_positions is not None:
-        hidden = hidden + state.image_positions[state.slot - model.config.prefix]
-    turns = None if state.turns is None else tuple(table[state.slot:state.slot + 1] for table in state.turns)
+    """Append one code to each sequence, [B]: logits of the next, fp32 [B, K]. Moves ``state`` on by one slot.
+
+    ``state`` may as well be a ``FixedState``, whose slot is a tensor [1] on the device.
+    """
+    hidden, position, turns = model.code_embedding(codes), state.position(), state.turn()
+    if position is not None:
+        hidden = hidden + position
     for cache in state.caches:
         hidden = cache.step(hidden, state.slot, turns)
     state.slot += 1
@@ -66,9 +68,17 @@ class DecodingState:
         weight = model.start
         self.model, self.batch = model, batch
         self.slot = 0
-        self.caches = [BlockCache(block, batch, length, weight.device, weight.dtype) for block in model.blocks]
+        self.caches = [make_cache(block, batch, length, weight.device, weight.dtype) for block in model.blocks]
         self.image_positions = model.image_positions() if model.config.positions == "learned" else None
         self.turns = rotary_rows(model)
+
+    def position(self) -> Tensor | None:
+        """[dim] to add to the next slot's embedding; None with rotary positions."""
+        return None if self.image_positions is None else self.image_positions[self.slot - self.model.config.prefix]
+
+    def turn(self) -> tuple[Tensor, ...] | None:
+        """The next slot's rows of the rotary tables."""
+        return None if self.turns is None else tuple(table[self.slot:self.slot + 1] for table in self.turns)
 
     def expand(self, rows: Tensor) -> "DecodingState":
         """A state with room for the whole stream whose sequence b goes on from sequence ``rows[b]`` of this one."""
@@ -92,16 +102,23 @@ class DecodingState:
             cache.copy_rows(other, rows, self.slot, first)
 
 
+def make_cache(block: Block, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> "BlockCache":
+    """Room for B sequences of ``length`` slots, in the forms that the device's kernels name."""
+    attention: Attention = block.attention.body
+    keys_values = kernels_for(device).key_value_cache(batch, attention.heads, attention.head_dim, length, device, dtype)
+    shifts = [Unshifted() if layer.shift is None else
+              ShiftCache(layer.shift, batch, attention.out.out_features, device, dtype)
+              for layer in (block.attention, block.feed_forward)]
+    return BlockCache(block, keys_values, shifts)
+
+
 class BlockCache:
     """One block and what it remembers of B sequences: keys and values, and recent slots where it shifts."""
 
-    def __init__(self, block: Block, batch: int, length: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, block: Block, keys_values: KeyValueCache, shifts: "list[ShiftCache | Unshifted]"):
         self.layers = block.attention, block.feed_forward
         self.attention: Attention = block.attention.body
-        heads, head_dim, dim = self.attention.heads, self.attention.head_dim, self.attention.out.out_features
-        self.keys_values = kernels_for(device).key_value_cache(batch, heads, head_dim, length, device, dtype)
-        self.shifts = [Unshifted() if layer.shift is None else ShiftCache(layer.shift, batch, dim, device, dtype)
-                       for layer in self.layers]
+        self.keys_values, self.shifts = keys_values, shifts
 
     def prefill(self, hidden: Tensor, constants: AttentionConstants) -> Tensor:
         """The block over the first S slots, [B, S, dim], all of which are remembered."""

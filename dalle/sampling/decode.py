@@ -1,12 +1,14 @@
 """Writing image codes after captions with a static key-value cache: sampling, guidance, completion.
 
 A candidate is a pure function of (model, precision, caption, seed, options): its randomness is one number a code from
-its own generator, and work is always done in batches of one fixed shape, filled up where candidates run out, because a
-matrix product of another shape may round differently.
+its own generator, and products with weights are always over rows of one fixed number, filled up where candidates run
+out, because a matrix product of another shape may round differently. What is over fewer rows (attention by our own
+kernel on CUDA, the choice of a code) computes each row by itself, in an order that knows nothing of the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,22 +17,27 @@ from dalle.errors import UserError
 from dalle.models.decoding import DecodingState, cache_bytes, decode_step, for_decoding, prefill
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
 from dalle.sampling.choosing import SamplingConfig, choose_codes, guide
+from dalle.sampling.fixed import active_candidates, forget, write_fixed
 
 BATCH_SIZE = {"cpu": 16, "cuda": 64}    # candidates side by side where memory allows
 CPU_CACHE_BYTES = 2 << 30
 PREFILL_ROWS = 4                        # captions run through the model at once
+# growing: the host knows the slot, and reads what is filled. fixed: steps of one shape, the slot on the device;
+# captured: these as a CUDA graph; compiled: the graph of a step that went through torch.compile.
+Method = Literal["auto", "growing", "fixed", "captured", "compiled"]
+METHOD = {"cuda": "captured"}           # auto, by type of device; growing elsewhere
 
 
 def sample_codes(model: TextToImageTransformer, text: Tensor, seeds: Sequence[int],
                  options: SamplingConfig | None = None, known_codes: Tensor | None = None,
                  batch_size: int | None = None, dtype: torch.dtype | None = None,
-                 on_progress: Callable[[float], None] = lambda candidates: None) -> Tensor:
+                 on_progress: Callable[[float], None] = lambda candidates: None, method: Method = "auto") -> Tensor:
     """Codes int64 [n, N], on the model's device, for n = len(seeds) candidates.
 
     ``text`` [P, T] holds P captions, each with n / P candidates: candidate i continues caption i // (n / P). Each
     caption is computed once. ``known_codes``, [k] or [P, k] with k < N, are the first codes of every candidate and
-    come back unchanged. ``on_progress`` is told after each code how many candidates' worth of them are done.
-    ``batch_size`` (default: by device and memory) and ``dtype`` (default: the weights') may change
+    come back unchanged. ``on_progress`` is told now and then how many candidates' worth of them are done.
+    ``batch_size`` (default: by device and memory), ``dtype`` (default: the weights') and ``method`` may change
     the last bits of the logits; how many candidates are asked for at once does not. Raises ``ValueError`` for sizes
     that do not fit and for ids and codes that the model does not have, ``UserError`` for logits that are not finite.
     """
@@ -42,6 +49,7 @@ def sample_codes(model: TextToImageTransformer, text: Tensor, seeds: Sequence[in
     check_range("text ids", text, config.num_text_tokens)
     text, per_caption = text.to(device), len(seeds) // len(text)
     batch_size = batch_size or default_batch_size(config, dtype or model.start.dtype, device, options.streams)
+    method = METHOD.get(device.type, "growing") if method == "auto" else method
     was_training = model.training
     model.eval()
     try:
@@ -50,13 +58,24 @@ def sample_codes(model: TextToImageTransformer, text: Tensor, seeds: Sequence[in
             drawn = uniforms(seeds, config.num_image_slots).to(device)
             codes = torch.zeros(len(seeds), config.num_image_slots, dtype=torch.int64, device=device)
             for candidates, rows, logits, state in _batches(decoder, text, known, per_caption, batch_size, options):
-                numbers = drawn[[candidates[min(place, len(candidates) - 1)] for place in range(batch_size)]]
                 share = partial(part_done, on_progress, candidates)
-                written = _decode(decoder, state.expand(rows), logits[rows], numbers, known.shape[1], options, share)
+                numbers = drawn[[candidates[min(place, len(candidates) - 1)] for place in range(batch_size)]]
+                if method == "growing":
+                    written, finite = _decode(decoder, state.expand(rows), logits[rows], numbers, known.shape[1],
+                                              options, share)
+                else:
+                    places = active_candidates(decoder, len(candidates), batch_size)
+                    rows = rows.view(options.streams, batch_size)[:, :places].flatten()
+                    written, finite = write_fixed(decoder, state, logits, rows, numbers[:places], batch_size, options,
+                                                  method, share)
+                if not finite:
+                    raise UserError("the transformer's logits are not finite: its weights are damaged")
                 codes[candidates.start:candidates.stop] = written[:len(candidates)]
             codes[:, :known.shape[1]] = known.repeat_interleave(per_caption, dim=0)
     finally:
         model.train(was_training)
+        if was_training:
+            forget(model)
     return codes.clone()  # an ordinary tensor, not one of inference mode
 
 
@@ -128,8 +147,11 @@ def _prefill(model: TextToImageTransformer, text: Tensor, known: Tensor, streams
 
 
 def _decode(model: TextToImageTransformer, state: DecodingState, logits: Tensor, numbers: Tensor,
-            first: int, options: SamplingConfig, on_share: Callable[[float], None]) -> Tensor:
-    """Codes [B, N] from slot ``first`` on (zeros before it), given the logits of that slot and the state before it."""
+            first: int, options: SamplingConfig, on_share: Callable[[float], None]) -> tuple[Tensor, Tensor]:
+    """Codes [B, N] from slot ``first`` on (zeros before it), given the logits of that slot and the state before it.
+
+    And whether all logits were finite.
+    """
     codes = torch.zeros(numbers.shape, dtype=torch.int64, device=numbers.device)
     finite = torch.ones((), dtype=torch.bool, device=numbers.device)      # read once a batch, not at every code
     last = numbers.shape[1] - 1
@@ -140,9 +162,7 @@ def _decode(model: TextToImageTransformer, state: DecodingState, logits: Tensor,
         if slot < last:
             logits = decode_step(model, codes[:, slot].repeat(options.streams), state)
         on_share((slot + 1 - first) / (last + 1 - first))
-    if not finite:
-        raise UserError("the transformer's logits are not finite: its weights are damaged")
-    return codes
+    return codes, finite
 
 
 def part_done(on_progress: Callable[[float], None], candidates: range, share: float) -> None:
