@@ -9,6 +9,7 @@ are: only attention, whose cost grows with them, is over the ``active`` ones.
 import importlib.util
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -196,17 +197,26 @@ def choose_form(backend: str, device: torch.device) -> str:
     """The entry of ``FORMS`` that a config's ``attention_backend`` means on a device."""
     if backend in BY_BACKEND:
         return BY_BACKEND[backend]
-    if device.type == "cuda" and _has_triton():
-        return "triton"
-    return "products"
+    return "triton" if device.type == "cuda" and triton_attends(device) else "products"
 
 
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        log.warning("Triton is not installed: decoding attends by plain products, which read the whole cache each step")
-    return found
+@lru_cache(maxsize=8)
+def triton_attends(device: torch.device) -> bool:
+    """Whether our kernel compiles and is right on ``device``; what is wrong is told once."""
+    if importlib.util.find_spec("triton") is None:
+        log.warning("Triton is not installed: decoding attends by plain products, which copy the whole cache each step")
+        return False
+    from dalle.models.cuda.one_query import attends_rightly
+
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():     # where Triton launches
+            right = attends_rightly(device)
+        if right:
+            return True
+        log.warning("the Triton kernel is not right on %s: decoding attends by plain products", device)
+    except Exception as error:      # a compiler's errors have no class in common
+        log.warning("the Triton kernel does not run on %s, and decoding attends by plain products: %s", device, error)
+    return False
 
 
 class FixedShiftCache:

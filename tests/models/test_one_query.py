@@ -31,6 +31,7 @@ def outputs(form, layer, slot, active, dtype=torch.float32):
     cache.put(memory.slot, heads[1], heads[2])
     return cache.attend(heads[0], None, memory.slot), cache.image_part(cache.keys), cache.image_part(cache.values)
 
+assert one_query.attends_rightly(torch.device("cpu"))
 with torch.inference_mode():
     for layer, slot in ((0, prefix), (0, prefix + 9), (1, prefix + 7), (2, prefix + 11)):
         for expected, found in zip(outputs("products", layer, slot, 2), outputs("triton", layer, slot, 2), strict=True):

@@ -14,7 +14,7 @@ from small_transformers import PIECES, make_batch, make_model
 
 from dalle.models import kernels
 from dalle.models.cpu.packed import leave_linears
-from dalle.models.fixed_decoding import choose_form, visible_table
+from dalle.models.fixed_decoding import choose_form, triton_attends, visible_table
 from dalle.models.patterns import AttentionPattern
 from dalle.sampling import fixed
 from dalle.sampling.decode import SamplingConfig, sample_codes
@@ -132,10 +132,15 @@ def test_only_a_kernel_that_knows_no_batch_attends_for_fewer(monkeypatch):
 
 
 def test_the_form_is_chosen_by_backend_and_device(monkeypatch):
-    monkeypatch.setattr("dalle.models.fixed_decoding._has_triton", lambda: True)
+    monkeypatch.setattr("dalle.models.fixed_decoding.triton_attends", lambda device: True)
     assert [choose_form(backend, CUDA) for backend in ("auto", "flex", "sdpa", "math")] == [
         "triton", "triton", "sdpa", "products"]
     assert [choose_form(backend, CPU) for backend in ("auto", "sdpa", "math")] == ["products", "sdpa", "products"]
+
+
+def test_a_kernel_that_does_not_run_is_told_and_not_taken(caplog):
+    assert not triton_attends(torch.device("meta"))
+    assert "plain products" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["row", "column", "conv"])

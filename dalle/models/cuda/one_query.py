@@ -121,3 +121,18 @@ def attend(queries: Tensor, new_keys: Tensor, new_values: Tensor, keys: Tensor, 
     join_tiles[(rows * heads,)](outputs, maxima, sums, joined, active, tiles, HEAD_DIM=head_dim, BLOCK_DIM=block_dim,
                                 BLOCK_TILES=triton.next_power_of_2(tiles), num_warps=2)
     return joined
+
+
+@torch.inference_mode()
+def attends_rightly(device: torch.device) -> bool:
+    """Try the kernel on one head of one sequence, with a table and without: weights that are equal give a mean."""
+    prefix, image, head_dim = 3, 4, 16
+    values = torch.arange(7.0, device=device)[:, None].expand(7, head_dim).contiguous()
+    zeros, new = torch.zeros_like(values), torch.full((1, 1, 1, head_dim), 9.0, device=device)
+    owners, slot = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1,), prefix + 2, device=device)
+    table = torch.tensor([[0, -1], [0, 1], [0, 2], [0, 3]], dtype=torch.int32, device=device)
+    nothing = torch.zeros_like(new)
+    means = [attend(nothing, nothing, new, zeros, values.clone(), owners, slot, names, prefix, image,
+                    prefix).unique().tolist() for names in (None, table)]
+    expected = (0 + 1 + 2 + 3 + 4 + 9) / 6, (0 + 1 + 2 + 3 + 9) / 5
+    return all(len(mean) == 1 and abs(mean[0] - right) < 1e-4 for mean, right in zip(means, expected, strict=True))
