@@ -5,21 +5,22 @@ beside the others and a new name in that device's column; models ask :func:`kern
 The plain forms (``dalle/models/plain.py``) are what every other is tested against.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle.models import fused, plain
 from dalle.models.cpu.activations import squared_relu
 from dalle.models.cpu.attention import MATH_LONGEST, attend, math_attention, without_fused_kernels
 from dalle.models.cpu.dropout import dropout
-from dalle.models.cpu.key_value_cache import KeyValueCache as TransposedKeyValueCache
+from dalle.models.cpu.key_value_cache import KeyValueCache as DenseKeyValueCache
 from dalle.models.cpu.linear import linear
+from dalle.models.cpu.packed import leave_linears, pack_linears
 from dalle.models.cpu.rotary import rotate
 from dalle.models.cpu.softmax import softmax_errors
 from dalle.models.cpu.token_shift import shift_slots
@@ -43,6 +44,9 @@ class KeyValueCache(Protocol):
 
     def copy_rows(self, source: Self, rows: Tensor, length: int, first: int) -> None:
         """Take the first ``length`` slots of the sequences ``rows`` of ``source`` as sequences ``first`` and on."""
+
+    def filled(self, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first ``length`` slots, each [B, heads, length, head_dim]."""
 
     def attend(self, queries: Tensor, pattern: AttentionPattern, slot: int) -> Tensor:
         """Attention of the queries [B, heads, 1, head_dim] of ``slot`` to all filled slots that the pattern permits.
@@ -103,6 +107,8 @@ class Kernels:
     softmax_errors: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]       # may take the place of the logits
     # from B, heads, head_dim, slots, device, type
     key_value_cache: Callable[[int, int, int, int, torch.device, torch.dtype], KeyValueCache]
+    # a model for many steps of so many rows, without the linear layers named
+    packed: Callable[[nn.Module, int, Container[str]], nn.Module]
 
 
 def _attention_on_cpu(pattern: AttentionPattern, length: int) -> str:
@@ -132,7 +138,8 @@ KERNELS: dict[str, Kernels] = {
         squared_relu=squared_relu,
         shift_slots=shift_slots,
         softmax_errors=softmax_errors,
-        key_value_cache=TransposedKeyValueCache,
+        key_value_cache=DenseKeyValueCache,
+        packed=pack_linears,
     ),
     "cuda": Kernels(
         attention=_attention_on_cuda,
@@ -146,7 +153,8 @@ KERNELS: dict[str, Kernels] = {
         squared_relu=plain.squared_relu,
         shift_slots=fused.shift_slots,
         softmax_errors=plain.softmax_errors,
-        key_value_cache=TransposedKeyValueCache,
+        key_value_cache=DenseKeyValueCache,
+        packed=leave_linears,
     ),
 }
 ELSEWHERE = Kernels(                                            # any other type of device
@@ -161,7 +169,8 @@ ELSEWHERE = Kernels(                                            # any other type
     squared_relu=squared_relu,
     shift_slots=shift_slots,
     softmax_errors=plain.softmax_errors,
-    key_value_cache=TransposedKeyValueCache,
+    key_value_cache=DenseKeyValueCache,
+    packed=leave_linears,
 )
 PLAIN = Kernels(                                                # what they all compute
     attention=lambda pattern, length: "plain",
@@ -176,6 +185,7 @@ PLAIN = Kernels(                                                # what they all 
     shift_slots=plain.shift_slots,
     softmax_errors=plain.softmax_errors,
     key_value_cache=plain.KeyValueCache,
+    packed=leave_linears,
 )
 
 

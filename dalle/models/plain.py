@@ -110,6 +110,10 @@ class KeyValueCache:
         self.keys[target, :, :length] = source.keys[rows, :, :length]
         self.values[target, :, :length] = source.values[rows, :, :length]
 
+    def filled(self, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first ``length`` slots, each [B, heads, length, head_dim]."""
+        return self.keys[:, :, :length], self.values[:, :, :length]
+
     def attend(self, queries: Tensor, pattern: AttentionPattern, slot: int) -> Tensor:
         """What the queries [B, heads, 1, head_dim] of ``slot`` take from all that the pattern permits them to see.
 
