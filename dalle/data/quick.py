@@ -4,7 +4,7 @@
 read the header before, so that what is a picture and how large it may be is decided in one place; and whatever the
 quick decoder does not take, or only warns of, is Pillow's to judge: a fault has one name whichever met it first.
 
-There is none for WebP: nearly all of its time is libwebp's own, whoever calls it.
+There is none for WebP: most of its time is libwebp's own, whoever calls it.
 """
 
 import functools
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import get_sampling
+from torch.utils.data import get_worker_info
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,9 @@ def jpeg_decoder() -> Decoder | None:
     try:
         from simplejpeg import decode_jpeg
     except ImportError as error:
-        log.info("JPEGs are decoded by Pillow, to the same pixels at three quarters of the speed (%s); "
-                 "pip install simplejpeg", error)
+        worker = get_worker_info()
+        log.log(logging.INFO if worker is not None and worker.id else logging.WARNING, "JPEGs are "
+                "decoded by Pillow, to the same pixels at three quarters of the speed (%s); pip install simplejpeg",
+                error)
         return None
     return decode_jpeg
