@@ -37,7 +37,8 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
 def pack_linears(model: nn.Module, rows: int, leave: Container[str] = ()) -> nn.Module:
     """A copy of ``model`` that shares its tensors and packs each linear layer but those that ``leave`` names.
 
-    It is ``model`` itself where that cannot be: see :func:`packs`, and ``PACKED_BYTES``.
+    Subclasses, too, of which the product alone is left. It is ``model`` itself where that cannot be: see
+    :func:`packs`, and ``PACKED_BYTES``.
     """
     linears = {name: module for name, module in model.named_modules()
                if isinstance(module, nn.Linear) and name not in leave}
