@@ -57,6 +57,7 @@ def main() -> int:
     from dalle.data.loader import train_batches, validation_batches
     from dalle.data.workers import start_server
     from dalle.training.allocator import keep_freed_memory
+    from dalle.training.deferred import players_built
     from dalle.training.engines.launching import create_engine
     from dalle.training.loop import Trainer
     from dalle.training.prerequisites import check_data, missing_runs_explained, prerequisites
@@ -85,7 +86,8 @@ def main() -> int:
         validation_loader().close()            # what the first validation would refuse, hours later
     torch.manual_seed(config.seed)             # the same first weights on every rank and at every start
     evaluate = None
-    with missing_runs_explained(arguments.config, needed):
+    how = "shapes" if arguments.dry_run else "deferred" if engine.defers_weights else "plain"
+    with missing_runs_explained(arguments.config, needed), players_built(how):
         task = TASKS[config.task](config)
         if config.train.evaluate_every and not arguments.dry_run:
             evaluate = small_evaluation(task, config, engine.device)

@@ -38,6 +38,7 @@ from dalle.store import (
     load_tokenizer,
     model_folder,
 )
+from dalle.training.deferred import build_player
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
@@ -130,7 +131,8 @@ class TransformerTask(Task):
         codec_folder = model_folder(config.codec)
         codec = load_codec(codec_folder, "cpu")
         check_cached_codes(config, codec, codec_folder)
-        model = TextToImageTransformer(resolve_model(config, codec, self.tokenizer))
+        resolved = resolve_model(config, codec, self.tokenizer)
+        model = build_player(lambda: TextToImageTransformer(resolved))
         self.players = {"transformer": Player(model, config.optimizer)}
         self.frozen = {"codec": codec.requires_grad_(False)}
         self.phases = [Phase("transformer", player="transformer", loss=self.next_token_loss)]

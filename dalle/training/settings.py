@@ -66,6 +66,8 @@ class EngineConfig(Section, json_schema_extra=FREE):
                                 "gradients in")
     offload_optimizer: bool = Field(default=False, description="ZeRO: optimiser state in host memory")
     offload_parameters: bool = Field(default=False, description="ZeRO-3: parameters in host memory")
+    shard_size: int | None = Field(default=None, ge=1, description="FSDP2: neighbouring processes that share one copy "
+                                   "of the weights, such as those of a node (HSDP); null: all")
     bucket_elements: int = Field(default=50_000_000, ge=1, description="ZeRO: elements exchanged at once")
     allow_zero3_players: bool = Field(default=False, description="ZeRO-3 for a task of several players")
     timeout_minutes: float = Field(default=10, gt=0, description="minutes: a first step, a batch of validation, a "
