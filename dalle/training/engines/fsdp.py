@@ -35,6 +35,7 @@ from dalle.training.ema import EMA
 from dalle.training.engines.base import Member, Outcome, fill_gradients, state_keys
 from dalle.training.engines.environment import is_set, launched_size, wants_cpu
 from dalle.training.engines.group import GroupEngine, average_gradients
+from dalle.training.memory import Blocks
 from dalle.training.run import RunConfig
 from dalle.training.task import Task
 
@@ -288,6 +289,16 @@ def shard(module: nn.Module, mesh: DeviceMesh, exchanged: torch.dtype, blocks_in
                                       cast_forward_inputs=False)
         fully_shard(part, mesh=mesh, reshard_after_forward=part is not module, mp_policy=policy,
                     ignored_params=whole_parameters(module, blocks_in))
+
+
+def blocks_apart(module: nn.Module, bf16: bool) -> Blocks:
+    """The parameters of a module as :func:`shard` deals them out."""
+    whole = whole_parameters(module, torch.bfloat16 if bf16 else None)
+    seen, blocks = set(whole), []
+    for part in [*blocks_of(module), module]:
+        blocks.append(tuple(parameter for parameter in part.parameters() if parameter not in seen))
+        seen.update(blocks[-1])
+    return Blocks(tuple(blocks[:-1]), blocks[-1], tuple(whole))
 
 
 def whole_parameters(module: nn.Module, blocks_in: torch.dtype | None) -> set[nn.Parameter]:
