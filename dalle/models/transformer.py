@@ -18,7 +18,7 @@ import math
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -69,8 +69,9 @@ class TransformerArchitecture(ModelConfig):
     embedding_gradient: float = Field(default=1.0, gt=0, le=1,
                                       description="share of the gradient that reaches the embeddings (CogView: 0.1)",
                                       json_schema_extra=FREE)
-    checkpointing: bool = Field(default=False, description="recompute each block in the backward pass",
-                                json_schema_extra=FREE)
+    checkpointing: bool | NonNegativeInt = Field(
+        default=False, description="recompute blocks in the backward pass: all, none, or so many from the first on",
+        json_schema_extra=FREE)
     attention_backend: Backend = Field(default="auto", description="form of attention; auto: by device, pattern "
                                        "and length", json_schema_extra=FREE)
 
@@ -91,6 +92,12 @@ class TransformerArchitecture(ModelConfig):
     @property
     def width_of_head(self) -> int:
         return self.head_dim or self.dim // self.heads
+
+    @property
+    def recomputed_blocks(self) -> int:
+        """The first ones: when their turn comes in the backward pass, what the others kept is gone."""
+        return self.depth * self.checkpointing if isinstance(self.checkpointing, bool) \
+            else min(self.checkpointing, self.depth)
 
     @property
     def hidden(self) -> int:
@@ -233,8 +240,9 @@ class TextToImageTransformer(PretrainedModel):
 
     def _run_blocks(self, hidden: Tensor) -> Tensor:
         constants = self.attention_constants(hidden.shape[1], hidden.device, compute_dtype(hidden), whole=True)
-        for block, layer in zip(self.blocks, constants, strict=True):
-            if self.config.checkpointing and torch.is_grad_enabled():
+        recomputed = self.config.recomputed_blocks if torch.is_grad_enabled() else 0
+        for index, (block, layer) in enumerate(zip(self.blocks, constants, strict=True)):
+            if index < recomputed:
                 hidden = checkpoint(block, hidden, layer, use_reentrant=False)
             else:
                 hidden = block(hidden, layer)

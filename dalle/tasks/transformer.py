@@ -37,6 +37,9 @@ from dalle.store import (
     load_tokenizer,
     model_folder,
 )
+from dalle.tasks.transformer_memory import transformer_activations
+from dalle.training.deferred import build_player
+from dalle.training.memory import Activations
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
@@ -129,7 +132,8 @@ class TransformerTask(Task):
         codec_folder = model_folder(config.codec)
         codec = load_codec(codec_folder, "cpu")
         check_cached_codes(config, codec, codec_folder)
-        model = TextToImageTransformer(resolve_model(config, codec, self.tokenizer))
+        resolved = resolve_model(config, codec, self.tokenizer)
+        model = build_player(lambda: TextToImageTransformer(resolved))
         self.players = {"transformer": Player(model, config.optimizer)}
         self.frozen = {"codec": codec.requires_grad_(False)}
         self.phases = [Phase("transformer", player="transformer", loss=self.next_token_loss,
@@ -205,6 +209,10 @@ class TransformerTask(Task):
         self._model.save_pretrained(folder, states["transformer"])
         self.tokenizer.save(Path(folder) / TOKENIZER_FOLDER)
         self.frozen["codec"].save_pretrained(Path(folder) / CODEC_FOLDER, self.codec_state)
+
+    def activations(self, samples: int, bf16: bool) -> Activations:
+        """What a micro-batch keeps for the backward pass."""
+        return transformer_activations(self._model.config, samples, bf16)
 
     @property
     def _model(self) -> TextToImageTransformer:

@@ -83,6 +83,8 @@ class EngineConfig(Section, json_schema_extra=FREE):
                                 "gradients in")
     offload_optimizer: bool = Field(default=False, description="ZeRO: optimiser state in host memory")
     offload_parameters: bool = Field(default=False, description="ZeRO-3: parameters in host memory")
+    shard_size: int | None = Field(default=None, ge=1, description="FSDP2: neighbouring processes that share one copy "
+                                   "of the weights, such as those of a node (HSDP); null: all")
     bucket_elements: int | None = Field(default=None, ge=1, description="gradients, in elements, that DDP and ZeRO "
                                         "exchange at once while the backward runs; null: 25 MiB under DDP, 50 million "
                                         "under ZeRO")

@@ -295,7 +295,8 @@ def train_and_look(job: dict) -> dict:
     if "status" not in found or job["task"] != "DeepTask":      # refused, or another toy
         return found
     member = engines[0].members["net"]
-    member.module(toys.global_batch(0))
+    with engines[0].autocast():
+        member.module(toys.global_batch(0))
     split = [parameter for parameter in member.module.blocks.parameters() if isinstance(parameter, DTensor)]
     saved = SavedPlayer(checkpoint(Path(job["out"]), "", 2) / "net")
     engines[0].load_player("net", saved)

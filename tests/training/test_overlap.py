@@ -137,8 +137,9 @@ def measure(kind: str, way: str, out: Path) -> dict:
     if kind.startswith("zero"):
         # on CPU cores the engine has DeepSpeed's overlap off, without which stage 1 exchanges all at the end
         zero = {"stage": int(kind[-1]), "overlap_comm": True}
-        (out / "deepspeed.json").write_text(json.dumps({"zero_optimization": zero}))
-        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(out / "deepspeed.json")
+        path = out / f"deepspeed{os.environ['RANK']}.json"
+        path.write_text(json.dumps({"zero_optimization": zero}))
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
     config = toys.toy_run(out, compile=way != "plain", engine={"bucket_elements": DIM * DIM + DIM})
     task, engine = WatchedTask(), create_engine(config)
     engine.prepare(task, out)

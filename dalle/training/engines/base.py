@@ -100,6 +100,7 @@ class Engine:
 
     kind = "single"
     splits_parameters = False       # `evaluation` is a collective: every rank enters it, for previews, too
+    defers_weights = False          # a large player comes without memory, and gets it part by part (`deferred.py`)
     evaluates_in_step = False       # and so is each forward in it
 
     def __init__(self, config: RunConfig, device: torch.device, rank: int = 0, world_size: int = 1):
@@ -187,6 +188,8 @@ class Engine:
         if self.accumulation > 1 and not task.splits_batch:
             raise UserError(f"{type(task).__name__} compares the samples of a batch with one another, so it cannot be "
                             f"split into {self.accumulation} micro-batches: remove train.micro_batch_size")
+        if self.options.shard_size is not None and self.world_size > 1 and self.kind != "fsdp2":
+            raise UserError("engine.shard_size is for FSDP2 (launch/engines/fsdp2.yaml): leave it out")
         task.check_share(self.local_batch // self.accumulation, self.world_size)
         if self.precision == "fp8":
             check_float8(self.device)

@@ -335,9 +335,13 @@ def gathered(parameters: list[nn.Parameter], owner: int | None) -> Iterator[None
     """ZeRO-3 parameters in full, and in fp32, on every rank; what rank ``owner`` writes to them meanwhile is kept."""
     import deepspeed
     from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     marks = [(parameter, parameter.__dict__.pop(PARAM_COMM_DTYPE_ATTR_NAME)) for parameter in parameters
              if PARAM_COMM_DTYPE_ATTR_NAME in parameter.__dict__]
+    for parameter, _ in marks:
+        if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+            parameter.partition()      # a forward left it there, rounded, and it would be taken as it is
     try:
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=owner):
             yield
