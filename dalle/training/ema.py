@@ -85,9 +85,7 @@ class EMA:
                 if name in self._values and (name in self._lent) != lend:
                     live, average = parameter.detach(), self._values[name]
                     if live.dtype == average.dtype:
-                        held = average.clone()
-                        average.copy_(live)
-                        live.copy_(held)
+                        change_places(live, average)
                         self._lent[name] = average
                     elif lend:       # a weight of fewer bits would lose the average's
                         self._lent[name] = live.clone()
@@ -124,3 +122,9 @@ class EMA:
             raise ValueError(f"the saved average does not fit: {different[0]!r} is only on one side")
         for name, value in self._values.items():
             value.copy_(state[name])
+
+
+def change_places(left: Tensor, right: Tensor) -> None:
+    held = right.clone()
+    right.copy_(left)
+    left.copy_(held)

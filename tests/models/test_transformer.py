@@ -124,7 +124,7 @@ def test_feed_forward_of_ones(kind, expected):
     assert layer(torch.ones(1)).item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, 1])
 def test_checkpointing_changes_no_gradient(checkpointing):
     model = make_model(token_shift=True, checkpointing=checkpointing)
     model.train()
@@ -268,3 +268,13 @@ def test_compiled_it_gives_the_same_logits():
     torch.testing.assert_close(compiled(*batch), model(*batch))
     compiled(*batch)[1].sum().backward()
     assert model.start.grad is not None
+
+
+@pytest.mark.parametrize(("asked", "calls"), [(False, 4), (0, 4), (True, 8), (3, 7), (99, 8)])
+def test_so_many_blocks_from_the_first_on_are_computed_again(asked, calls):
+    model = make_model(depth=4, checkpointing=asked)
+    seen = []
+    for index, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda module, given, index=index: seen.append(index))
+    run_stream(model, model.embed(*make_batch(model))).sum().backward()
+    assert len(seen) == calls and sorted(seen[4:]) == list(range(calls - 4))

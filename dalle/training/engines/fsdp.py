@@ -16,7 +16,7 @@ Every rank has to call the module equally often, with the same parameters taking
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,15 @@ class FSDPEngine(GroupEngine):
                 for module in modules:
                     reshard(module)
                     free_after_forward(module)
+
+    @contextmanager
+    def whole_networks(self) -> Iterator[None]:
+        """Sampling computes in the type of the weights, which has to be one: under bf16 that of the gathered blocks."""
+        with ExitStack() as stack:
+            for member in self.members.values():
+                if self.bf16 and blocks_of(member.module):
+                    stack.enter_context(all_in(member.module, torch.bfloat16))
+            yield
 
     # -- state
 
@@ -322,6 +331,20 @@ def gather(module: nn.Module) -> None:
 def reshard(module: nn.Module) -> None:
     for part in sharded_parts(module):
         part.reshard()
+
+
+@contextmanager
+def all_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Every gathered parameter in ``dtype`` meanwhile; those that are not are replaced by copies."""
+    replaced = [(part, name, parameter) for part in module.modules() for name, parameter in part._parameters.items()
+                if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype]
+    try:
+        for part, name, parameter in replaced:
+            part._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        yield
+    finally:
+        for part, name, parameter in replaced:
+            part._parameters[name] = parameter
 
 
 def free_after_forward(module: nn.Module) -> None:
