@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 import open_clip
 import torch
-from rounds import Clock, Contenders, bench_arguments, interleave, report, set_up, trained_by_the_loop
 
 from dalle.models.clip import MAX_LOG_SCALE, ClipConfig, ClipModel
 from dalle.tasks.clip import ClipRun, ClipTask
 from dalle.training.task import Phase, Player
+from rounds import Clock, Contenders, bench_arguments, interleave, report, set_up, trained_by_the_loop
 
 RATE, BETAS, EPS, DECAY, CLIP = 5e-4, (0.9, 0.98), 1e-6, 0.2, 1.0      # of open_clip's script for its ViTs, but CLIP
 MARKS = 2                                                              # start and end, which our towers add

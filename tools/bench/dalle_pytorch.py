@@ -29,12 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from rounds import Clock, Contenders, bench_arguments, interleave, report, set_up, trained_by_the_loop
 
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
 from dalle.sampling.decode import SamplingConfig, sample_codes
 from dalle.tasks.dvae import DVAERun, DVAETask
+from rounds import Clock, Contenders, bench_arguments, interleave, report, set_up, trained_by_the_loop
 
 TRAIN_BATCH, SAMPLE_BATCH, CODEC_BATCH = 8, 16, 32
 CLIP, RATE = 0.5, 3e-4
@@ -130,9 +129,8 @@ def our_step(size: Size, pattern: str, precision: str) -> Callable[[], None]:
     print(f"  parameters: ours {model.num_parameters:,}")
 
     def loss() -> torch.Tensor:
-        text_logits, image_logits = model(text, codes)
-        text_ce = F.cross_entropy(text_logits.flatten(0, 1), model.text_targets(text).flatten())
-        return (text_ce + 7 * F.cross_entropy(image_logits.flatten(0, 1), codes.flatten())) / 8
+        text_sum, image_sum = model(text, codes, model.text_targets(text))
+        return (text_sum / text.numel() + 7 * image_sum / codes.numel()) / 8
 
     adamw = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
     return training_step(loss, model, adamw, precision == "bf16")

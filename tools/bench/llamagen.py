@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rounds import Clock, Contenders, Synthetic, bench_arguments, interleave, report, set_up, trained_by_the_loop
 
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
 from dalle.sampling.decode import SamplingConfig, sample_codes
 from dalle.tasks.transformer import TransformerRun
+from rounds import Clock, Contenders, Synthetic, bench_arguments, interleave, report, set_up, trained_by_the_loop
 
 TRAIN_BATCH, SAMPLE_BATCH = 8, 16
 DROPOUT, CLIP, RATE, BETAS, DECAY = 0.1, 1.0, 1e-4, (0.9, 0.95), 0.05

@@ -37,8 +37,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from rounds import Synthetic
 
 from dalle.data.batch import Batch, BatchSource
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
@@ -49,6 +47,7 @@ from dalle.training.loop import Summary, Trainer
 from dalle.training.saving import SaveFailed
 from dalle.training.state import Checkpoints
 from dalle.training.task import parameter_count
+from rounds import Synthetic
 
 BATCHES_IN_MEMORY = 8
 LOG_EVERY = 10
@@ -252,10 +251,9 @@ def make_bare_step(size: Size, config: TransformerRun, device: torch.device) -> 
     def step(batch: Batch) -> None:
         text, codes = (batch[key].to(device, non_blocking=True) for key in ("text", "codes"))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            text_logits, image_logits = model(text, codes)
-            text_ce = F.cross_entropy(text_logits.flatten(0, 1), model.text_targets(text).flatten())
-            image_ce = F.cross_entropy(image_logits.flatten(0, 1), codes.flatten())
-            loss = config.loss.text_weight * text_ce + config.loss.image_weight * image_ce
+            text_sum, image_sum = model(text, codes, model.text_targets(text))
+            loss = (config.loss.text_weight * text_sum / text.numel()
+                    + config.loss.image_weight * image_sum / codes.numel())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         optimizer.step()

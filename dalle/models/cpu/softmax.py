@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dalle.models import plain
+
 BLOCK = 1 << 18      # logits: 1 MiB in fp32
 
 
@@ -11,6 +13,8 @@ def softmax_errors(logits: Tensor, chosen: Tensor, counts: Tensor) -> tuple[Tens
 
     ``logits`` [n, V], ``chosen`` int64 [n, 1], ``counts`` [n, 1]: 0 for the rows whose gradient is zero, else 1.
     """
+    if torch.compiler.is_compiling():       # a compiler makes one pass of the plain form, and has no graph for this one
+        return plain.softmax_errors(logits, chosen, counts)
     wide = torch.promote_types(logits.dtype, torch.float32)
     losses, parts = [], min(len(logits), -(-logits.numel() // BLOCK))
     for block, token in zip(logits.tensor_split(parts), chosen.tensor_split(parts), strict=True):

@@ -3,18 +3,22 @@
 import gc
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dalle.models.transformer import PRESETS, TextToImageTransformer, TransformerConfig, attention_patterns
-from dalle.sampling.decode import SamplingConfig, sample_codes
+from dalle.sampling.choosing import SamplingConfig
+from dalle.sampling.decode import sample_codes
+from dalle.sampling.fixed import forget
 from gpu_parts.rows import Row, Setting, emit, wait
 from gpu_parts.training import TINY
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """``candidates`` of one caption in bf16; bars in tokens/s."""
+    """``candidates`` of one caption in bf16; bars in tokens/s. ``batch_size``: rows of a step's products, if not the
+    default; ``backend``: the form of attention; ``method`` as `sample_codes` has it."""
 
     what: str
     preset: str
@@ -22,6 +26,9 @@ class Decoding:
     candidates: int
     bar: float | None = None
     goal: float | None = None
+    batch_size: int | None = None
+    backend: str = "auto"
+    method: str = "auto"
 
 
 DECODINGS = (
@@ -30,6 +37,14 @@ DECODINGS = (
     Decoding("xl dalle, 64 candidates", "xl", "dalle", 64, 10_000, 15_000),
     Decoding("xl-modern full, 1 candidate", "xl-modern", "full", 1),
     Decoding("xl-modern full, 64 candidates", "xl-modern", "full", 64),
+    Decoding("xl full, 1 candidate in a step of 1", "xl", "full", 1, 700, 1050, batch_size=1),
+    Decoding("xl full, 128 candidates in steps of 128", "xl", "full", 128, batch_size=128),
+    Decoding("xl full, 64 candidates, by SDPA", "xl", "full", 64, backend="sdpa"),
+)
+ASKED_FOR = (       # compiling takes a minute or more, and the growing cache is slow
+    Decoding("xl full, 1 candidate in a step of 1, compiled", "xl", "full", 1, 700, 1050, 1, method="compiled"),
+    Decoding("xl full, 64 candidates, compiled", "xl", "full", 64, 10_000, 12_500, method="compiled"),
+    Decoding("xl full, 64 candidates, growing cache", "xl", "full", 64, method="growing"),
 )
 CANDIDATES = 512
 OPTIONS = SamplingConfig(temperature=0.9, top_k=512, top_p=0.95)
@@ -37,17 +52,18 @@ OPTIONS = SamplingConfig(temperature=0.9, top_k=512, top_p=0.95)
 
 def decoding(setting: Setting, only: str = "") -> None:
     """Tokens a second and the share of the copy bandwidth that the bytes of weights and caches make."""
-    for one in DECODINGS:
-        if only and only not in one.what:
-            continue
-        model = make_model(one.preset, one.attention, setting)
-        first = timed(model, one.candidates, SamplingConfig(), setting)      # captures, too
-        seconds = timed(model, one.candidates, SamplingConfig(), setting)
+    chosen = [one for one in (*DECODINGS, *ASKED_FOR) if only in one.what] if only else DECODINGS
+    for one in chosen:
+        model = make_model(one.preset, one.attention, setting, one.backend)
+        how = {"batch_size": one.batch_size, "method": one.method if setting.device.type == "cuda" else "auto"}
+        first = timed(model, one.candidates, SamplingConfig(), setting, **how)      # captures, too
+        seconds = timed(model, one.candidates, SamplingConfig(), setting, **how)
         report(one, model.config, seconds, first, setting)
-        filtered = timed(model, one.candidates, OPTIONS, setting)
-        filtered = timed(model, one.candidates, OPTIONS, setting)
-        emit(Row(f"decode {one.what}, top-k and top-p", filtered / seconds, "x time", note="against neither"))
-        forget(model, setting)
+        if one in DECODINGS[:2]:
+            timed(model, one.candidates, OPTIONS, setting, **how)
+            filtered = timed(model, one.candidates, OPTIONS, setting, **how)
+            emit(Row(f"decode {one.what}, top-k and top-p", filtered / seconds, "x time", note="against neither"))
+        clear(model, setting)
         del model
 
 
@@ -61,8 +77,8 @@ def candidates(setting: Setting, only: str = "") -> None:
              note=f"the first time {first:.1f} s", more_is_better=False))
 
 
-def make_model(preset: str, attention: str, setting: Setting) -> TextToImageTransformer:
-    config = PRESETS[preset].model_copy(update={"attention": attention})
+def make_model(preset: str, attention: str, setting: Setting, backend: str = "auto") -> TextToImageTransformer:
+    config = PRESETS[preset].model_copy(update={"attention": attention, "attention_backend": backend})
     if setting.small:
         config = config.model_copy(update=TINY)
     torch.manual_seed(0)
@@ -71,12 +87,13 @@ def make_model(preset: str, attention: str, setting: Setting) -> TextToImageTran
     return model.to(torch.bfloat16).eval()
 
 
-def timed(model: TextToImageTransformer, count: int, options: SamplingConfig, setting: Setting) -> float:
+def timed(model: TextToImageTransformer, count: int, options: SamplingConfig, setting: Setting, **how: Any) -> float:
+    """Seconds of one call of `sample_codes`."""
     text = torch.randint(1, model.config.num_text_tokens, (1, model.config.text_length),
                          generator=torch.Generator().manual_seed(0))
     wait(setting.device)
     began = time.perf_counter()
-    sample_codes(model, text, range(count), options)
+    sample_codes(model, text, range(count), options, **how)
     wait(setting.device)
     return time.perf_counter() - began
 
@@ -108,7 +125,8 @@ def step_bytes(config: TransformerConfig, candidates: int) -> float:
     return 2 * (weights + 2 * inner * keys)
 
 
-def forget(model: TextToImageTransformer, setting: Setting) -> None:
+def clear(model: TextToImageTransformer, setting: Setting) -> None:
+    forget(model)
     model.to("meta")
     gc.collect()
     if setting.device.type == "cuda":

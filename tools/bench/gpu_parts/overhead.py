@@ -15,12 +15,13 @@ def overhead(setting: Setting, only: str = "") -> None:
     """The loop against a bare one, and training with a save every 50 steps against training without."""
     tiny = ["--tiny", "--threads", "1"] if setting.small else []
     few = ["--rounds", "2"] if setting.small else ["--rounds", "6"]
+    large = ["--size", "xl", "--depth", "6"] if setting.device.type == "cuda" and not setting.small else []
     for part, pattern, name, bar, goal in (
             ("step", r"step, (\S+):|Trainer / bare loop: ([\d.]+)", "loop / bare loop, time", 1.02, 1.0),
             ("checkpoint", r"asynchronous / no save: ([\d.]+)", "with saves / without, time", 1.03, 1.01)):
         if only and only not in part:
             continue
-        said = run(setting, part, *few, *tiny)
+        said = run(setting, part, *few, *tiny, *(large if part == "checkpoint" else []))
         print(said, flush=True)
         if part == "step":
             sizes = re.findall(r"^step, (\S+):", said, re.MULTILINE)
