@@ -1,10 +1,12 @@
 """What a micro-batch of the transformer keeps for its backward pass, in bytes: ``dalle/training/memory.py`` adds it up.
 
 Counted are the tensors that the products, norms and activations of a block need again, in the type that they are
-computed in, with attention that keeps no scores (SDPA's fused forms, FlexAttention).
+computed in, with attention that keeps no scores (SDPA's fused forms, FlexAttention) and heads that keep their gradients
+and no logits.
 """
 
 from dalle.models.blocks import GATED
+from dalle.models.losses import MOST_LOGITS
 from dalle.models.transformer import TransformerConfig
 from dalle.training.memory import BF16, FP32, Activations
 
@@ -26,6 +28,10 @@ def transformer_activations(config: TransformerConfig, samples: int, bf16: bool)
     kept = tuple(stream if index < recomputed else full for index in range(config.depth))
     in_backward = 2 * stream + 2 * width * slots * config.hidden
     working = tuple(full + in_backward + (stream if index < recomputed else 0) for index in range(config.depth))
-    texts = config.num_text_tokens + config.text_length
-    logits = samples * (config.text_length * texts + config.num_image_slots * config.num_codes)
-    return Activations(kept, working, logits * (width + 3 * FP32) + 2 * stream)
+    heads = ((config.text_length, config.num_text_tokens + config.text_length),
+             (config.num_image_slots, config.num_codes))
+    matrices = [tokens * config.dim for _, tokens in heads]
+    logits = max(min(samples * rows * tokens, MOST_LOGITS) for rows, tokens in heads)     # that are there at once
+    in_heads = (logits * (2 * width + 2 * FP32) + FP32 * sum(matrices)     # gradients are made with the loss
+                + (width * max(matrices) if bf16 else 0) + width * slots * config.dim)
+    return Activations(kept, working, in_heads + 2 * stream)

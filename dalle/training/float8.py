@@ -5,7 +5,7 @@ by the largest value of the whole tensor at that moment (arXiv 2209.05433; torch
 and summed up in fp32. The weight itself stays an fp32 parameter under its own name: optimiser, averages, checkpoints
 and exports are those of any other run, and a run may go on from one precision to another.
 
-Converted are the plain ``nn.Linear`` layers of a network's blocks whose two sizes are multiples of 16, as the products
+Converted are the linear layers of a network's blocks whose two sizes are multiples of 16, as the products
 of the hardware need it. Heads, embeddings, norms and attention's own products compute in bf16. What records no gradient
 (validation, sampling) computes in bf16, too, as the exported model will.
 """
@@ -58,8 +58,9 @@ def compute_in_float8(module: nn.Module) -> int:
 
 
 def fits(part: nn.Module) -> bool:
-    """Whether a layer is a plain linear one (subclasses are called in ways of their own) of sizes that fp8 can take."""
-    return type(part) is nn.Linear and part.in_features % MULTIPLE == 0 and part.out_features % MULTIPLE == 0
+    """Whether it is a linear layer of sizes that fp8 can take (that of ``nn.MultiheadAttention`` is never called)."""
+    return (isinstance(part, nn.Linear) and not isinstance(part, nn.modules.linear.NonDynamicallyQuantizableLinear)
+            and part.in_features % MULTIPLE == 0 and part.out_features % MULTIPLE == 0)
 
 
 @cache

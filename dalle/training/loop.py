@@ -344,10 +344,11 @@ class Trainer:
     def _announce(self, checkpoint: Path | None) -> None:
         engine = self.engine
         self.output.log(self.steps.done, {"event": "resume" if checkpoint else "start", "engine": engine.kind,
-                                          "processes": engine.world_size, "device": engine.device.type})
+                                          "processes": engine.world_size, "device": engine.device.type,
+                                          "computes": engine.computes})
         begin = f"resuming {checkpoint}" if checkpoint else f"starting {self.folder.path}"
         self.output.say(f"{begin}: {engine.kind}, {engine.world_size} process(es) on {engine.device.type}, "
-                        f"{self.config.train.precision}")
+                        f"{engine.computes}")
 
     def _nothing_to_do(self, checkpoint: Path | None) -> str:
         """The end of a start that has no step to make: it opens no data, and writes only what a kill kept from it."""

@@ -17,8 +17,8 @@ def softmax_errors(logits: Tensor, chosen: Tensor, counts: Tensor) -> tuple[Tens
         return plain.softmax_errors(logits, chosen, counts)
     wide = torch.promote_types(logits.dtype, torch.float32)
     losses, parts = [], min(len(logits), -(-logits.numel() // BLOCK))
-    for block, token in zip(logits.tensor_split(parts), chosen.tensor_split(parts), strict=True):
+    for block, token, count in zip(*(rows.tensor_split(parts) for rows in (logits, chosen, counts)), strict=True):
         logs = block.log_softmax(dim=-1, dtype=wide)
         losses.append(-logs.gather(1, token))
-        block.copy_(logs.exp_().scatter_add_(1, token, logs.new_tensor(-1.0).expand_as(token)))
-    return torch.cat(losses), logits.index_fill_(0, (counts[:, 0] == 0).nonzero()[:, 0], 0.0)
+        block.copy_(logs.exp_().scatter_add_(1, token, logs.new_full((), -1.0).expand_as(token)).mul_(count))
+    return torch.cat(losses), logits
