@@ -23,9 +23,10 @@ from dalle.words import one_line
 
 # What a resume does with a setting that has changed, said beside the field (``json_schema_extra``) or for all fields of
 # a section (the class's own): the nearest to the setting counts. FIXED: with another value the weights or the order of
-# the samples would mean nothing. FREE: the run goes on with the new value.
-RESUME = "resume"
+# the samples would mean nothing. FREE: the run goes on with the new value. NOTED: as FREE, and the log says so.
+RESUME, SAID = "resume", "said_at_resume"
 FIXED, FREE = {RESUME: "fixed"}, {RESUME: "free"}
+NOTED = {**FREE, SAID: True}
 
 
 class Section(BaseModel):
@@ -159,6 +160,11 @@ def field_names(root: type[BaseModel], location: Sequence[str | int]) -> set[str
 
 def resume_rule(root: type[BaseModel], key: str) -> str | None:
     """"fixed" or "free", as declared nearest to the setting ``key`` (``section.name``); None: there is no such key."""
+    return declaration(root, key, RESUME)
+
+
+def declaration(root: type[BaseModel], key: str, name: str) -> Any:
+    """What is declared as ``name`` nearest to the setting ``key``; None: nothing, or there is no such key."""
     rule, models = None, [root]
     for part in key.split("."):
         owner = next((model for model in models if part in model.model_fields), None)
@@ -166,7 +172,7 @@ def resume_rule(root: type[BaseModel], key: str) -> str | None:
             return rule if not models else None
         field = owner.model_fields[part]
         for declared in (owner.model_config.get("json_schema_extra"), field.json_schema_extra):
-            rule = declared.get(RESUME, rule) if isinstance(declared, Mapping) else rule
+            rule = declared.get(name, rule) if isinstance(declared, Mapping) else rule
         models = models_in(field.annotation)
     return rule
 

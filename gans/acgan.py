@@ -24,7 +24,7 @@ from dalle.models.base import ModelConfig, named_preset
 from dalle.models.precision import at_least_single
 from dalle.training.task import Batch, Loss, Networks
 from gans.generator import Noise, Painter
-from gans.layers import dcgan_init, leaky
+from gans.layers import dcgan_init, leaky, one_hot
 from gans.losses import bce
 from gans.sizes import ImageSize, NoiseDim
 from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder, step_generator
@@ -87,7 +87,7 @@ class ClassPrototypes(nn.Module):
         """Take [B, D] of captions whose pictures are of the classes [B] into the means."""
         with torch.autocast(sentence.device.type, enabled=False):
             # a product, not index_add_, whose order of summation differs from call to call on a GPU
-            members = F.one_hot(class_id, len(self.count)).T.float()                    # [K, B]
+            members = one_hot(class_id, len(self.count), torch.float32).T               # [K, B]
             added = members.sum(dim=1)
             self.count += added.long()
             difference = members @ sentence.float() - added[:, None] * self.mean
@@ -122,7 +122,7 @@ class ACGANGenerator(Painter):
 
     def forward(self, noise: Noise, class_id: Tensor) -> Tensor:
         """z [B, Z] and classes [B] -> [B, 3, S, S] in [-1, 1]."""
-        condition = F.one_hot(class_id, self.config.num_classes).to(noise["z"].dtype)
+        condition = one_hot(class_id, self.config.num_classes, noise["z"].dtype)
         side = self.config.start_size
         first = F.relu(self.stem(torch.cat([noise["z"], condition], dim=1)))
         return self.body(first.unflatten(1, (self.config.channels[0], side, side)))
@@ -330,7 +330,7 @@ class ACGANBatch(GanBatch, total=False):
 class ACGANTask(GANTask):
     """One step of each player; each draws noise and classes of its own."""
 
-    fresh_noise = needs_classes = True
+    fresh_noise = needs_classes = capturable = True
     config: ACGANRun
     class_streams: ClassVar[dict[str, int]] = {"fake_class": 200, "fake_class_g": 201}
 

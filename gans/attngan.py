@@ -330,7 +330,7 @@ class AttnGANBatch(GanBatch, total=False):
 class AttnGANTask(GANTask):
     """The same fakes for both players, as released; wrong pairs are the batch's own, shifted by one."""
 
-    paints_once = True
+    paints_once = capturable = True
     wrong_texts = "rolled"
     companion_settings = {"text": "text_encoder", "damsm": "damsm", "damsm_text": "damsm"}
     unpacked = frozenset({"damsm", "damsm_text"})

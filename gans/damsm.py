@@ -40,7 +40,7 @@ from gans.joint import check_pairs_are_read
 from gans.layers import synchronised
 from gans.matching import GAMMAS, Gammas, MatchingLosses, damsm_losses, word_scores
 from gans.task import GANOptimizer, step_generator
-from gans.text import TOKENIZER_FOLDER, Text, TokenTextEncoder, length_mask, token_ids
+from gans.text import TOKENIZER_FOLDER, Text, TokenTextEncoder, length_mask, lengths_of, token_ids, token_rows
 from gans.trunks import build_trunk
 
 WORD_DROPOUT_STREAM, WORD_CHOICE_STREAM = 200, 201
@@ -75,10 +75,11 @@ class WordEncoder(nn.Module):
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         self.lstm = nn.LSTM(embedding_dim, dim // 2, batch_first=True, bidirectional=True)
 
-    def forward(self, ids: Tensor, kept: Tensor | None = None) -> Text:
+    def forward(self, ids: Tensor, kept: Tensor | None = None, lengths: list[int] | None = None) -> Text:
         """int64 [B, T] (0 behind the end) -> sentence [B, D], words [B, D, T] (0 behind the end) and mask [B, T].
 
         ``kept`` bool [B, T, embedding_dim]: what the dropout leaves, for the same whatever the number of processes.
+        ``lengths``: of the captions (``lengths_of``); without them they are read from the device, which waits for it.
         """
         with full_precision(ids.device):
             mask = length_mask((ids != 0).sum(dim=1), ids.shape[1])
@@ -87,7 +88,9 @@ class WordEncoder(nn.Module):
                 embedded = embedded * kept / (1 - self.dropout)
             else:
                 embedded = F.dropout(embedded, self.dropout, self.training)
-            packed = pack_padded_sequence(embedded, mask.sum(dim=1).cpu(), batch_first=True, enforce_sorted=False)
+            if lengths is None:
+                lengths = mask.sum(dim=1).tolist()
+            packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
             outputs, (last, _) = self.lstm(packed)
             words, _ = pad_packed_sequence(outputs, batch_first=True, total_length=ids.shape[1])
             return Text(torch.cat([last[0], last[1]], dim=1), words.transpose(1, 2), mask)
@@ -236,6 +239,7 @@ class DamsmBatch(Batch, total=False):
     """A prepared batch, and what the phases make ahead."""
 
     ids: Tensor                         # int64 [b, T], long captions shortened
+    lengths: list[int] | None           # words of each, as they were counted on the host
     kept: Tensor | None                 # bool [b, T, embedding_dim]: what the dropout leaves; None without
     class_ids: Tensor | None            # int64 [b]; None: samples of one class are mismatches, too
     seen: dict[str, Any]                # what the picture side takes: ``images``, or ``features`` of a frozen trunk
@@ -270,11 +274,15 @@ class DamsmTask(Task):
                        Phase("text", player="text", loss=self.matching, ahead={"text": self.read})]
         self.tokens_per_sample = config.data.text_length
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> DamsmBatch:
-        images = to_signed(batch["image"])
+    def on_host(self, batch: Batch, step: int) -> DamsmBatch:
+        """Shorten captions, and count their words."""
         ids = self.shortened(batch) if self.config.long_captions == "random_words" else batch["text"]
+        return {**batch, "text": ids, "lengths": lengths_of(ids.numpy())}
+
+    def prepare(self, batch: DamsmBatch, networks: Networks, step: int) -> DamsmBatch:
+        images, ids = to_signed(batch["image"]), batch["text"]
         kept = self.draw_kept(networks, ids, step)
-        prepared: DamsmBatch = {"ids": ids, "kept": kept, "class_ids": None}
+        prepared: DamsmBatch = {"ids": ids, "kept": kept, "lengths": batch.get("lengths"), "class_ids": None}
         if self.config.loss.same_class == "left_out":
             prepared["class_ids"] = batch["class_id"]
         image = networks.bare("image")
@@ -293,7 +301,8 @@ class DamsmTask(Task):
         return kept[networks.rank::networks.world_size].to(ids.device, non_blocking=True)
 
     def shortened(self, batch: Batch) -> Tensor:
-        """The ids [b, T], where a caption that is too long keeps T of its words, drawn by its position, in order."""
+        """The ids [b, T], on the CPU, where a caption that is too long keeps T of its words, drawn by its position, in
+        order."""
         ids, length = batch["text"], self.config.data.text_length
         full = (ids[:, -1] != 0).nonzero().flatten().tolist()
         if not full:
@@ -304,7 +313,7 @@ class DamsmTask(Task):
             if len(words) > length:
                 source = step_generator(self.config.seed, int(batch["position"][row]), WORD_CHOICE_STREAM)
                 chosen = torch.randperm(len(words), generator=source)[:length].sort().values
-                ids[row] = words[chosen].to(ids.device)
+                ids[row] = words[chosen]
         return ids
 
     def look(self, networks: Networks, batch: DamsmBatch, step: int) -> tuple[Tensor, Tensor]:
@@ -312,7 +321,7 @@ class DamsmTask(Task):
         return networks["image"](**batch["seen"])
 
     def read(self, networks: Networks, batch: DamsmBatch, step: int) -> Text:
-        return Text(*networks["text"](batch["ids"], batch["kept"]))
+        return Text(*networks["text"](batch["ids"], batch["kept"], batch["lengths"]))
 
     def matching(self, networks: Networks, batch: DamsmBatch, step: int) -> Loss:
         """L_DAMSM (equation 13): the phase's own side with its graph, the other as a constant."""
@@ -394,7 +403,8 @@ class DAMSMTextEncoder(TokenTextEncoder):
         self.freeze()
 
     def encode(self, captions: list[str]) -> Text:
-        return self.network(self.ids(captions))
+        rows = token_rows(self.tokenizer, captions, self.text_length)
+        return self.network(torch.from_numpy(rows).to(self.device, non_blocking=True), lengths=lengths_of(rows))
 
     def warnings(self, captions: Iterable[str]) -> list[str]:
         return lost_warnings(list(captions), self.tokenizer, self.text_length, "caption for the text encoder")

@@ -24,6 +24,7 @@ from dalle.training.gathering import in_global_order, of_everyone
 from dalle.training.optimizers import Betas
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase
 from gans.joint import JointBatch, JointConfig, JointModel, JointRun, JointTask
+from gans.layers import one_hot
 from gans.task import GANOptimizer
 from gans.text import Text, TextEncoder, length_mask
 
@@ -101,7 +102,7 @@ class CharCNNRNN(nn.Module):
         self.over_time = config.over_time
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        symbols = F.one_hot(ids, len(ALPHABET) + 1)[..., 1:].transpose(1, 2).to(self.output.weight.dtype)   # [B, 70, L]
+        symbols = one_hot(ids, len(ALPHABET) + 1, self.output.weight.dtype)[..., 1:].transpose(1, 2)        # [B, 70, L]
         hidden = self.recurrent(self.convolutions(symbols).transpose(1, 2))
         return self.output(hidden.mean(dim=1) if self.over_time == "mean" else hidden[:, -1]), hidden
 
@@ -190,10 +191,10 @@ class DSSJETextEncoder(TextEncoder):
         self.freeze()
 
     def encode(self, captions: list[str]) -> Text:
-        sentence, hidden = self.model.text(character_ids(captions, self.char_length).to(self.device))
+        sentence, hidden = self.model.text(character_ids(captions, self.char_length).to(self.device, non_blocking=True))
         # step t sees the characters from t * stride on
         inside = [-(-min(len(caption), self.char_length) // self.stride) for caption in captions]
-        mask = length_mask(torch.tensor(inside, device=self.device), self.text_length)
+        mask = length_mask(torch.tensor(inside).to(self.device, non_blocking=True), self.text_length)
         return Text(sentence, hidden.transpose(1, 2), mask)
 
     def warnings(self, captions: Sequence[str]) -> list[str]:
@@ -321,7 +322,7 @@ class DSSJETask(JointTask):
     def __init__(self, config: DSSJERun):
         self.config = config
         self.assemble(DSSJE, config.model)
-        self.phases = [Phase("embed", player=self.name, loss=self.compare)]
+        self.phases = [Phase("embed", player=self.name, loss=self.compare, capturable=True)]
 
     @property
     def with_pictures(self) -> bool:
@@ -333,7 +334,8 @@ class DSSJETask(JointTask):
         if not self.with_pictures:
             captions = [caption for side in zip(*map(two_different, batch["captions"]), strict=True)
                         for caption in side]
-        return character_ids(captions, self.config.model.char_length).to(batch["class_id"].device)
+        return character_ids(captions, self.config.model.char_length).to(
+            batch["class_id"].device, non_blocking=True)
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> JointBatch:
         if self.with_pictures:

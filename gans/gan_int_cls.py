@@ -190,7 +190,7 @@ class GANINTCLSBatch(GanBatch, total=False):
 class GANINTCLSTask(GANTask):
     """One step of the discriminator, then one of the generator with noise of its own."""
 
-    fresh_noise = True
+    fresh_noise = capturable = True
     config: GANINTCLSRun
 
     def __init__(self, config: GANINTCLSRun):

@@ -314,7 +314,7 @@ class HDGANRun(GANRun):
 class HDGANTask(GANTask):
     """The same fakes for both players, as released; wrong pictures are of another class."""
 
-    paints_once = True
+    paints_once = capturable = True
     wrong_images = "other_class"
     companion_settings = {"text": "text_encoder", "base": "base"}
     unpacked = frozenset({"base"})         # its weights are in the checkpoint

@@ -184,6 +184,13 @@ def orthogonal_init(module: nn.Module) -> None:
             nn.init.zeros_(part.bias)
 
 
+# -- classes
+
+def one_hot(indices: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """[...] of 0 to ``count`` - 1 -> [..., count]; torch's own looks at the values first, where they are on a CPU."""
+    return (indices[..., None] == torch.arange(count, device=indices.device)).to(dtype)
+
+
 # -- over a whole network
 
 class SynchronisedBatchNorm(_BatchNorm):
@@ -199,7 +206,7 @@ class SynchronisedBatchNorm(_BatchNorm):
         self._check_input_dim(x)
         axes = [axis for axis in range(x.dim()) if axis != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        count = torch.tensor(float(x.numel() // x.shape[1]), device=x.device)
+        count = torch.full((), float(x.numel() // x.shape[1]), device=x.device)
         dist.all_reduce(count)                       # processes may hold different numbers of rows
         wide = x if x.dtype == torch.float64 else x.float()
         mean = all_reduce(wide.sum(axes)) / count

@@ -62,8 +62,7 @@ def word_scores(regions: Tensor, words: Tensor, mask: Tensor, gamma1: float = 4.
     S = gamma_3 ln sum_i exp(gamma_2 cos(c_i, e_i)): equation 10 without its exponent 1 / gamma_2, as released. All
     pairs at once, with what ``func_attention`` does for each of them.
     """
-    used = int(mask.any(dim=0).sum())                                               # to the longest caption's end
-    words, mask = words[:, :, :used].transpose(1, 2), mask[:, :used]                # [M, T, D], [M, T]
+    words = words.transpose(1, 2)                                                   # [M, T, D]
     captions, length, dim = words.shape
     flat = regions.flatten(2)                                                       # [N, D, R]
     scores = (words.reshape(-1, dim) @ flat).unflatten(1, (captions, length))       # [N, M, T, R]

@@ -249,7 +249,7 @@ class SISGANBatch(GanBatch, total=False):
 class SISGANTask(EditingTask):
     """Real, mismatched and edited pairs; the generator's step draws a condition of its own."""
 
-    fresh_noise = True
+    fresh_noise = capturable = True
     wrong_texts = "rolled"
 
     def __init__(self, config: SISGANRun):

@@ -258,6 +258,7 @@ def taken_for_real(real: Tensor, wrong: Tensor, fake: Tensor) -> dict[str, Tenso
 class StackGANTask(GANTask):
     """Either stage: the phases are those of the generator's ``variant``."""
 
+    capturable = True
     config: StackGANRun
     form: type[SentenceForm] | type[MeanForm]
 

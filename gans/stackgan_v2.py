@@ -284,7 +284,7 @@ class StackGANv2Batch(GanBatch, total=False):
 class StackGANv2Task(GANTask):
     """One step of all discriminators, then one of the generator on the same fakes."""
 
-    paints_once = True
+    paints_once = capturable = True
     config: StackGANv2Run
 
     def __init__(self, config: StackGANv2Run):

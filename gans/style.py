@@ -123,7 +123,7 @@ class StyleTask(GANTask):
         encoder = load_text_encoder(str(folder / TEXT_FOLDER))
         self.players = {"generator": Player(model, config.optimizer)}
         self.frozen = {"text": encoder}
-        self.phases = [Phase("style", player="generator", loss=self.style_loss)]
+        self.phases = [Phase("style", player="generator", loss=self.style_loss, capturable=True)]
 
     def companions(self) -> dict[str, Companion]:
         return {**super().companions(), "gan": Companion(self.network.generator, "gan")}
@@ -135,7 +135,7 @@ class StyleTask(GANTask):
         own = len(sentence)
         whole = torch.randn(exchange.size(own), generator.config.noise_dim,
                             generator=step_generator(self.config.seed, step, 0))
-        z = exchange.mine(whole).to(sentence.device)
+        z = exchange.mine(whole).to(sentence.device, non_blocking=True)
         return {"z": z, "image": generator({"z": z}, sentence)}
 
     def style_loss(self, networks: Networks, batch: StyleBatch, step: int) -> Loss:

@@ -24,7 +24,7 @@ from dalle.models.precision import at_least_single
 from dalle.training.task import Batch, Loss, Networks
 from gans.acgan import ClassCheck, Verdict, class_accuracy, doubling
 from gans.generator import Noise, Painter
-from gans.layers import conv1, join, leaky
+from gans.layers import conv1, join, leaky, one_hot
 from gans.losses import bce
 from gans.sizes import ImageSize, NoiseDim, SentenceDim
 from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder
@@ -198,7 +198,7 @@ def generator_loss(fake: Verdict, real_class: Tensor) -> Tensor:
 def class_loss(verdict: Verdict, class_id: Tensor) -> Tensor:
     """Sigmoid cross-entropy of each class by itself, mean over samples and classes: labels, not a distribution."""
     logits = at_least_single(verdict.classes)
-    return F.binary_cross_entropy_with_logits(logits, F.one_hot(class_id, logits.shape[1]).to(logits.dtype))
+    return F.binary_cross_entropy_with_logits(logits, one_hot(class_id, logits.shape[1], logits.dtype))
 
 
 # -- training
@@ -217,7 +217,7 @@ class TACGANTask(GANTask):
     authors' three runs of their graph do."""
 
     wrong_images = "other"
-    needs_classes = True
+    needs_classes = capturable = True
     generator_repeats = 2
     config: TACGANRun
 

@@ -161,7 +161,7 @@ def conditional_log_score(layer_logits: Tensor, layer_weights: Tensor, attention
     ``layer_logits``, ``layer_weights`` [B, T, J]: what word t finds in layer j, and beta before its softmax over j.
     """
     found = F.logsigmoid(at_least_single(layer_logits)) + at_least_single(layer_weights).log_softmax(dim=2)
-    words = torch.logaddexp(found.logsumexp(dim=2), found.new_tensor(math.log(SCORE_EPS))).clamp(max=0)
+    words = torch.logaddexp(found.logsumexp(dim=2), found.new_full((), math.log(SCORE_EPS))).clamp(max=0)
     return (attention * words).sum(dim=1)
 
 
@@ -309,7 +309,7 @@ class TAGANTask(EditingTask):
     The generator's step draws new conditions, and one more for the pass with the own sentence.
     """
 
-    fresh_noise = True
+    fresh_noise = capturable = True
     wrong_texts = "rolled"
     wrong_text_shift = -1
 

@@ -163,7 +163,8 @@ class GANTask(Task):
     ``painted``, which :meth:`paint` makes once a step; else each phase paints. ``fresh_noise``: the generator's phase
     gets a noise of its own, ``noise_g``. ``wrong_images``: ``wrong_image`` is drawn from the global batch, of another
     class where there are classes, or just another one. ``wrong_texts``: ``wrong_text`` is the text
-    ``wrong_text_shift`` samples further on.
+    ``wrong_text_shift`` samples further on. ``capturable``: its losses, and what it paints once, depend on the tensors
+    of the prepared batch alone, as :class:`dalle.training.task.Phase` has it; not on ``step``.
     """
 
     paints = True
@@ -173,6 +174,7 @@ class GANTask(Task):
     wrong_images: ClassVar[Literal["other_class", "other"] | None] = None
     wrong_texts: ClassVar[Literal["rolled"] | None] = None
     wrong_text_shift: ClassVar[int] = 1
+    capturable: ClassVar[bool] = False
     generator_repeats: ClassVar[int] = 1
     companion_settings: ClassVar[Mapping[str, str]] = {"text": "text_encoder"}
     config: PaintingRun
@@ -213,12 +215,14 @@ class GANTask(Task):
         self.players = {"generator": Player(generator, config.generator_optimizer),
                         "discriminator": Player(discriminator, config.discriminator_optimizer)}
         self.frozen = {**({"text": text_encoder} if text_encoder is not None else {}), **(frozen or {})}
-        self.phases = [Phase("discriminator", player="discriminator", loss=self.d_loss)]
+        self.phases = [Phase("discriminator", player="discriminator", loss=self.d_loss,
+                             capturable=self.capturable)]
         if config.stabiliser.r1:
             self.phases.append(Phase("r1", player="discriminator", loss=self.r1_loss,
-                                     every=config.stabiliser.r1_every))
+                                     every=config.stabiliser.r1_every, capturable=self.capturable))
         self.phases.append(Phase("generator", player="generator", loss=self.g_loss, repeats=self.generator_repeats,
-                                 ahead={"painted": self.paint} if self.paints_once else {}))
+                                 ahead={"painted": self.paint} if self.paints_once else {},
+                                 capturable=self.capturable))
 
     @property
     def network(self) -> Painter:
@@ -390,7 +394,7 @@ def other_samples(classes: Tensor, of_other_class: bool, source: torch.Generator
     order = torch.rand(count, count, generator=source)
     order.fill_diagonal_(-2)                                    # never itself, unless it is alone
     if of_other_class:
-        known = classes.cpu()
-        alike = (known[:, None] == known[None, :]) & (known >= 0)[:, None]
-        order -= alike.float() * (1 - torch.eye(count))         # behind all of another class
-    return order.argmax(dim=1).to(classes.device)
+        order = order.to(classes.device, non_blocking=True)
+        alike = (classes[:, None] == classes[None, :]) & (classes >= 0)[:, None]
+        order -= alike.float().fill_diagonal_(0)                # behind all of another class
+    return order.argmax(dim=1).to(classes.device, non_blocking=True)

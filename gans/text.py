@@ -117,7 +117,7 @@ class TokenTextEncoder(TextEncoder):
 
     def ids(self, captions: list[str]) -> Tensor:
         """int64 [B, T] on the device of the module, 0 behind each caption's end."""
-        return token_ids(self.tokenizer, captions, self.text_length).to(self.device)
+        return token_ids(self.tokenizer, captions, self.text_length).to(self.device, non_blocking=True)
 
     def warnings(self, captions: Sequence[str]) -> list[str]:
         return lost_warnings(captions, self.tokenizer, self.text_length, "prompt")
@@ -150,10 +150,19 @@ def length_mask(lengths: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths.clamp(min=1)[:, None]
 
 
+def lengths_of(ids: np.ndarray) -> list[int]:
+    """[B, T] -> how many words :func:`length_mask` finds in each row, for what wants them on the host."""
+    return np.count_nonzero(ids, axis=1).clip(min=1).tolist()
+
+
 def token_ids(tokenizer: CaptionTokenizer, captions: Sequence[str], length: int) -> Tensor:
     """int64 [B, length], 0 behind each caption's end."""
+    return torch.from_numpy(token_rows(tokenizer, captions, length))
+
+
+def token_rows(tokenizer: CaptionTokenizer, captions: Sequence[str], length: int) -> np.ndarray:
     ids = [tokenizer.encode(caption, length) for caption in captions]
-    return torch.from_numpy(np.stack(ids)) if ids else torch.zeros(0, length, dtype=torch.int64)
+    return np.stack(ids) if ids else np.zeros((0, length), dtype=np.int64)
 
 
 # -- any of them, standardised

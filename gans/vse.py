@@ -192,7 +192,7 @@ class VSETask(JointTask):
         if config.word_vectors is not None:
             self.model.text.words.weight.data.copy_(
                 read_word_vectors(config.word_vectors, self.tokenizer, settings.word_dim))
-        self.phases = [Phase("rank", player=self.name, loss=self.rank)]
+        self.phases = [Phase("rank", player=self.name, loss=self.rank, capturable=True)]
 
     def read(self, batch: Batch) -> Tensor:
         return batch["text"]

@@ -21,6 +21,7 @@ import gans
 from dalle.config import load_config, to_yaml
 from dalle.errors import UserError, run_command
 
+ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 SAVE_MEMORY = ("set train.micro_batch_size to less, model.checkpointing=true for a transformer, a smaller model, or "
                "share the weights of several processes with an engine that splits them (launch/engines: fsdp2, zero3)")
 
@@ -39,7 +40,17 @@ def parse_arguments() -> argparse.Namespace:
                         "data.tokenizer, data.workers, ...); those of the model, of `output` and of all else do not")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="build everything, print sizes and the plan, and stop")
-    return parser.parse_intermixed_args()
+    parser.add_argument("--devices", type=int, metavar="N", help="with --dry-run: the memory on so many devices, "
+                        "whatever is here; needs neither data nor companions")
+    parser.add_argument("--engine", choices=ENGINES, help="with --devices: fsdp2 if the config has "
+                        "engine.shard_size, else ddp")
+    parser.add_argument("--device-gb", type=float, metavar="GB", help="with --dry-run: what one device has, in 1e9 "
+                        "bytes; status 1 where it is too small")
+    parser.add_argument("--node-devices", type=int, default=8, metavar="N", help="devices of a node")
+    arguments = parser.parse_intermixed_args()
+    if arguments.devices and not arguments.dry_run:
+        parser.error("--devices goes with --dry-run")
+    return arguments
 
 
 def main() -> int:
@@ -52,13 +63,22 @@ def main() -> int:
         print(to_yaml(config), end="")
         return 0
 
+    from dalle.tasks.memory_plan import memory_elsewhere, memory_of_task, memory_report
+
+    if arguments.devices:
+        report = memory_report(memory_elsewhere(config, layout_asked(config, arguments)), arguments.device_gb)
+        print(json.dumps(report, indent=2))
+        return 0 if report.get("fits", True) else 1
+
     import torch
 
     from dalle.data.loader import train_batches, validation_batches
     from dalle.data.workers import start_server
     from dalle.training.allocator import keep_freed_memory
+    from dalle.training.deferred import players_built
     from dalle.training.engines.launching import create_engine
     from dalle.training.loop import Trainer
+    from dalle.training.memory import Layout
     from dalle.training.prerequisites import check_data, missing_runs_explained, prerequisites
     from dalle.training.run_folder import finished_steps
 
@@ -85,14 +105,18 @@ def main() -> int:
         validation_loader().close()            # what the first validation would refuse, hours later
     torch.manual_seed(config.seed)             # the same first weights on every rank and at every start
     evaluate = None
-    with missing_runs_explained(arguments.config, needed):
+    how = "shapes" if arguments.dry_run else "deferred" if engine.defers_weights else "plain"
+    with missing_runs_explained(arguments.config, needed), players_built(how):
         task = TASKS[config.task](config)
         if config.train.evaluate_every and not arguments.dry_run:
             evaluate = small_evaluation(task, config, engine.device)
     if arguments.dry_run:
+        layout = Layout(engine.kind, engine.world_size, config.engine.shard_size or engine.world_size,
+                        arguments.node_devices)
+        report = memory_report(memory_of_task(config, task, layout), arguments.device_gb)
         if engine.is_rank0:
-            print_plan(task, config, needed())
-        return 0
+            print_plan(task, config, needed(), report)
+        return 0 if report.get("fits", True) else 1
     share["needs_classes"] = task.needs_classes
 
     def train_loader(start_step: int):
@@ -132,7 +156,14 @@ def small_evaluation(task, config, device):
     return lambda networks, came_forward: evaluation(task.generator(networks), came_forward)
 
 
-def print_plan(task, config, needed) -> None:
+def layout_asked(config, arguments):
+    from dalle.training.memory import Layout
+
+    engine = arguments.engine or ("fsdp2" if config.engine.shard_size else "ddp")
+    return Layout(engine, arguments.devices, config.engine.shard_size or arguments.devices, arguments.node_devices)
+
+
+def print_plan(task, config, needed, memory) -> None:
     """What a run would do: networks with parameter counts, steps, samples, what it reads and where it writes."""
     from dalle.training.task import parameter_count
 
@@ -144,6 +175,7 @@ def print_plan(task, config, needed) -> None:
         "steps": config.train.steps,
         "samples": config.train.steps * config.train.batch_size,
         "training_teraflops": round(1e-12 * task.flops_per_sample * config.train.steps * config.train.batch_size, 1),
+        **memory,
     }
     if needed:
         plan["prerequisites"] = [one.describe() for one in needed]

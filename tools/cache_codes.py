@@ -2,26 +2,34 @@
 """Encode every picture of a set of shards once, so that the transformer does not run the codec every epoch.
 
     python tools/cache_codes.py --codec runs/quickstart/dvae --data data/shapes/train --out data/shapes/codes/train
+    accelerate launch --num_processes 8 tools/cache_codes.py --codec ... --data ... --out ... --workers 8
+
+Several processes (accelerate launch, torchrun, srun; on several nodes where all see --out) share the shards. A shard's
+codes are written whole or not at all: the same command goes on behind the shards that are there, whatever the number of
+processes then, and the codes are the same.
 """
 
 import argparse
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from dalle.data.codes import DESCRIPTION_FILE, CachedCodes, CodesWriter
+from dalle.data.caching import CodesFolder, cache_shards, rows_at_once, share
 from dalle.data.index import ShardIndex
-from dalle.data.loader import view_batches
 from dalle.data.settings import DataConfig
-from dalle.errors import UserError, run_command
+from dalle.errors import LostProcess, UserError, run_command
+from dalle.evaluation.processes import Processes
 from dalle.models.codec import Codec
 from dalle.pictures import to_unit
 from dalle.store import codec_digests, load_codec, model_folder
+from dalle.training.engines.environment import asked_for_more_processes, wants_cpu
+from dalle.training.engines.slurm import adopt_slurm
 from dalle.training.lock import FolderLock
 
-SECONDS_BETWEEN_LINES = 10
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,66 +40,98 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--views", type=int, default=1, help="random crops of each picture to encode (default 1)")
     parser.add_argument("--crop", default="center", choices=["none", "center", "random", "dvae", "transformer"])
     parser.add_argument("--seed", type=int, default=0, help="seed of the random crops")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=int, default=256, help="crops that a process encodes at once (default "
+                        "256); another one may tip a code on its edge")
+    parser.add_argument("--workers", type=int, help="processes that decode for each process (default: 2 with a GPU, "
+                        "else 0)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda: each process's own GPU, "
+                        "if there is one")
+    parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES), help="of the encoder (default fp32); bf16: "
+                        "faster on a GPU, other codes here and there")
     parser.add_argument("--bad-shards", choices=("refuse", "skip"), default="refuse", help="missing or damaged ones: "
                         "stop (default), or go on without what is lost")
     return parser.parse_args()
 
 
-def already_cached(out: Path, index: ShardIndex, digests: tuple[str, str], views: int) -> bool:
-    """Whether ``out`` holds these codes; a :class:`UserError` when it holds others."""
-    if not (out / DESCRIPTION_FILE).is_file():
-        return False
-    cached = CachedCodes(out, index)
-    if cached.codec_digest in digests and cached.views == views:
-        return True
-    raise UserError(f"{out} holds the codes of another codec or another number of views; "
-                    "give another --out or delete it")
-
-
 def main() -> None:
     arguments = parse_arguments()
-    folder = model_folder(arguments.codec)
-    codec = load_codec(folder, arguments.device)
-    digests = codec_digests(codec, folder)
+    adopt_slurm()
+    if arguments.device == "cuda" or (arguments.device == "auto" and not wants_cpu()):
+        arguments.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    elif arguments.device == "auto":
+        arguments.device = "cpu"
+    if arguments.device.startswith("cuda:"):
+        torch.cuda.set_device(arguments.device)        # else what pins batches would take memory of the first GPU, too
+    if asked_for_more_processes():
+        print("accelerate has started one process alone, as it does without GPUs; for more: torchrun "
+              "--nproc_per_node N tools/cache_codes.py ...", flush=True)
+    codec_folder = model_folder(arguments.codec)
+    codec = load_codec(codec_folder, arguments.device)
+    digests = codec_digests(codec, codec_folder)
     index = ShardIndex.load(arguments.data, arguments.bad_shards)
-    if already_cached(arguments.out, index, digests, arguments.views):
-        print(f"{arguments.out}: already made with this codec")
-        return
+    rows = rows_at_once(index, arguments.batch_size, arguments.views)
+    folder = CodesFolder(arguments.out, index, {
+        "codec_digest": digests[0], "num_codes": codec.num_codes, "grid": list(codec.grid), "views": arguments.views,
+        "crop": arguments.crop, "seed": arguments.seed, "batch_size": rows * arguments.views,
+        "dtype": arguments.dtype}, digests)
+    processes = Processes.from_environment()
     with ExitStack() as closing:
-        try:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            closing.enter_context(FolderLock(arguments.out))
-        except OSError as error:
-            raise UserError(f"the codes cannot be written into {arguments.out}: {error.strerror}; check the path") \
-                from None
-        cache(arguments, codec, index, digests[0])
+        pending = processes.from_main(lambda: begin(folder, closing))
+        if pending is not None:
+            cache(arguments, codec, folder, rows, pending, processes)
+        elif processes.is_rank0:
+            print(f"{arguments.out}: already made with this codec")
+        processes.close()
 
 
-def cache(arguments: argparse.Namespace, codec: Codec, index: ShardIndex, digest: str) -> None:
-    """Write the codes of every picture of ``index`` into the folder."""
-    data = DataConfig(train=arguments.data, image_size=codec.config.image_size, crop=arguments.crop, workers=0,
+def begin(folder: CodesFolder, closing: ExitStack) -> list[int] | None:
+    """The shards that have no codes yet; None where all is done. The folder is this job's alone until ``closing``."""
+    if folder.is_complete():
+        return None
+    try:
+        folder.folder.mkdir(parents=True, exist_ok=True)
+        closing.enter_context(FolderLock(folder.folder))
+    except OSError as error:
+        raise UserError(f"the codes cannot be written into {folder.folder}: {error.strerror}; check the path") from None
+    return None if folder.is_complete() else folder.begin()        # again: another job may just have ended
+
+
+def cache(arguments: argparse.Namespace, codec: Codec, folder: CodesFolder, rows: int, pending: list[int],
+          processes: Processes) -> None:
+    """Write the codes of this process's share of the ``pending`` shards; the first process does the last things."""
+    workers = arguments.workers
+    if workers is None:
+        workers = 0 if arguments.device == "cpu" else 2
+    data = DataConfig(train=arguments.data, image_size=codec.config.image_size, crop=arguments.crop, workers=workers,
                       bad_shards=arguments.bad_shards)
-    loader = view_batches(data, seed=arguments.seed, batch_size=max(1, arguments.batch_size // arguments.views),
-                          views=arguments.views)
-    started = spoken = time.monotonic()
-    done = 0
-    with CodesWriter(arguments.out, index, codec_digest=digest, num_codes=codec.num_codes, grid=codec.grid,
-                     views=arguments.views) as writer:
-        for batch in loader:
-            images = to_unit(batch["image"].flatten(0, 1).to(arguments.device))     # [b * views, 3, S, S]
-            codes = codec.encode(images).view(len(batch["valid"]), arguments.views, -1)
-            writer.write(codes.cpu().numpy(), batch["valid"].numpy())
-            done += len(codes)
-            if time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
-                spoken = time.monotonic()
-                print(f"encoded {done} of {index.num_samples} pictures", flush=True)
-    seconds = time.monotonic() - started
-    print(f"{arguments.out}: {done} pictures x {arguments.views} views, {codec.grid[0]}x{codec.grid[1]} codes of "
-          f"{codec.num_codes}, in {seconds:.1f} s; pictures without codes: {loader.skipped.total() or 'none'}")
-    for line in loader.report():
-        print(line)
+    device = torch.device(arguments.device)
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, DTYPES[arguments.dtype], enabled=arguments.dtype != "fp32"):
+            return codec.encode(to_unit(images.to(device, non_blocking=True)))
+
+    def say(line: str) -> None:
+        if processes.is_rank0:
+            print(f"process 1 of {processes.size}: {line}" if processes.size > 1 else line, flush=True)
+
+    index, started = folder.index, time.monotonic()
+    mine = share(pending, index.counts, processes.rank, processes.size)
+    cache_shards(folder, mine, data, encode, rows=rows, say=say)
+    try:
+        processes.wait()
+    except RuntimeError:
+        raise LostProcess("another process of this job has ended early; start again: the shards that have codes keep "
+                          "them") from None
+    if not processes.is_rank0:
+        return
+    left_out = folder.finish()
+    done, seconds = int(index.counts[pending].sum()), time.monotonic() - started
+    before = f" ({index.num_samples - done} of them before)" if done < index.num_samples else ""
+    print(f"{arguments.out}: {index.num_samples} pictures{before} x {arguments.views} views, "
+          f"{codec.grid[0]}x{codec.grid[1]} codes of {codec.num_codes}, in {seconds:.1f} s, {done / seconds:.0f} "
+          f"pictures a second; pictures without codes: {left_out.total() or 'none'}")
+    for line in left_out.sentences():
+        print(f"left out: {line}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ class Fetched(Batch, total=False):
     partly_used: Tally              # samples of which a part is not used
     read: int                       # samples looked at, where that is not the batch's size
     error: str                      # a UserError's message, in place of a batch
+    pack: Tensor                    # uint8, and the places of the tensors in it: dalle.data.packing
+    places: list[Any]
 
 
 class BatchSource:

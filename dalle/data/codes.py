@@ -37,10 +37,10 @@ def file_names(index: ShardIndex) -> list[str]:
 
 def codes_digest(folder: str | Path) -> str:
     """The digest of the codec that made the codes in ``folder``."""
-    return str(_read_description(Path(folder)).get("codec_digest"))
+    return str(read_description(Path(folder)).get("codec_digest"))
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION_FILE
     try:
         description = json.loads(path.read_bytes())
@@ -54,13 +54,30 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
+def stored_rows(codes: np.ndarray, valid: np.ndarray | None, num_codes: int) -> np.ndarray:
+    """``codes`` int [b, views, N] as they are kept; rows that are not ``valid`` (bool [b]) become the sentinel."""
+    kept = codes if valid is None else codes[np.asarray(valid)]
+    if kept.size and (kept.min() < 0 or kept.max() >= num_codes):
+        raise ValueError(f"codes reach from {kept.min()} to {kept.max()}, outside 0..{num_codes - 1}")
+    stored = codes.astype(codes_dtype(num_codes))
+    if valid is not None:
+        stored[~np.asarray(valid)] = SENTINEL[stored.dtype]
+    return stored
+
+
+def write_rows(path: Path, rows: np.ndarray) -> None:
+    """One shard's file, there whole or not at all, even after the machine has failed."""
+    with replacing(path, synced=True) as file:
+        np.save(file, rows)
+
+
 class CachedCodes:
     """The codes in ``folder``, checked to belong to the shards of ``index``; picklable."""
 
     def __init__(self, folder: str | Path, index: ShardIndex):
         self.folder = Path(folder)
         path = self.folder / DESCRIPTION_FILE
-        description = _read_description(self.folder)
+        description = read_description(self.folder)
         try:
             self.codec_digest = str(description["codec_digest"])
             self.num_codes = int(description["num_codes"])
@@ -148,14 +165,8 @@ class CodesWriter:
         codes = np.asarray(codes)
         if codes.shape[1:] != self._shape:
             raise ValueError(f"codes are {list(codes.shape)}; [b, {self._shape[0]}, {self._shape[1]}] is needed")
-        kept = codes if valid is None else codes[np.asarray(valid)]
-        if kept.size and (kept.min() < 0 or kept.max() >= self._num_codes):
-            raise ValueError(f"codes reach from {kept.min()} to {kept.max()}, outside 0..{self._num_codes - 1}")
-        stored = codes.astype(self._dtype)
-        if valid is not None:
-            stored[~np.asarray(valid)] = SENTINEL[self._dtype]
-        self._pending.append(stored)
-        self._num_pending += len(stored)
+        self._pending.append(stored_rows(codes, valid, self._num_codes))
+        self._num_pending += len(codes)
         self._finish_full_shards()
 
     def close(self) -> None:
@@ -179,8 +190,7 @@ class CodesWriter:
             count = self._index.shards[self._shard].count
             rows = np.concatenate(self._pending) if self._pending else np.empty((0, *self._shape), self._dtype)
             try:
-                with replacing(self.folder / self._names[self._shard]) as file:
-                    np.save(file, rows[:count])
+                write_rows(self.folder / self._names[self._shard], rows[:count])
             except OSError as error:
                 raise UserError(f"the codes cannot be written into {self.folder}: {error.strerror}") from None
             self._pending = [rows[count:]]

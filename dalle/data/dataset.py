@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from dalle.data.batch import Fetched
@@ -20,19 +19,20 @@ from dalle.data.decode import (
     IN_BAD_SHARD,
     BadSample,
     class_id,
-    decode_image,
     decode_meta,
+    decode_pixels,
     read_member,
     sample_captions,
 )
 from dalle.data.index import ShardIndex
 from dalle.data.members import key_text
-from dalle.data.order import Order, SequentialOrder, sample_rng
+from dalle.data.order import Order, PositionRandom, SequentialOrder
+from dalle.data.packing import with_images
 from dalle.data.reader import ShardReader
 from dalle.data.reasons import Tally, remedy
 from dalle.data.settings import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
-from dalle.data.transforms import Crop, needed_side, to_square
+from dalle.data.transforms import Crop, Picture, needed_sides, to_square
 from dalle.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class SampleMaker:
         self._ids: dict[tuple[int, int, int], tuple[np.ndarray, tuple[str, ...]]] = {}
         self._unknown_id = None if tokenizer is None else tokenizer.unknown_id
         self._logged: Counter[str] = Counter()
+        self._random = PositionRandom()
         if self._bpe_dropout and tokenizer is not None and tokenizer.kind == "words":
             raise UserError(f"data.bpe_dropout is {config.bpe_dropout}, but {config.tokenizer} holds whole words, "
                             "which have no merges to skip: set data.bpe_dropout to 0")
@@ -91,7 +92,7 @@ class SampleMaker:
 
         ``place``: (shard, index), by which ids are remembered and codes found; None where there is no index.
         """
-        rng = sample_rng(self.seed, position) if self.training else None
+        rng = self._random.at(self.seed, position) if self.training else None
         number = 0
         if self.training and self.config.caption == "random" and len(record.captions) > 1:
             number = int(rng.integers(len(record.captions)))
@@ -168,11 +169,9 @@ class SampleMaker:
             batch["text"] = torch.from_numpy(text)
         if self.codes is not None:
             batch["codes"] = torch.from_numpy(np.stack([sample.codes for sample in samples]).astype(np.int64))
-        if self.config.images:
-            batch["image"] = image_tensor([sample.image for sample in samples])
         if not self.training:
             batch["meta"] = [sample.record.meta for sample in samples]
-        return batch
+        return with_images(batch, [sample.image for sample in samples] if self.config.images else None)
 
     @staticmethod
     def _partly_used(samples: list[Sample]) -> Tally:
@@ -321,6 +320,7 @@ class ViewDataset(Dataset):
         self.tokenizer, self.codes = None, None
         self.order = SequentialOrder(index.counts)
         self._reader = ShardReader(index)
+        self._random = PositionRandom()
 
     def __getitems__(self, positions: Sequence[int]) -> Fetched:
         """``image`` uint8 [b, views, 3, S, S] (black where not ``valid``), ``valid`` bool [b], ``position`` [b]."""
@@ -334,9 +334,8 @@ class ViewDataset(Dataset):
                 squares += views or [np.zeros((size, size, 3), np.uint8)] * self.views
         except UserError as error:
             return {"error": str(error)}
-        image = image_tensor(squares)
-        return {"image": image.view(len(positions), self.views, *image.shape[1:]), "valid": torch.tensor(valid),
-                "position": torch.tensor(positions, dtype=torch.int64), "skipped": skipped}
+        return with_images({"valid": torch.tensor(valid), "position": torch.tensor(positions, dtype=torch.int64),
+                            "skipped": skipped}, squares, self.views)
 
     def _views(self, position: int, shard: int, index: int, skipped: Tally) -> list[np.ndarray] | None:
         config = self.config
@@ -349,7 +348,7 @@ class ViewDataset(Dataset):
             skipped.add(bad.reason, f"{key} in {self.index.shards[shard].name}")
             return None
         return [to_square(image, config.image_size, config.crop, config.flip,
-                          sample_rng(self.seed, position * self.views + view), config.crop_from)
+                          self._random.at(self.seed, position * self.views + view), config.crop_from)
                 for view in range(self.views)]
 
 
@@ -358,12 +357,7 @@ def image_bytes(reader: ShardReader, shard: int, index: int) -> bytes:
     return read_member(reader, shard, reader.row(shard, index), "image")
 
 
-def decode_picture(data: bytes, config: DataConfig, crop: Crop) -> Image.Image:
+def decode_picture(data: bytes, config: DataConfig, crop: Crop) -> Picture:
     """The decoded picture (RGB), by the configured limits."""
-    side = needed_side(config.image_size, crop, config.crop_from) if config.jpeg_draft else None
-    return decode_image(data, config.max_pixels, side)
-
-
-def image_tensor(squares: list[np.ndarray]) -> torch.Tensor:
-    """uint8 [S, S, 3] each -> uint8 [b, 3, S, S], contiguous."""
-    return torch.from_numpy(np.ascontiguousarray(np.stack(squares).transpose(0, 3, 1, 2)))
+    sides = needed_sides(config.image_size, crop, config.crop_from) if config.jpeg_draft else None
+    return decode_pixels(data, config.max_pixels, sides)

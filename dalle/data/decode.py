@@ -1,19 +1,21 @@
 """Bytes of a shard to a picture, captions or a JSON object; whatever is wrong with them is a :class:`BadSample`.
 
 Nothing here trusts its input: the size is read from the header before a pixel is decoded, only known picture formats
-are opened (Pillow would start Ghostscript for an EPS), truncated pictures are refused, nothing is unpickled.
+are opened (Pillow would start Ghostscript for an EPS), truncated pictures are refused, nothing is unpickled. Plain
+JPEGs are then decoded by :mod:`dalle.data.quick`.
 """
 
 import json
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from dalle.data.quick import draft_scale, quick_pixels
 from dalle.data.reader import ShardReader, VanishedShard
 from dalle.data.shard import GONE
 from dalle.text_file import decode_text
@@ -42,40 +44,71 @@ class BadSample(Exception):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, draft_side: int | None = None,
-                 formats: Sequence[str] = FORMATS) -> Image.Image:
-    """The picture as 8-bit RGB: alpha matted on white, 16 bits scaled, EXIF orientation applied, first frame.
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """The picture as 8-bit RGB, by Pillow alone: alpha matted on white, 16 bits scaled, EXIF orientation applied, first
+    frame. ``formats``: those that are opened, by Pillow's names.
 
-    ``draft_side``: when the shorter side of a JPEG is at least twice this, let the decoder shrink it by 2, 4 or 8 (not
-    below this), which is several times faster. ``formats``: those that are opened, by Pillow's names. Raises
-    :class:`BadSample`: ``empty_image``, ``not_an_image``, ``too_many_pixels``, ``truncated_image``, ``damaged_image``,
-    ``unsupported_mode``.
+    Raises :class:`BadSample`: ``empty_image``, ``not_an_image``, ``too_many_pixels``, ``truncated_image``,
+    ``damaged_image``, ``unsupported_mode``.
     """
+    with _faults_named(data):
+        return _by_pillow(_opened(data, max_pixels, formats))
+
+
+def decode_pixels(data: bytes, max_pixels: int = MAX_PIXELS, draft: tuple[int, int] | None = None
+                  ) -> Image.Image | np.ndarray:
+    """:func:`decode_image` by the quickest decoder at hand: the same pixels, as a picture or as uint8 [H, W, 3].
+
+    ``draft``: the least and the largest side, in pixels, that the shorter side is resized to; the decoder of a JPEG may
+    shrink it as far as that is exact enough (:func:`dalle.data.quick.draft_scale`).
+    """
+    with _faults_named(data):
+        image = _opened(data, max_pixels, FORMATS)
+        scale = draft_scale(image, *draft) if draft else 1
+        pixels = quick_pixels(data, image, scale)
+        if pixels is None:
+            return _by_pillow(image, scale)
+        return _turned(pixels, _orientation(image))
+
+
+@contextmanager
+def _faults_named(data: bytes) -> Iterator[None]:
+    """Whatever a decoder raises becomes a :class:`BadSample`."""
     if not data:
         raise BadSample("empty_image")
     try:
-        image = Image.open(BytesIO(data), formats=formats)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise BadSample("too_many_pixels", f"{width} x {height}, above {max_pixels}")
-        if draft_side and image.format == "JPEG" and min(width, height) >= 2 * draft_side:
-            scale = draft_side / min(width, height)
-            image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
-        image.load()
-        orientation = _orientation(image)
-        image = _to_rgb(image)
-    except BadSample:
+        yield
+    except (BadSample, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise BadSample("too_many_pixels", str(error)) from None
     except UnidentifiedImageError:
         raise BadSample("not_an_image", f"{len(data)} bytes that begin with {data[:8]!r}") from None
-    except MemoryError:
-        raise
     except Exception as error:      # decoders raise anything on hostile input: SyntaxError, struct.error, EOFError, ...
         reason = "truncated_image" if "truncated" in str(error).lower() else "damaged_image"
         raise BadSample(reason, f"{type(error).__name__}: {error}") from None
+
+
+def _opened(data: bytes, max_pixels: int, formats: Sequence[str]) -> Image.Image:
+    """The header alone is read, and no more is done with a picture that claims too much."""
+    image = Image.open(BytesIO(data), formats=formats)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadSample("too_many_pixels", f"{width} x {height}, above {max_pixels}")
+    return image
+
+
+def _by_pillow(image: Image.Image, scale: int = 1) -> Image.Image:
+    if scale > 1:
+        image.draft(None, (image.width // scale, image.height // scale))
+    image.load()
+    orientation = _orientation(image)
+    image = _to_rgb(image)
     return image.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else image
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> Image.Image | np.ndarray:
+    return Image.fromarray(pixels).transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else pixels
 
 
 def _orientation(image: Image.Image) -> int:

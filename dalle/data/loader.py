@@ -13,7 +13,7 @@ import signal
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.connection import wait
 from types import FrameType
 
@@ -26,6 +26,7 @@ from dalle.data.damage import DAMAGED_SHARD, MISSING_SHARD, REBUILD
 from dalle.data.dataset import ShardDataset, ViewDataset
 from dalle.data.decode import IN_BAD_SHARD
 from dalle.data.index import ShardIndex
+from dalle.data.packing import unpacked
 from dalle.data.reasons import Tally, remedy
 from dalle.data.settings import DataConfig
 from dalle.data.streaming import StreamDataset
@@ -126,6 +127,11 @@ class Loader(BatchSource):
         self._waiting = False        # for a batch: the only time when a worker's death may be raised
 
     @property
+    def left_out(self) -> Tally:
+        """:attr:`skipped`, with an example of each reason."""
+        return self._left_out
+
+    @property
     def skipped(self) -> Counter[str]:
         return self._left_out.counts
 
@@ -166,7 +172,7 @@ class Loader(BatchSource):
                 self._waiting = False
             if batch is None:
                 return
-            yield batch
+            yield unpacked(batch)
 
     def _begun(self) -> Iterator[Fetched]:
         if not self._loader.num_workers:
@@ -272,14 +278,22 @@ def validation_batches(config: DataConfig, *, seed: int, batch_size: int, rank: 
     return Loader(dataset, ValidationPositions(total, batch_size, rank, world_size), finite=True)
 
 
-def view_batches(config: DataConfig, *, seed: int, batch_size: int, views: int = 1) -> Loader:
+def view_batches(config: DataConfig, *, seed: int, batch_size: int, views: int = 1, index: ShardIndex | None = None,
+                 shards: Sequence[int] | None = None) -> Loader:
     """Every sample of ``config.train`` once, in order, as ``views`` crops: ``image`` uint8 [b, views, 3, S, S].
 
     A picture that cannot be decoded is black and its ``valid`` (bool [b]) False, so that rows and samples stay aligned.
+    ``index``: of ``config.train``, where it is loaded already. ``shards``: of these alone, by their numbers, and no
+    batch spans two of them.
     """
-    index = ShardIndex.load(config.train, config.bad_shards)
+    index = ShardIndex.load(config.train, config.bad_shards) if index is None else index
     dataset = ViewDataset(config, index, seed=seed, views=views)
-    return Loader(dataset, ValidationPositions(index.num_samples, batch_size, 0, 1), finite=True)
+    if shards is None:
+        return Loader(dataset, ValidationPositions(index.num_samples, batch_size, 0, 1), finite=True)
+    ends = index.counts.cumsum().tolist()
+    samples = [range(ends[shard] - int(index.counts[shard]), ends[shard]) for shard in shards]
+    return Loader(dataset, [list(of_shard[first:first + batch_size]) for of_shard in samples
+                            for first in range(0, len(of_shard), batch_size)], finite=True)
 
 
 def say_findings(index: ShardIndex) -> None:

@@ -22,6 +22,21 @@ def sample_rng(seed: int, position: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=(seed & POSITIONS_MASK) | (position << 64)))
 
 
+class PositionRandom:
+    """:func:`sample_rng` of one position after another, several times faster: one generator that begins anew."""
+
+    def __init__(self):
+        self._bits = np.random.Philox(key=0)
+        self._generator = np.random.Generator(self._bits)
+        self._fresh = self._bits.state
+
+    def at(self, seed: int, position: int) -> np.random.Generator:
+        """The randomness of ``position``, until the next call."""
+        key = np.array([seed & POSITIONS_MASK, position], dtype=np.uint64)
+        self._bits.state = {**self._fresh, "state": {**self._fresh["state"], "key": key}}
+        return self._generator
+
+
 def _permutation(length: int, *key: int) -> np.ndarray:
     """int64 or int32 [length]: the permutation of ``key``, the same on every machine."""
     order = stable_argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(length))

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dalle.config import FIXED, FREE, Section
+from dalle.config import FIXED, FREE, NOTED, Section
 from dalle.data.damage import BadShards
 from dalle.data.decode import MAX_PIXELS
 from dalle.data.transforms import Crop
@@ -45,8 +45,10 @@ class DataConfig(Section, json_schema_extra=FIXED):
                                                           "then cut at random")
     flip: bool = Field(False, description="whether half of the training pictures are mirrored")
     images: bool = Field(True, description="whether pictures are read; false: only text and cached codes")
-    jpeg_draft: bool = Field(False, description="whether the JPEG decoder may shrink pictures that are over twice the "
-                                                "needed size: faster, other pixels")
+    jpeg_draft: bool = Field(True, json_schema_extra=NOTED,
+                             description="whether the JPEG decoder may shrink pictures of twice the needed size or "
+                                         "more, where that is exact enough: 1.5 to 2 times as fast; false: each is "
+                                         "decoded whole")
     max_pixels: int = Field(MAX_PIXELS, ge=1, le=2 * MAX_PIXELS,
                             description="pixels of the largest picture that is decoded; larger ones are bad samples")
     caption: Literal["random", "first", "none"] = Field(

@@ -8,26 +8,39 @@ used whole. A picture that already has the size is not resampled.
 The released GANs resize to 76/64 of the size and cut at random, whatever size the pictures have: ``crop_from``.
 """
 
-import math
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
+Picture = Image.Image | np.ndarray          # RGB; an array: uint8 [H, W, 3]
 Crop = Literal["none", "center", "random", "dvae", "transformer"]
 
-# The longest side a square may be scaled to before its random cut, as a multiple of the image size (in eighths).
-LARGEST_EIGHTHS = {"none": 8, "center": 8, "random": 8, "dvae": 12, "transformer": 9}
+# The sides that a square may be scaled to before its random cut, as multiples of the image size (in eighths).
+EIGHTHS = {"none": (8, 8), "center": (8, 8), "random": (8, 8), "dvae": (9, 12), "transformer": (8, 9)}
 
 
-def needed_side(image_size: int, crop: Crop, crop_from: float = 1.0) -> int:
-    """The shorter side in pixels above which a picture's further resolution is thrown away."""
-    return max(math.ceil(image_size * LARGEST_EIGHTHS[crop] / 8), round(image_size * crop_from))
+def needed_sides(image_size: int, crop: Crop, crop_from: float = 1.0) -> tuple[int, int]:
+    """The least and the largest side in pixels that a large picture's shorter side is scaled to: its further resolution
+    is thrown away."""
+    if crop_from > 1:
+        return (round(image_size * crop_from),) * 2
+    low, high = EIGHTHS[crop]
+    return round(image_size * low / 8), round(image_size * high / 8)
 
 
-def to_square(image: Image.Image, size: int, crop: Crop, flip: bool, rng: np.random.Generator | None,
+def size_of(image: Picture) -> tuple[int, int]:
+    """Width and height."""
+    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+
+
+def as_image(image: Picture) -> Image.Image:
+    return Image.fromarray(image) if isinstance(image, np.ndarray) else image
+
+
+def to_square(image: Picture, size: int, crop: Crop, flip: bool, rng: np.random.Generator | None,
               crop_from: float = 1.0) -> np.ndarray:
-    """uint8 [size, size, 3] of an RGB picture.
+    """uint8 [size, size, 3] of a picture.
 
     ``none``: the whole picture, its aspect not kept. ``center``, ``random``: the largest square in the middle, or at a
     random place. ``dvae``, ``transformer``: the recipes of DALL-E (arXiv 2102.12092, its appendices on both trainings),
@@ -38,20 +51,19 @@ def to_square(image: Image.Image, size: int, crop: Crop, flip: bool, rng: np.ran
     ``flip`` mirrors half of the pictures. ``rng`` may be None for ``none`` and ``center`` without ``flip`` and
     ``crop_from``.
     """
-    width, height = image.size
+    width, height = size_of(image)
     if crop_from > 1:
-        pixels = _cut(image, _resized(width, height, round(size * crop_from), crop), size, rng)
+        pixels = _cut(as_image(image), _resized(width, height, round(size * crop_from), crop), size, rng)
     elif crop == "none":
         pixels = _whole(image, size)
     else:
         side = min(width, height)
         left, top = _corner(width - side, height - side, crop, rng)
         target = _target(side, size, crop, rng)
-        square = _resize(image, (left, top, left + side, top + side), target)
+        pixels = _resize(image, (left, top, left + side, top + side), target)
         if target > size:
             x, y = (int(rng.integers(target - size + 1)) for _ in range(2))
-            square = square.crop((x, y, x + size, y + size))
-        pixels = np.asarray(square)
+            pixels = pixels[y:y + size, x:x + size]
     if flip and rng.random() < 0.5:
         pixels = pixels[:, ::-1]
     return pixels
@@ -99,22 +111,28 @@ def _cut(image: Image.Image, resized: tuple[int, int], size: int, rng: np.random
                                    reducing_gap=2.0))
 
 
-def _resize(image: Image.Image, box: tuple[int, int, int, int], target: int) -> Image.Image:
+def _resize(image: Picture, box: tuple[int, int, int, int], target: int) -> np.ndarray:
     """The square ``box`` of the picture at ``target`` x ``target`` pixels."""
-    side = box[2] - box[0]
+    left, top, right, bottom = box
+    side = right - left
     if side == target:
-        return image if box == (0, 0, *image.size) else image.crop(box)
+        if isinstance(image, np.ndarray):
+            return image[top:bottom, left:right]
+        return np.asarray(image if box == (0, 0, *image.size) else image.crop(box))
+    if side > target and side % target == 0:
+        if isinstance(image, np.ndarray):                       # the box alone is copied
+            return np.asarray(Image.fromarray(image[top:bottom, left:right]).reduce(side // target))
+        return np.asarray(image.reduce(side // target, box=box))
+    image = as_image(image)                                     # its filters reach beyond the box
     if side < target:
-        return image.resize((target, target), Image.Resampling.BICUBIC, box=box)
-    if side % target == 0:
-        return image.reduce(side // target, box=box)
-    return image.resize((target, target), Image.Resampling.HAMMING, box=box, reducing_gap=2.0)
+        return np.asarray(image.resize((target, target), Image.Resampling.BICUBIC, box=box))
+    return np.asarray(image.resize((target, target), Image.Resampling.HAMMING, box=box, reducing_gap=2.0))
 
 
-def _whole(image: Image.Image, size: int) -> np.ndarray:
-    width, height = image.size
+def _whole(image: Picture, size: int) -> np.ndarray:
+    width, height = size_of(image)
     if width == height:
-        return np.asarray(_resize(image, (0, 0, width, height), size))
+        return _resize(image, (0, 0, width, height), size)
     larger = min(width, height) >= size
-    return np.asarray(image.resize((size, size), Image.Resampling.HAMMING if larger else Image.Resampling.BICUBIC,
-                                   reducing_gap=2.0))
+    return np.asarray(as_image(image).resize(
+        (size, size), Image.Resampling.HAMMING if larger else Image.Resampling.BICUBIC, reducing_gap=2.0))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dalle.models.attention import AttentionConstants
 from dalle.models.kernels import kernels_for
+from dalle.models.layers import Dropout, Linear
 from dalle.models.precision import compute_dtype
 
 MlpName = Literal["gelu", "gelu_tanh", "relu2", "swiglu", "geglu"]
@@ -19,8 +20,8 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int, kind: MlpName, bias: bool):
         super().__init__()
         self.kind = kind
-        self.up = nn.Linear(dim, 2 * hidden if kind in GATED else hidden, bias=bias)
-        self.down = nn.Linear(hidden, dim, bias=bias)
+        self.up = Linear(dim, 2 * hidden if kind in GATED else hidden, bias=bias)
+        self.down = Linear(hidden, dim, bias=bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.down(self._activate(self.up(inputs)))
@@ -57,7 +58,7 @@ class SubLayer(nn.Module):
                  dropout: float):
         super().__init__()
         self.norm, self.shift, self.body, self.norm_out = norm, shift, body, norm_out
-        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.dropout = Dropout(dropout) if dropout else None
 
     def forward(self, inputs: Tensor, *context: Any) -> Tensor:
         """``inputs`` [B, S, dim]; ``context`` is what the body takes besides them."""

@@ -1,4 +1,5 @@
-"""CLIP (arXiv 2103.00020) and SigLIP (arXiv 2303.15343) through ``open_clip``: this file is the only one that knows it.
+"""CLIP (arXiv 2103.00020) and SigLIP (arXiv 2303.15343) through ``open_clip``: this file and
+``clip_blocks.py`` alone know it.
 
 ``ClipModel`` is trained here: open_clip towers behind our caption ids and raw pictures. ``OpenClipScorer`` wraps a
 pretrained open_clip model, with the tokenizer and the preprocessing that belong to it, as a judge of pictures.
@@ -29,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dalle.models.clip_towers  # noqa: F401  (its names become known to timm, and so to `timm_model_name`)
 from dalle.models.base import ModelConfig, PretrainedModel
+from dalle.models.clip_blocks import encode_ends, pools_the_end, take_over
 from dalle.models.kernels import kernels_for
 
 MAX_LOG_SCALE = math.log(100)   # arXiv 2103.00020, section 2.5: logits are never scaled by more than 100
@@ -137,8 +139,11 @@ class ClipModel(PretrainedModel):
 
     def encode_text(self, text: Tensor) -> Tensor:
         """[B, T] caption ids -> L2-normalised features [B, E]."""
+        ids = self.wrap_captions(text)
+        if torch.is_grad_enabled() and pools_the_end(self.towers):
+            return _normalised(encode_ends(self.towers, ids))
         with kernels_for(text.device).tower_attention():
-            return _normalised(self.towers.encode_text(self.wrap_captions(text)))
+            return _normalised(self.towers.encode_text(ids))
 
     def wrap_captions(self, text: Tensor) -> Tensor:
         """[B, T] ids, 0 = unfilled -> [B, text_length + 2]: start, ids, end, zeros.
@@ -169,7 +174,7 @@ class ClipModel(PretrainedModel):
         model = deepcopy(self).to("meta").train()
         images = torch.empty(2, 3, self.image_size, self.image_size, device="meta")
         text = torch.zeros(2, self.config.text_length, dtype=torch.int64, device="meta")
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():     # the whole of the last blocks, too
             model(images, text)
         return 3 * counter.get_total_flops() / 2
 
@@ -295,6 +300,7 @@ def _build_towers(config: ClipConfig) -> nn.Module:
     towers = tower_class(**description)
     if vision.get("timm_model_name") and config.image_size is not None and hasattr(towers.visual, "set_input_size"):
         towers.visual.set_input_size(config.image_size)
+    take_over(towers)
     return towers
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dalle.models.attention import Attention, AttentionConstants
 from dalle.models.blocks import Block, TokenShift
-from dalle.models.kernels import kernels_for
+from dalle.models.kernels import KeyValueCache, kernels_for
 from dalle.models.precision import at_least_single
+from dalle.models.rotary import rotary_table
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
 
 
@@ -29,21 +30,35 @@ def prefill(model: TextToImageTransformer, text: Tensor, codes: Tensor) -> tuple
 
 
 def decode_step(model: TextToImageTransformer, codes: Tensor, state: "DecodingState") -> Tensor:
-    """Append one code to each sequence, [B]: logits of the next, fp32 [B, K]. Moves ``state`` on by one slot."""
-    hidden = model.code_embedding(codes)
-    if state.image_positions is not None:
-        hidden = hidden + state.image_positions[state.slot - model.config.prefix]
+    """Append one code to each sequence, [B]: logits of the next, fp32 [B, K]. Moves ``state`` on by one slot.
+
+    ``state`` may as well be a ``FixedState``, whose slot is a tensor [1] on the device.
+    """
+    hidden, position, turns = model.code_embedding(codes), state.position(), state.turn()
+    if position is not None:
+        hidden = hidden + position
     for cache in state.caches:
-        hidden = cache.step(hidden, state.slot)
+        hidden = cache.step(hidden, state.slot, turns)
     state.slot += 1
     return at_least_single(model.image_head(model.norm(hidden)))
 
 
-def for_decoding(model: TextToImageTransformer, dtype: torch.dtype | None = None) -> TextToImageTransformer:
-    """``model`` if it has ``dtype`` already, else a copy of it in that type; dropout is off in the copy."""
-    if dtype in (None, model.start.dtype):
-        return model
-    return copy.deepcopy(model).to(dtype).eval()
+def for_decoding(model: TextToImageTransformer, dtype: torch.dtype | None, rows: int) -> TextToImageTransformer:
+    """``model``, made ready for steps of ``rows`` sequences: in ``dtype``, its weights packed where that is faster.
+
+    What has to be changed is a copy; dropout is off in it.
+    """
+    if dtype not in (None, model.start.dtype):
+        model = copy.deepcopy(model).to(dtype).eval()
+    return kernels_for(model.start.device).packed(model, rows, ("text_head",))
+
+
+def rotary_rows(model: TextToImageTransformer) -> tuple[Tensor, Tensor] | None:
+    """The tables of cosines and signed sines, [prefix + N, head_dim] in the type of the weights; None: learned."""
+    config, weight = model.config, model.start
+    if config.positions != "rotary":
+        return None
+    return rotary_table(config.prefix, config.grid, config.width_of_head, weight.device, weight.dtype)
 
 
 class DecodingState:
@@ -53,8 +68,17 @@ class DecodingState:
         weight = model.start
         self.model, self.batch = model, batch
         self.slot = 0
-        self.caches = [BlockCache(block, batch, length, weight.device, weight.dtype) for block in model.blocks]
+        self.caches = [make_cache(block, batch, length, weight.device, weight.dtype) for block in model.blocks]
         self.image_positions = model.image_positions() if model.config.positions == "learned" else None
+        self.turns = rotary_rows(model)
+
+    def position(self) -> Tensor | None:
+        """[dim] to add to the next slot's embedding; None with rotary positions."""
+        return None if self.image_positions is None else self.image_positions[self.slot - self.model.config.prefix]
+
+    def turn(self) -> tuple[Tensor, ...] | None:
+        """The next slot's rows of the rotary tables."""
+        return None if self.turns is None else tuple(table[self.slot:self.slot + 1] for table in self.turns)
 
     def expand(self, rows: Tensor) -> "DecodingState":
         """A state with room for the whole stream whose sequence b goes on from sequence ``rows[b]`` of this one."""
@@ -78,16 +102,23 @@ class DecodingState:
             cache.copy_rows(other, rows, self.slot, first)
 
 
+def make_cache(block: Block, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> "BlockCache":
+    """Room for B sequences of ``length`` slots, in the forms that the device's kernels name."""
+    attention: Attention = block.attention.body
+    keys_values = kernels_for(device).key_value_cache(batch, attention.heads, attention.head_dim, length, device, dtype)
+    shifts = [Unshifted() if layer.shift is None else
+              ShiftCache(layer.shift, batch, attention.out.out_features, device, dtype)
+              for layer in (block.attention, block.feed_forward)]
+    return BlockCache(block, keys_values, shifts)
+
+
 class BlockCache:
     """One block and what it remembers of B sequences: keys and values, and recent slots where it shifts."""
 
-    def __init__(self, block: Block, batch: int, length: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, block: Block, keys_values: KeyValueCache, shifts: "list[ShiftCache | Unshifted]"):
         self.layers = block.attention, block.feed_forward
         self.attention: Attention = block.attention.body
-        heads, head_dim, dim = self.attention.heads, self.attention.head_dim, self.attention.out.out_features
-        self.keys_values = kernels_for(device).key_value_cache(batch, heads, head_dim, length, device, dtype)
-        self.shifts = [Unshifted() if layer.shift is None else ShiftCache(layer.shift, batch, dim, device, dtype)
-                       for layer in self.layers]
+        self.keys_values, self.shifts = keys_values, shifts
 
     def prefill(self, hidden: Tensor, constants: AttentionConstants) -> Tensor:
         """The block over the first S slots, [B, S, dim], all of which are remembered."""
@@ -97,20 +128,18 @@ class BlockCache:
         hidden = hidden + first.leave(self.attention.attend(stacked, constants))
         return hidden + second.leave(second.body(second_shift.prefill(second.norm(hidden))))
 
-    def step(self, hidden: Tensor, slot: int) -> Tensor:
+    def step(self, hidden: Tensor, slot: int, turns: tuple[Tensor, ...] | None) -> Tensor:
         """The block over the one slot ``hidden`` [B, dim], which sees those before it."""
         (first, second), (first_shift, second_shift) = self.layers, self.shifts
-        hidden = hidden + first.leave(self._attend_from(first_shift.step(first.norm(hidden), slot), slot))
+        hidden = hidden + first.leave(self._attend_from(first_shift.step(first.norm(hidden), slot), slot, turns))
         return hidden + second.leave(second.body(second_shift.step(second.norm(hidden), slot)))
 
-    def _attend_from(self, inputs: Tensor, slot: int) -> Tensor:
+    def _attend_from(self, inputs: Tensor, slot: int, turns: tuple[Tensor, ...] | None) -> Tensor:
         """Attend from the one slot ``inputs`` [B, dim] to everything remembered that the pattern allows, and itself."""
         attention = self.attention
-        stacked = attention.qkv(inputs).view(len(inputs), 3, attention.heads, 1, attention.head_dim).transpose(0, 1)
-        turns = attention.turns(slot, slot + 1, inputs.device, inputs.dtype)
-        queries, keys, values = attention.position(stacked, turns)
-        self.keys_values.put(slot, keys, values)
-        return attention.out(self.keys_values.attend(queries, attention.pattern, slot))
+        heads = attention.project(inputs[:, None], turns)
+        self.keys_values.put(slot, heads[1], heads[2])
+        return attention.out(self.keys_values.attend(heads[0], attention.pattern, slot))
 
     def copy_rows(self, source: "BlockCache", rows: Tensor, length: int, first: int) -> None:
         """Take the sequences ``rows`` of ``source`` after ``length`` slots as sequences ``first`` and on."""
@@ -137,7 +166,11 @@ class ShiftCache:
 
     def __init__(self, shift: TokenShift, batch: int, dim: int, device: torch.device, dtype: torch.dtype):
         self.shift, self.first_below = shift, shift.first_below
+        self.quarters = [dim // 4, dim // 4, dim - dim // 4 * 2]
         self.recent = torch.zeros(shift.width, batch, dim // 4 * 2, device=device, dtype=dtype)
+        # Views are made once: in a small model they would cost a step as much as its products.
+        self.slots = self.recent.unbind(0)
+        self.left, self.above = zip(*(slot.chunk(2, dim=1) for slot in self.slots), strict=True)
 
     def prefill(self, inputs: Tensor) -> Tensor:
         """``inputs`` [B, S, dim], the first S slots of the stream, shifted; the last of them are remembered."""
@@ -149,11 +182,12 @@ class ShiftCache:
 
     def step(self, inputs: Tensor, slot: int) -> Tensor:
         """The one slot ``inputs`` [B, dim] shifted, and remembered."""
-        width, quarter = len(self.recent), inputs.shape[-1] // 4
-        left = self.recent[(slot - 1) % width, :, :quarter]
-        above = (self.recent[slot % width] if slot >= self.first_below else inputs)[:, quarter:2 * quarter]
-        shifted = torch.cat([left, above, inputs[:, 2 * quarter:]], dim=1)
-        self.recent[slot % width] = inputs[:, :2 * quarter]
+        width = len(self.slots)
+        first, second, rest = inputs.split(self.quarters, dim=1)
+        above = self.above[slot % width] if slot >= self.first_below else second
+        shifted = torch.cat([self.left[(slot - 1) % width], above, rest], dim=1)
+        self.left[slot % width].copy_(first)
+        self.above[slot % width].copy_(second)
         return shifted
 
     def copy_rows(self, source: "ShiftCache", rows: Tensor, first: int) -> None:

@@ -5,22 +5,30 @@ beside the others and a new name in that device's column; models ask :func:`kern
 The plain forms (``dalle/models/plain.py``) are what every other is tested against.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from dalle.models import fused, plain
 from dalle.models.cpu.activations import squared_relu
-from dalle.models.cpu.attention import MATH_LONGEST, math_attention, without_fused_kernels
-from dalle.models.cpu.key_value_cache import KeyValueCache as TransposedKeyValueCache
+from dalle.models.cpu.attention import MATH_LONGEST, attend, math_attention, without_fused_kernels
+from dalle.models.cpu.dropout import dropout
+from dalle.models.cpu.key_value_cache import KeyValueCache as DenseKeyValueCache
+from dalle.models.cpu.linear import linear
+from dalle.models.cpu.packed import leave_linears, pack_linears
 from dalle.models.cpu.rotary import rotate
+from dalle.models.cpu.softmax import softmax_errors
 from dalle.models.cpu.token_shift import shift_slots
 from dalle.models.masks import additive_mask, block_mask, boolean_mask
 from dalle.models.patterns import AttentionPattern
+from dalle.models.plain import Heads
+
+FLEX_SHORTEST = 512   # below this a stream has few blocks to leave out, and a dense mask of it is small
 
 Backend = Literal["auto", "sdpa", "math", "flex"]      # what a config may ask for
 
@@ -37,6 +45,9 @@ class KeyValueCache(Protocol):
     def copy_rows(self, source: Self, rows: Tensor, length: int, first: int) -> None:
         """Take the first ``length`` slots of the sequences ``rows`` of ``source`` as sequences ``first`` and on."""
 
+    def filled(self, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first ``length`` slots, each [B, heads, length, head_dim]."""
+
     def attend(self, queries: Tensor, pattern: AttentionPattern, slot: int) -> Tensor:
         """Attention of the queries [B, heads, 1, head_dim] of ``slot`` to all filled slots that the pattern permits.
 
@@ -49,7 +60,9 @@ class AttentionForm:
     """One way to compute softmax(q k^T / sqrt(head_dim) + mask) v, and the mask that it takes."""
 
     mask: Callable[[AttentionPattern, int, torch.device, torch.dtype], Any]   # of the first so many slots
-    attend: Callable[[Tensor, Any], Tensor]                                    # q, k, v as [3, B, heads, S, head_dim]
+    attend: Callable[[Heads, Any], Tensor]
+    # of a stream whose image slots stand column after column, where the form gains from that order
+    mask_by_columns: Callable[[AttentionPattern, int, torch.device, torch.dtype], Any] | None = None
 
 
 def _boolean_mask_or_none(pattern: AttentionPattern, length: int, device: torch.device,
@@ -61,11 +74,19 @@ def _block_mask(pattern: AttentionPattern, length: int, device: torch.device, dt
     return block_mask(pattern, length, device)
 
 
+def _block_mask_by_columns(pattern: AttentionPattern, length: int, device: torch.device, dtype: torch.dtype) -> Any:
+    return block_mask(pattern, length, device, by_columns=True)
+
+
+def _math_attention(heads: Heads, mask: Tensor) -> Tensor:
+    return math_attention(heads if isinstance(heads, Tensor) else plain.join_heads(*heads), mask)
+
+
 ATTENTION: dict[str, AttentionForm] = {
     "plain": AttentionForm(additive_mask, plain.attention),
-    "math": AttentionForm(additive_mask, math_attention),
+    "math": AttentionForm(additive_mask, _math_attention),
     "sdpa": AttentionForm(_boolean_mask_or_none, fused.sdpa_attention),
-    "flex": AttentionForm(_block_mask, fused.flex_attention),
+    "flex": AttentionForm(_block_mask, fused.flex_attention, _block_mask_by_columns),
 }
 
 
@@ -74,12 +95,20 @@ class Kernels:
     """The forms that run on one type of device: no default, so that each column names every operation."""
 
     attention: Callable[[AttentionPattern, int], str]          # the entry of ATTENTION for a pattern and a length
+    attend: Callable[[Tensor, Tensor | None], Tensor]          # with any additive mask [S, S], or none
     tower_attention: Callable[[], AbstractContextManager]      # around networks whose attention is their own (CLIP's)
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    split_heads: Callable[[Tensor, int], Heads]                 # of the one product that makes q, k and v
+    join_heads: Callable[[Tensor, Tensor, Tensor], Heads]       # what rotation and attention take, of three
+    dropout: Callable[[Tensor, float], Tensor]                  # in training, of inputs and the share of zeros
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]   # of inputs, weight and bias
+    rotate: Callable[[Heads, Tensor, Tensor], Heads]
     squared_relu: Callable[[Tensor], Tensor]
     shift_slots: Callable[[Tensor, int, int], Tensor]
+    softmax_errors: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]       # may take the place of the logits
     # from B, heads, head_dim, slots, device, type
     key_value_cache: Callable[[int, int, int, int, torch.device, torch.dtype], KeyValueCache]
+    # a model for many steps of so many rows, without the linear layers named
+    packed: Callable[[nn.Module, int, Container[str]], nn.Module]
 
 
 def _attention_on_cpu(pattern: AttentionPattern, length: int) -> str:
@@ -87,43 +116,76 @@ def _attention_on_cpu(pattern: AttentionPattern, length: int) -> str:
 
 
 def _attention_on_cuda(pattern: AttentionPattern, length: int) -> str:
-    return "sdpa" if pattern.name == "full" else "flex"
+    return "sdpa" if pattern.name == "full" or length < FLEX_SHORTEST else "flex"
 
 
-# The hand-written forms of rotation, squared ReLU, shift and cache were made for CPUs and run everywhere so far.
+def _as_they_are(queries: Tensor, keys: Tensor, values: Tensor) -> Heads:
+    return queries, keys, values
+
+
+# On CUDA blocks are compiled, and what stands between two products is fused: plain operations, nothing hand-written
+# that a compiler cannot look into. Elsewhere the forms that were made for CPUs run.
 KERNELS: dict[str, Kernels] = {
     "cpu": Kernels(
         attention=_attention_on_cpu,
+        attend=attend,
         tower_attention=without_fused_kernels,
+        split_heads=plain.split_heads,
+        join_heads=plain.join_heads,
+        dropout=dropout,
+        linear=linear,
         rotate=rotate,
         squared_relu=squared_relu,
         shift_slots=shift_slots,
-        key_value_cache=TransposedKeyValueCache,
+        softmax_errors=softmax_errors,
+        key_value_cache=DenseKeyValueCache,
+        packed=pack_linears,
     ),
     "cuda": Kernels(
         attention=_attention_on_cuda,
+        attend=fused.attend,
         tower_attention=nullcontext,
-        rotate=rotate,
-        squared_relu=squared_relu,
-        shift_slots=shift_slots,
-        key_value_cache=TransposedKeyValueCache,
+        split_heads=fused.split_heads,
+        join_heads=_as_they_are,
+        dropout=F.dropout,
+        linear=F.linear,
+        rotate=fused.rotate,
+        squared_relu=plain.squared_relu,
+        shift_slots=fused.shift_slots,
+        softmax_errors=plain.softmax_errors,
+        key_value_cache=DenseKeyValueCache,
+        packed=leave_linears,
     ),
 }
 ELSEWHERE = Kernels(                                            # any other type of device
     attention=lambda pattern, length: "sdpa",
+    attend=fused.attend,
     tower_attention=nullcontext,
+    split_heads=plain.split_heads,
+    join_heads=plain.join_heads,
+    dropout=F.dropout,
+    linear=F.linear,
     rotate=rotate,
     squared_relu=squared_relu,
     shift_slots=shift_slots,
-    key_value_cache=TransposedKeyValueCache,
+    softmax_errors=plain.softmax_errors,
+    key_value_cache=DenseKeyValueCache,
+    packed=leave_linears,
 )
 PLAIN = Kernels(                                                # what they all compute
     attention=lambda pattern, length: "plain",
+    attend=plain.attend,
     tower_attention=nullcontext,
+    split_heads=plain.split_heads,
+    join_heads=plain.join_heads,
+    dropout=F.dropout,
+    linear=F.linear,
     rotate=plain.rotate,
     squared_relu=plain.squared_relu,
     shift_slots=plain.shift_slots,
+    softmax_errors=plain.softmax_errors,
     key_value_cache=plain.KeyValueCache,
+    packed=leave_linears,
 )
 
 

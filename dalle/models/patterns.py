@@ -5,7 +5,7 @@ raster order. An image slot sees the whole prefix and, among the image slots up 
 Source: arXiv 2102.12092, appendix B.1 and figure 11.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -15,6 +15,7 @@ from torch import Tensor
 
 PatternName = Literal["full", "row", "column", "conv"]
 ConvMode = Literal["flat", "clamp", "torus"]
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]     # (batch, head, query, key) -> bool
 
 
 def layer_patterns(attention: str | Sequence[PatternName], depth: int) -> list[PatternName]:
@@ -92,6 +93,60 @@ def image_to_image(pattern: AttentionPattern) -> Tensor:
 def shortest(steps: Tensor, around: int) -> Tensor:
     """The shortest way to go ``steps`` on a ring of ``around`` places: from -around / 2 on, below around / 2."""
     return (steps + around // 2) % around - around // 2
+
+
+# -- the same as arithmetic on indices: what a kernel evaluates for a score, where a table would be read from memory
+
+
+@lru_cache(maxsize=64)
+def mask_function(pattern: AttentionPattern, by_columns: bool = False) -> MaskFunction:
+    """``pattern.mask()[query, key]`` as integer arithmetic on tensors of slots, of any shapes that broadcast.
+
+    ``by_columns`` (``column`` alone): of a stream whose image slots stand column after column, where they see what
+    they see in blocks of neighbours.
+    """
+    prefix, image_to_image = pattern.prefix, _image_function(pattern, by_columns)
+    if image_to_image is None:
+        return lambda batch, head, query, key: key <= query
+    return lambda batch, head, query, key: (key <= query) & (
+        (key < prefix) | image_to_image(query - prefix, key - prefix))
+
+
+def _image_function(pattern: AttentionPattern, by_columns: bool) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Whether an image slot sees an earlier one, both counted from the first image slot; None: it always does."""
+    rows, width = pattern.grid
+    if by_columns:
+        if pattern.name != "column":
+            raise ValueError(f"only the pattern 'column' is computed column after column, not {pattern.name!r}")
+        column_of, _ = _divided_by(rows)
+        return lambda query, key: column_of(query) == column_of(key)
+    if pattern.name == "full":
+        return None
+    if pattern.name == "row":
+        return lambda query, key: query - key <= width
+    row_of, column_of = _divided_by(width)
+    if pattern.name == "column":
+        return lambda query, key: column_of(query - key) == 0
+    reach = pattern.conv_kernel // 2
+    if pattern.conv_mode == "flat":
+        furthest = reach * width + reach
+        return lambda query, key: (query - key <= furthest) & (column_of(query - key + reach) <= 2 * reach)
+
+    def near(query: Tensor, key: Tensor) -> Tensor:
+        rows_above, columns_left = row_of(query) - row_of(key), column_of(query) - column_of(key)
+        if pattern.conv_mode == "torus":
+            rows_above, columns_left = shortest(rows_above, rows), shortest(columns_left, width)
+        return (rows_above.abs() <= reach) & (columns_left.abs() <= reach)
+
+    return near
+
+
+def _divided_by(width: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Quotient, rounded down, and remainder; by bits where they do, for a division costs a kernel some ten steps."""
+    bits = width.bit_length() - 1
+    if width == 1 << bits:
+        return lambda slots: slots >> bits, lambda slots: slots & (width - 1)
+    return lambda slots: slots // width, lambda slots: slots % width
 
 
 @lru_cache(maxsize=16384)

@@ -18,7 +18,7 @@ import math
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,11 +26,12 @@ from dalle.models.attention import Attention, AttentionConstants
 from dalle.models.base import FREE, ModelConfig, PretrainedModel
 from dalle.models.blocks import Block, FeedForward, MlpName, SubLayer, TokenShift
 from dalle.models.kernels import Backend
+from dalle.models.layers import Dropout
+from dalle.models.losses import IGNORED_TARGET, Head
 from dalle.models.norms import NormName, make_norm
 from dalle.models.patterns import AttentionPattern, ConvMode, PatternName, layer_patterns
-from dalle.models.precision import at_least_single, compute_dtype
+from dalle.models.precision import compute_dtype
 
-IGNORED_TARGET = -100   # what `cross_entropy` leaves out
 INITIAL_STD = 0.02
 
 
@@ -68,8 +69,9 @@ class TransformerArchitecture(ModelConfig):
     embedding_gradient: float = Field(default=1.0, gt=0, le=1,
                                       description="share of the gradient that reaches the embeddings (CogView: 0.1)",
                                       json_schema_extra=FREE)
-    checkpointing: bool = Field(default=False, description="recompute each block in the backward pass",
-                                json_schema_extra=FREE)
+    checkpointing: bool | NonNegativeInt = Field(
+        default=False, description="recompute blocks in the backward pass: all, none, or so many from the first on",
+        json_schema_extra=FREE)
     attention_backend: Backend = Field(default="auto", description="form of attention; auto: by device, pattern "
                                        "and length", json_schema_extra=FREE)
 
@@ -90,6 +92,12 @@ class TransformerArchitecture(ModelConfig):
     @property
     def width_of_head(self) -> int:
         return self.head_dim or self.dim // self.heads
+
+    @property
+    def recomputed_blocks(self) -> int:
+        """The first ones: when their turn comes in the backward pass, what the others kept is gone."""
+        return self.depth * self.checkpointing if isinstance(self.checkpointing, bool) \
+            else min(self.checkpointing, self.depth)
 
     @property
     def hidden(self) -> int:
@@ -136,6 +144,8 @@ PRESETS: dict[str, TransformerConfig] = {
     "5.6b": _preset(2688, 64, 42, 256, 32),    # the same
     "12b": _preset(3968, 64, 62, 256, 32),     # the same
 }
+PRESETS |= {f"{name}-128": PRESETS[name].model_copy(update={"heads": PRESETS[name].dim // 128})
+            for name in ("xl", "2.8b", "5.6b", "12b")}    # the same matrices, in half as many heads of twice the width
 MODERN: dict[str, Any] = {"norm": "rmsnorm", "mlp": "swiglu", "mlp_ratio": 8 / 3, "positions": "rotary",
                           "qk_norm": True, "bias": False}
 PRESETS |= {f"{name}-modern": config.model_copy(update=MODERN) for name, config in PRESETS.items()}
@@ -157,11 +167,11 @@ class TextToImageTransformer(PretrainedModel):
             self.text_position = nn.Parameter(torch.empty(config.text_length, dim))
             self.row_position = nn.Parameter(torch.empty(config.grid[0], 1, dim))
             self.column_position = nn.Parameter(torch.empty(1, config.grid[1], dim))
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else None
+        self.dropout = Dropout(config.dropout) if config.dropout else None
         self.blocks = nn.ModuleList(make_block(config, pattern) for pattern in attention_patterns(config))
         self.norm = make_norm(config.norm, dim, config.bias)
-        self.text_head = nn.Linear(dim, num_texts, bias=False)
-        self.image_head = nn.Linear(dim, config.num_codes, bias=False)
+        self.text_head = Head(dim, num_texts)
+        self.image_head = Head(dim, config.num_codes)
         self._initialise()
 
     @torch.no_grad()
@@ -178,10 +188,12 @@ class TextToImageTransformer(PretrainedModel):
             self.text_head.weight.zero_()
             self.image_head.weight.zero_()
 
-    def forward(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, text: Tensor, codes: Tensor, text_targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits in fp32, (text [B, T, V + T], image [B, N, K]), from text ids [B, T] (0: unfilled) and codes [B, N].
 
         The text logits at slot p score ``text_targets(text)[:, p]``, the image logits at slot i score ``codes[:, i]``.
+        With ``text_targets`` [B, T] (-100: not scored) it gives the sums of the two cross-entropies instead, fp32
+        scalars, and the logits are never whole in memory: what a loss calls.
         Raises ``ValueError`` when the shapes do not fit the config.
         """
         expected = (self.config.text_length, self.config.num_image_slots)
@@ -189,9 +201,14 @@ class TextToImageTransformer(PretrainedModel):
             raise ValueError(f"text {tuple(text.shape)} and codes {tuple(codes.shape)} do not fit a stream of "
                              f"{expected[0]} text and {expected[1]} image slots")
         hidden = self.norm(self._run_blocks(self.embed(text, codes[:, :-1])))
-        text_length = self.config.text_length
-        return (at_least_single(self.text_head(hidden[:, :text_length])),
-                at_least_single(self.image_head(hidden[:, text_length:])))
+        text_hidden, image_hidden = hidden[:, :self.config.text_length], hidden[:, self.config.text_length:]
+        if text_targets is None:
+            return self.text_head(text_hidden), self.image_head(image_hidden)
+        return self.text_head(text_hidden, text_targets), self.image_head(image_hidden, codes)
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """What is worth compiling besides the blocks: the heads, each with its cross-entropy."""
+        return [self.text_head, self.image_head]
 
     def text_targets(self, text: Tensor) -> Tensor:
         """Targets of the text head [B, T]: ids, with V + p for an empty slot p, and -100 where nothing is due."""
@@ -222,18 +239,25 @@ class TextToImageTransformer(PretrainedModel):
         return (self.row_position + self.column_position).flatten(0, 1)
 
     def _run_blocks(self, hidden: Tensor) -> Tensor:
-        constants = self.attention_constants(hidden.shape[1], hidden.device, compute_dtype(hidden))
-        for block, layer in zip(self.blocks, constants, strict=True):
-            if self.config.checkpointing and torch.is_grad_enabled():
+        constants = self.attention_constants(hidden.shape[1], hidden.device, compute_dtype(hidden), whole=True)
+        recomputed = self.config.recomputed_blocks if torch.is_grad_enabled() else 0
+        for index, (block, layer) in enumerate(zip(self.blocks, constants, strict=True)):
+            if index < recomputed:
                 hidden = checkpoint(block, hidden, layer, use_reentrant=False)
             else:
                 hidden = block(hidden, layer)
         return hidden
 
     @torch.compiler.disable
-    def attention_constants(self, length: int, device: torch.device, dtype: torch.dtype) -> list[AttentionConstants]:
-        # Outside of the graph, where the masks would be built anew at every call.
-        return [block.attention.body.constants(length, device, dtype) for block in self.blocks]
+    def attention_constants(self, length: int, device: torch.device, dtype: torch.dtype,
+                            whole: bool = False) -> list[AttentionConstants]:
+        # Outside of the graph, where the masks would be built anew at every call; one object for a pattern's layers.
+        made: dict[AttentionPattern, AttentionConstants] = {}
+        for block in self.blocks:
+            attention = block.attention.body
+            if attention.pattern not in made:
+                made[attention.pattern] = attention.constants(length, device, dtype, whole)
+        return [made[block.attention.body.pattern] for block in self.blocks]
 
     def embedding_parameters(self) -> list[str]:
         """Names of the position tables, which an optimiser treats as the embeddings that they are added to."""

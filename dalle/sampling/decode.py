@@ -1,57 +1,43 @@
 """Writing image codes after captions with a static key-value cache: sampling, guidance, completion.
 
 A candidate is a pure function of (model, precision, caption, seed, options): its randomness is one number a code from
-its own generator, and work is always done in batches of one fixed shape, filled up where candidates run out, because a
-matrix product of another shape may round differently.
+its own generator, and products with weights are always over rows of one fixed number, filled up where candidates run
+out, because a matrix product of another shape may round differently. What is over fewer rows (attention by our own
+kernel on CUDA, the choice of a code) computes each row by itself, in an order that knows nothing of the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
-from dalle.config import FREE, Section
 from dalle.errors import UserError
 from dalle.models.decoding import DecodingState, cache_bytes, decode_step, for_decoding, prefill
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
+from dalle.sampling.choosing import SamplingConfig, choose_codes, guide
+from dalle.sampling.fixed import active_candidates, forget, write_fixed
 
 BATCH_SIZE = {"cpu": 16, "cuda": 64}    # candidates side by side where memory allows
 CPU_CACHE_BYTES = 2 << 30
 PREFILL_ROWS = 4                        # captions run through the model at once
-
-
-class SamplingConfig(Section, json_schema_extra=FREE):
-    """How the next code is chosen. The defaults are the paper's: the model's own distribution."""
-
-    temperature: float = Field(default=1.0, ge=0, description="what logits are divided by; 0 takes the most probable "
-                               "code, and so does all that is near enough to 0")
-    top_k: int | None = Field(default=None, ge=1, description="codes to choose among, the most probable; of equal "
-                              "ones the lower come first; null: all")
-    top_p: float | None = Field(default=None, gt=0, le=1, description="probability in (0, 1] that the fewest most "
-                                "probable codes must hold to be chosen among; null: all")
-    guidance: float = Field(default=1.0, ge=0, le=10_000,      # far beyond use, and far from an overflow
-                            description="scale of classifier-free guidance, from the logits u without the caption to c "
-                            "with it: u + guidance (c - u); 1 is off (arXiv 2406.06525)")
-
-    @property
-    def streams(self) -> int:
-        """Sequences decoded for each candidate: guidance needs a second one, without its caption."""
-        return 1 if self.guidance == 1.0 else 2
+# growing: the host knows the slot, and reads what is filled. fixed: steps of one shape, the slot on the device;
+# captured: these as a CUDA graph; compiled: the graph of a step that went through torch.compile.
+Method = Literal["auto", "growing", "fixed", "captured", "compiled"]
+METHOD = {"cuda": "captured"}           # auto, by type of device; growing elsewhere
 
 
 def sample_codes(model: TextToImageTransformer, text: Tensor, seeds: Sequence[int],
                  options: SamplingConfig | None = None, known_codes: Tensor | None = None,
                  batch_size: int | None = None, dtype: torch.dtype | None = None,
-                 on_progress: Callable[[float], None] = lambda candidates: None) -> Tensor:
+                 on_progress: Callable[[float], None] = lambda candidates: None, method: Method = "auto") -> Tensor:
     """Codes int64 [n, N], on the model's device, for n = len(seeds) candidates.
 
     ``text`` [P, T] holds P captions, each with n / P candidates: candidate i continues caption i // (n / P). Each
     caption is computed once. ``known_codes``, [k] or [P, k] with k < N, are the first codes of every candidate and
-    come back unchanged. ``on_progress`` is told after each code how many candidates' worth of them are done.
-    ``batch_size`` (default: by device and memory) and ``dtype`` (default: the weights') may change
+    come back unchanged. ``on_progress`` is told now and then how many candidates' worth of them are done.
+    ``batch_size`` (default: by device and memory), ``dtype`` (default: the weights') and ``method`` may change
     the last bits of the logits; how many candidates are asked for at once does not. Raises ``ValueError`` for sizes
     that do not fit and for ids and codes that the model does not have, ``UserError`` for logits that are not finite.
     """
@@ -63,21 +49,33 @@ def sample_codes(model: TextToImageTransformer, text: Tensor, seeds: Sequence[in
     check_range("text ids", text, config.num_text_tokens)
     text, per_caption = text.to(device), len(seeds) // len(text)
     batch_size = batch_size or default_batch_size(config, dtype or model.start.dtype, device, options.streams)
+    method = METHOD.get(device.type, "growing") if method == "auto" else method
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            decoder = for_decoding(model, dtype)
+            decoder = for_decoding(model, dtype, options.streams * batch_size)
             drawn = uniforms(seeds, config.num_image_slots).to(device)
             codes = torch.zeros(len(seeds), config.num_image_slots, dtype=torch.int64, device=device)
             for candidates, rows, logits, state in _batches(decoder, text, known, per_caption, batch_size, options):
-                numbers = drawn[[candidates[min(place, len(candidates) - 1)] for place in range(batch_size)]]
                 share = partial(part_done, on_progress, candidates)
-                written = _decode(decoder, state.expand(rows), logits[rows], numbers, known.shape[1], options, share)
+                numbers = drawn[[candidates[min(place, len(candidates) - 1)] for place in range(batch_size)]]
+                if method == "growing":
+                    written, finite = _decode(decoder, state.expand(rows), logits[rows], numbers, known.shape[1],
+                                              options, share)
+                else:
+                    places = active_candidates(decoder, len(candidates), batch_size)
+                    rows = rows.view(options.streams, batch_size)[:, :places].flatten()
+                    written, finite = write_fixed(decoder, state, logits, rows, numbers[:places], batch_size, options,
+                                                  method, share)
+                if not finite:
+                    raise UserError("the transformer's logits are not finite: its weights are damaged")
                 codes[candidates.start:candidates.stop] = written[:len(candidates)]
             codes[:, :known.shape[1]] = known.repeat_interleave(per_caption, dim=0)
     finally:
         model.train(was_training)
+        if was_training:
+            forget(model)
     return codes.clone()  # an ordinary tensor, not one of inference mode
 
 
@@ -149,8 +147,11 @@ def _prefill(model: TextToImageTransformer, text: Tensor, known: Tensor, streams
 
 
 def _decode(model: TextToImageTransformer, state: DecodingState, logits: Tensor, numbers: Tensor,
-            first: int, options: SamplingConfig, on_share: Callable[[float], None]) -> Tensor:
-    """Codes [B, N] from slot ``first`` on (zeros before it), given the logits of that slot and the state before it."""
+            first: int, options: SamplingConfig, on_share: Callable[[float], None]) -> tuple[Tensor, Tensor]:
+    """Codes [B, N] from slot ``first`` on (zeros before it), given the logits of that slot and the state before it.
+
+    And whether all logits were finite.
+    """
     codes = torch.zeros(numbers.shape, dtype=torch.int64, device=numbers.device)
     finite = torch.ones((), dtype=torch.bool, device=numbers.device)      # read once a batch, not at every code
     last = numbers.shape[1] - 1
@@ -161,65 +162,9 @@ def _decode(model: TextToImageTransformer, state: DecodingState, logits: Tensor,
         if slot < last:
             logits = decode_step(model, codes[:, slot].repeat(options.streams), state)
         on_share((slot + 1 - first) / (last + 1 - first))
-    if not finite:
-        raise UserError("the transformer's logits are not finite: its weights are damaged")
-    return codes
+    return codes, finite
 
 
 def part_done(on_progress: Callable[[float], None], candidates: range, share: float) -> None:
     """Tell that of the batch ``candidates`` this share is done, and all before it."""
     on_progress(candidates.start + share * len(candidates))
-
-
-def guide(logits: Tensor, options: SamplingConfig) -> Tensor:
-    """u + guidance * (c - u) from [c; u] stacked along the batch; with guidance 1 there is only c."""
-    if options.streams == 1:
-        return logits
-    conditioned, unconditioned = logits.chunk(2)
-    return torch.lerp(unconditioned, conditioned, options.guidance)
-
-
-def choose_codes(logits: Tensor, numbers: Tensor, options: SamplingConfig) -> Tensor:
-    """One code [B] for each row of ``logits`` [B, K] by inverting its distribution at ``numbers`` [B] in [0, 1).
-
-    Filters apply in the usual order: temperature, top-k, top-p. They are written out here because transformers' warpers
-    each sort and scatter anew, at every code. Logits that are not finite give some code; the caller has to look.
-    """
-    if options.temperature == 0:
-        return logits.argmax(dim=-1)
-    if options.temperature != 1:
-        logits = cooled(logits, options.temperature)
-    if options.top_k is not None and options.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(~among_largest(logits, options.top_k), float("-inf"))
-    if options.top_p is not None and options.top_p < 1:
-        logits = logits.masked_fill(~in_nucleus(logits, options.top_p), float("-inf"))
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    target = numbers[:, None].to(cumulative.dtype) * cumulative[:, -1:]
-    found = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return found.clamp(max=logits.shape[-1] - 1)             # a number finds no place among NaNs
-
-
-def cooled(logits: Tensor, temperature: float) -> Tensor:
-    """``logits`` / temperature, less a constant of each row: the best is 0, whatever the others fall to.
-
-    Divided as they are, logits overflow below 1e-37 and the best of them have no difference left. From the best on,
-    only what is worse overflows, to a probability of 0, which is the limit. Below its smallest normal number fp32 may
-    take a divisor for 0.
-    """
-    best = logits.amax(dim=-1, keepdim=True)
-    return (logits - best) / max(temperature, torch.finfo(logits.dtype).tiny)
-
-
-def among_largest(logits: Tensor, count: int) -> Tensor:
-    """bool [B, K]: the ``count`` largest of each row, of equal ones the first (``topk`` leaves open which)."""
-    smallest = logits.topk(count, dim=-1).values[:, -1:]
-    larger, equal = logits > smallest, logits == smallest
-    room = count - larger.sum(dim=-1, keepdim=True)
-    return larger | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))
-
-
-def in_nucleus(logits: Tensor, mass: float) -> Tensor:
-    """bool [B, K]: the fewest, most probable codes that have ``mass``, one at least; of equal ones the first."""
-    ranked, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    mass_before = F.pad(ranked.cumsum(dim=-1)[:, :-1], (1, 0), value=-1.0)     # the first stays for any mass above 0
-    return (mass_before < mass).gather(1, order.argsort(dim=-1))

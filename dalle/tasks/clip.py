@@ -65,6 +65,12 @@ class ClipRun(RunConfig):
         return self
 
 
+class ClipBatch(Batch, total=False):
+    """With the choice of what is seen through the codec."""
+
+    chosen: Tensor                  # int64 [c]: the samples of the batch whose picture is replaced; prepared, gone
+
+
 class ClipTask(Task):
     """The contrastive objective of CLIP (arXiv 2103.00020, figure 3) or SigLIP (arXiv 2303.15343, eq. 1)."""
 
@@ -89,17 +95,24 @@ class ClipTask(Task):
                 self.frozen["codec"] = load_codec(model_folder(config.loss.codec), "cpu")
             except UserError as error:
                 raise UserError(f"loss.codec: {error}") from error
-        self.phases = [Phase("contrast", player="clip", loss=self.contrast)]
+        self.phases = [Phase("contrast", player="clip", loss=self.contrast, capturable=True)]
         self.tokens_per_sample = model_config.text_length + 2
         self.flops_per_sample = model.training_flops()
 
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
-        """Put reconstructions in the place of the pictures that this batch's positions choose."""
+    def on_host(self, batch: Batch, step: int) -> ClipBatch:
+        """Choose the pictures that reconstructions replace, by the samples' positions."""
+        share = self.config.loss.reconstructions
+        if share == 0:
+            return batch
+        chosen = chosen_positions(batch["position"], self.config.seed, share)
+        return {**batch, "chosen": chosen.nonzero().flatten()}
+
+    def prepare(self, batch: ClipBatch, networks: Networks, step: int) -> ClipBatch:
+        """Put reconstructions in the place of the pictures that were chosen."""
         if self.config.loss.reconstructions == 0:
             return batch
-        chosen = chosen_positions(batch["position"], self.config.seed, self.config.loss.reconstructions)
-        chosen = chosen.to(batch["image"].device)
-        if not chosen.any():
+        chosen, batch = batch["chosen"], {name: value for name, value in batch.items() if name != "chosen"}
+        if len(chosen) == 0:
             return batch
         images = batch["image"].clone()
         codec = networks.bare("codec")
@@ -115,7 +128,7 @@ class ClipTask(Task):
             total = loss(*output)
         parts = {"contrast": total.detach(), "logit_scale": output.logit_scale.detach()}
         if output.logit_bias is not None:
-            parts["logit_bias"] = output.logit_bias.detach()
+            parts["logit_bias"] = output.logit_bias.detach().clone()      # it is the weight itself, which moves
         return Loss(total, parts)
 
     @torch.no_grad()

@@ -91,6 +91,8 @@ class DVAEBatch(Batch, total=False):
     """Pictures as the losses take them."""
 
     image: Tensor                   # float [b, 3, S, S] on [0, 1]
+    temperature: Tensor             # 0-d fp32: the step's, and so with
+    beta: Tensor
 
 
 class DVAETask(Task):
@@ -102,22 +104,30 @@ class DVAETask(Task):
         self.num_codes = model.num_codes
         self.players = {"dvae": Player(model, config.optimizer)}
         self.frozen = {}
-        self.phases = [Phase("reconstruct", player="dvae", loss=self.reconstruct)]
+        self.phases = [Phase("reconstruct", player="dvae", loss=self.reconstruct, capturable=True)]
         self.tokens_per_sample = math.prod(model.grid)
         self.flops_per_sample = model.training_flops()
         self.usage = CodeUsage(model.num_codes, USAGE_WINDOW)
         self.preview_images: Tensor | None = None
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> DVAEBatch:
-        """Pictures to float on [0, 1]."""
-        return {**batch, "image": to_unit(batch["image"])}
+        """Pictures to float on [0, 1], and what the loss takes from the step."""
+        images = to_unit(batch["image"])
+        self.usage.begin(len(images) * self.tokens_per_sample, images.device, step, networks.world_size)
+        return {**batch, "image": images, **self.annealed(step, images.device)}
+
+    def annealed(self, step: int, device: torch.device) -> DVAEBatch:
+        """The step's ``temperature`` and ``beta``."""
+        steps, ramps = self.config.train.steps, {"temperature": self.config.loss.temperature,
+                                                 "beta": self.config.loss.beta}
+        return {name: torch.full((), ramp.at(step, steps), device=device) for name, ramp in ramps.items()}
 
     def reconstruct(self, networks: Networks, batch: DVAEBatch, step: int) -> Loss:
         """The bound on one micro-batch, in nats per value of the picture, and the parts it is made of."""
-        images, weights, total_steps = batch["image"], self.config.loss, self.config.train.steps
+        images, weights = batch["image"], self.config.loss
         values = images[0].numel()                                             # C*H*W; 196,608 in the paper
-        output = DVAEOutput(*networks["dvae"](images, weights.temperature.at(step, total_steps)))
-        self.usage.add(output.codes, step, networks.world_size)
+        output = DVAEOutput(*networks["dvae"](images, batch["temperature"]))
+        self.usage.count(output.codes)
 
         if output.log_scale is None:
             nll = squared_error(output.mean, images)
@@ -129,7 +139,7 @@ class DVAETask(Task):
         if output.code_logits is not None:
             log_q = output.code_logits.movedim(1, -1).log_softmax(dim=-1)      # [B, h, w, K]: no noise, no temperature
             kl = kl_to_uniform(log_q)
-            total = total + weights.beta.at(step, total_steps) * kl.mean() / values
+            total = total + batch["beta"] * kl.mean() / values
             parts["kl_per_position"] = kl.detach().mean() / output.codes.shape[1]
             parts["max_logit"] = Max(output.code_logits.detach().abs().max())
             if weights.even_usage > 0:
@@ -263,19 +273,32 @@ class CodeUsage:
         self.window = window
         self.seen = 0                    # by this rank, in the newer window
         self._step = 0
-        self._counts = self._counts_before = torch.zeros(num_codes, dtype=torch.int64)
+        # of the newer window and of the one before, in the same memory throughout: what is recorded adds to it
+        self._counts, self._counts_before = torch.zeros(2, num_codes, dtype=torch.int64)
 
     def add(self, codes: Tensor, step: int = 0, ranks: int = 1) -> None:
-        """Count ``codes`` (any shape) of ``step``, of which all ``ranks`` have as many; nothing leaves the device."""
+        """Count ``codes`` (any shape) of ``step``, of which all ``ranks`` have as many."""
+        self.begin(codes.numel(), codes.device, step, ranks)
+        self.count(codes)
+
+    def begin(self, number: int, device: torch.device, step: int, ranks: int) -> None:
+        """So many codes of ``step`` follow, on each of all ``ranks``."""
+        if self._counts.device != device:
+            self._counts, self._counts_before = self._counts.to(device), self._counts_before.to(device)
         if self.window is not None and self.seen * ranks >= self.window and step != self._step:
-            self._counts_before, self._counts, self.seen = self._counts, torch.zeros_like(self._counts), 0
+            self._counts_before.copy_(self._counts)
+            self._counts.zero_()
+            self.seen = 0
         self._step = step
-        self._counts = self._counts.to(codes.device).scatter_add(0, codes.flatten(), torch.ones_like(codes.flatten()))
-        self.seen += codes.numel()
+        self.seen += number
+
+    def count(self, codes: Tensor) -> None:
+        """Add them; nothing leaves the device."""
+        self._counts.scatter_add_(0, codes.flatten(), torch.ones_like(codes.flatten()))
 
     def figures(self) -> dict[str, Counts]:
         """``codes_used`` and ``perplexity``, of this rank's codes until they are joined with the others'."""
-        counts = (self._counts + self._counts_before.to(self._counts.device)).cpu()
+        counts = (self._counts + self._counts_before).cpu()
         return {"codes_used": Used(counts), "perplexity": Perplexity(counts)}
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, Required
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
@@ -20,8 +19,8 @@ from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.evaluation.small_config import SmallEvaluationConfig
 from dalle.models.codec import Codec
+from dalle.models.losses import IGNORED_TARGET
 from dalle.models.transformer import (
-    IGNORED_TARGET,
     PRESETS,
     TextToImageTransformer,
     TransformerArchitecture,
@@ -38,6 +37,9 @@ from dalle.store import (
     load_tokenizer,
     model_folder,
 )
+from dalle.tasks.transformer_memory import transformer_activations
+from dalle.training.deferred import build_player
+from dalle.training.memory import Activations
 from dalle.training.optimizers import OptimizerConfig
 from dalle.training.run import RunConfig
 from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
@@ -130,10 +132,12 @@ class TransformerTask(Task):
         codec_folder = model_folder(config.codec)
         codec = load_codec(codec_folder, "cpu")
         check_cached_codes(config, codec, codec_folder)
-        model = TextToImageTransformer(resolve_model(config, codec, self.tokenizer))
+        resolved = resolve_model(config, codec, self.tokenizer)
+        model = build_player(lambda: TextToImageTransformer(resolved))
         self.players = {"transformer": Player(model, config.optimizer)}
         self.frozen = {"codec": codec.requires_grad_(False)}
-        self.phases = [Phase("transformer", player="transformer", loss=self.next_token_loss)]
+        self.phases = [Phase("transformer", player="transformer", loss=self.next_token_loss,
+                             capturable=True)]
         self.tokens_per_sample = model.config.length
         self.flops_per_sample = model.flops_per_sample()
         self.scored_text_slots = model.config.text_length - (model.config.layout == "boi")
@@ -163,12 +167,10 @@ class TransformerTask(Task):
     def _cross_entropies(self, networks: Networks, batch: StreamBatch) -> tuple[Tensor, Tensor, Tensor, int]:
         """Sum and count of the scored text slots, then of the image slots."""
         text, codes = batch["text"], batch["codes"]
-        text_logits, image_logits = networks["transformer"](text, codes)
         targets = self._model.text_targets(text)
         if not self.config.loss.text_pads:
             targets = targets.masked_fill(targets >= self._model.config.num_text_tokens, IGNORED_TARGET)
-        text_sum = F.cross_entropy(text_logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        image_sum = F.cross_entropy(image_logits.flatten(0, 1), codes.flatten(), reduction="sum")
+        text_sum, image_sum = networks["transformer"](text, codes, targets)
         return text_sum, (targets != IGNORED_TARGET).sum(), image_sum, codes.numel()
 
     @torch.no_grad()
@@ -207,6 +209,10 @@ class TransformerTask(Task):
         self._model.save_pretrained(folder, states["transformer"])
         self.tokenizer.save(Path(folder) / TOKENIZER_FOLDER)
         self.frozen["codec"].save_pretrained(Path(folder) / CODEC_FOLDER, self.codec_state)
+
+    def activations(self, samples: int, bf16: bool) -> Activations:
+        """What a micro-batch keeps for the backward pass."""
+        return transformer_activations(self._model.config, samples, bf16)
 
     @property
     def _model(self) -> TextToImageTransformer:

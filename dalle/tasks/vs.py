@@ -100,7 +100,7 @@ class VSTask(Task):
         model = VSModel(VSConfig(image_dim=image_dim, text_dim=text_dim, embed_dim=config.model.embed_dim))
         self.players = {"vs": Player(model, config.optimizer)}
         self.frozen = {"text": text} if same else {"text": text, "image": image}
-        self.phases = [Phase("rank", player="vs", loss=self.rank)]
+        self.phases = [Phase("rank", player="vs", loss=self.rank, capturable=True)]
 
     def companions(self) -> dict[str, Companion]:
         """Also ``image`` where one network gives both features."""

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dalle.config import FIXED, RESUME, resume_rule
+from dalle.config import FIXED, RESUME, SAID, declaration, resume_rule
 from dalle.errors import UserError
 from dalle.files import sha256_of, sync, write_json
 from dalle.tensor_file import write_synced
@@ -296,6 +296,12 @@ def different_settings(saved: Mapping[str, Any], config: BaseModel) -> list[str]
     """``key: old -> new`` for every setting that a resume may not change, by its own declaration, and that has."""
     return [f"{key}: {old!r} -> {new!r}" for key, old, new in sorted(changes(saved, config.model_dump(mode="json")))
             if resume_rule(type(config), key) == FIXED[RESUME]]
+
+
+def noted_settings(saved: Mapping[str, Any], config: BaseModel) -> list[str]:
+    """``key: old -> new`` for every setting that a resume may change, but not without a word."""
+    return [f"{key}: {old!r} -> {new!r}" for key, old, new in sorted(changes(saved, config.model_dump(mode="json")))
+            if declaration(type(config), key, SAID)]
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -37,6 +37,7 @@ class EMA:
         self._parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         self._owner = {name: index % owners if owners > 1 else rank for index, name in enumerate(self._parameters)}
         self._values: dict[str, Tensor] = {}
+        self._lent: dict[str, Tensor] = {}       # where a live weight waits while its average is in its place
         for name, parameter in self._parameters.items():
             with access([parameter], None):
                 if self._owner[name] == rank:
@@ -47,6 +48,7 @@ class EMA:
         """Take in the weights after ``step`` steps; does nothing between multiples of ``every``."""
         if step % self.every:
             return
+        self._check_not_lent()
         weight = 1 - self.decay_at(step // self.every)
         if self._owners == 1 and self._access is full_access:
             live = [parameter.detach() for parameter in self._parameters.values()]
@@ -64,22 +66,38 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The average in place of the live weights, which come back unchanged at the end."""
-        live = self._exchange(self._values)
+        """The average in place of the live weights, which come back unchanged at the end.
+
+        The two change places tensor by tensor, so that no second copy of the weights is ever held; meanwhile the
+        average can be neither read nor moved (``RuntimeError``), and so nothing can be saved.
+        """
         try:
+            self._exchange(lend=True)
             yield
         finally:
-            self._exchange(live)
+            self._exchange(lend=False)
 
     @torch.no_grad()
-    def _exchange(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        previous = {}
+    def _exchange(self, lend: bool) -> None:
+        """Lend every average that is not lent, or take back every one that is: what failed half way can be undone."""
         for name, parameter in self._parameters.items():
             with self._access([parameter], self._owner[name]):
-                if self._owner[name] == self._rank:
-                    previous[name] = parameter.detach().to(values[name].device, copy=True)
-                    parameter.copy_(values[name])
-        return previous
+                if name in self._values and (name in self._lent) != lend:
+                    live, average = parameter.detach(), self._values[name]
+                    if live.dtype == average.dtype:
+                        change_places(live, average)
+                        self._lent[name] = average
+                    elif lend:       # a weight of fewer bits would lose the average's
+                        self._lent[name] = live.clone()
+                        live.copy_(average)
+                    else:
+                        live.copy_(self._lent[name])
+                    if not lend:
+                        del self._lent[name]
+
+    def _check_not_lent(self) -> None:
+        if self._lent:
+            raise RuntimeError("the average is in place of the weights now: nothing can be saved, loaded or updated")
 
     @property
     def is_split(self) -> bool:
@@ -93,12 +111,20 @@ class EMA:
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's part of the average, by parameter name."""
+        self._check_not_lent()
         return dict(self._values)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ``ValueError`` when ``state`` does not hold just this rank's parameters."""
+        self._check_not_lent()
         if state.keys() != self._values.keys():
             different = sorted(state.keys() ^ self._values.keys())
             raise ValueError(f"the saved average does not fit: {different[0]!r} is only on one side")
         for name, value in self._values.items():
             value.copy_(state[name])
+
+
+def change_places(left: Tensor, right: Tensor) -> None:
+    held = right.clone()
+    right.copy_(left)
+    left.copy_(held)

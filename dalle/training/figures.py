@@ -85,6 +85,21 @@ class Perplexity(Counts):
         return float(torch.special.entr(self.counts.double() / seen).sum().exp()) if seen else 0.0
 
 
+def numbers_of(values: Sequence[Tensor]) -> list[float]:
+    """The numbers of 0-d or one-element tensors that may live on several devices; each but the CPU is read once."""
+    numbers: dict[int, float] = {}
+    elsewhere: dict[torch.device, list[int]] = {}
+    for index, value in enumerate(values):
+        if value.is_cpu:
+            numbers[index] = value.item()
+        else:
+            elsewhere.setdefault(value.device, []).append(index)
+    for here in elsewhere.values():
+        stacked = torch.stack([values[index].reshape(()).float() for index in here])
+        numbers.update(zip(here, stacked.tolist(), strict=True))
+    return [numbers[index] for index in range(len(values))]
+
+
 def joined_values(shares: Sequence[Mapping[str, Figure]]) -> dict[str, float]:
     """The value of every figure over all ranks' ``shares``; a rank may lack some."""
     names = dict.fromkeys(name for share in shares for name in share)

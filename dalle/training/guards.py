@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dalle.errors import LostProcess, UserError
+from dalle.training.figures import numbers_of
 from dalle.training.settings import SpikeConfig
 from dalle.training.task import Phase
 from dalle.words import one_line
@@ -46,7 +46,7 @@ class SkipCounter:
         """What was skipped since the last call."""
         if not self._pending:
             return []
-        flags = torch.stack([flag for _, flag in self._pending]).tolist()
+        flags = numbers_of([flag for _, flag in self._pending])
         skipped = []
         for (entry, _), flag in zip(self._pending, flags, strict=True):
             self.total += int(flag)

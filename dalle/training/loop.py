@@ -5,19 +5,23 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dalle.data.batch import Batch, BatchSource
 from dalle.errors import EXIT_STOPPED_BY_SIGNAL, UserError
+from dalle.training.agreement import Agreement
+from dalle.training.capture import Seed
 from dalle.training.checkpoint import CheckpointStore
+from dalle.training.determinism import deterministic_algorithms
 from dalle.training.engines.base import Engine, Outcome
 from dalle.training.feeding import Feed
 from dalle.training.figures import Max
 from dalle.training.guards import SkipCounter, lost_processes_named
 from dalle.training.meter import Meter
+from dalle.training.profiling import ProfileWindow
 from dalle.training.randomness import seed_random
 from dalle.training.run import RunConfig
 from dalle.training.run_folder import RunFolder
@@ -29,6 +33,7 @@ from dalle.training.watchdog import Limits, Watchdog
 from dalle.training.watching import Evaluate, LogLines, Looks, Output, ValidationLoader
 
 GO_ON, BUDGET_SPENT, SIGNALLED = 0, 1, 2       # what the ranks agree on after every step; the largest wins
+EARLY_STEPS = 2        # may take long: the first, in which much is made, and the next, in which others wait for that
 
 
 @dataclass
@@ -49,27 +54,64 @@ class Summary:
 
 @dataclass
 class Played:
-    """What came of a phase: this rank's losses, 0-d on the device, one a micro-batch, and the player's step."""
+    """What came of a phase: this rank's losses, 0-d on the device, and parts, one a micro-batch; the player's step."""
 
     phase: Phase
     losses: list[Tensor]
+    parts: list[dict[str, Tensor | float | Max]]
     outcome: Outcome
+
+    def mapped(self, work: Callable[[Tensor], Tensor]) -> "Played":
+        """The same with ``work`` done to every tensor in it."""
+        def done(value: Any) -> Any:
+            if isinstance(value, Max):
+                return Max(done(value.maximum))
+            return work(value) if isinstance(value, Tensor) else value
+
+        return Played(self.phase, [work(loss) for loss in self.losses],
+                      [{name: done(value) for name, value in parts.items()} for parts in self.parts],
+                      Outcome(work(self.outcome.grad_norm), work(self.outcome.skipped)))
 
 
 def train_step(engine: Engine, task: Task, batch: Batch, step: int, config: RunConfig, meter: Meter) \
-        -> list["Played"]:
+        -> list[Played]:
     """One step on this rank's share of the batch: every phase that is due, over all micro-batches, moves its player."""
-    count = engine.accumulation
-    micro_batches = []
-    for index, part in enumerate(split(batch, count)):
-        seed_random(config.seed, step, index, engine.rank, 0)
-        with torch.no_grad(), engine.autocast():
-            micro_batches.append(task.prepare(engine.to_device(part), engine.networks, step))
+    def seed(step: int, *draws: int | str) -> None:
+        micro_batch, *rest = draws
+        seed_random(config.seed, step, micro_batch, engine.rank, *rest)
 
+    micro_batches = []
+    for index, part in enumerate(split(batch, engine.accumulation)):
+        seed(step, index, 0)
+        with meter.part("prepare"), torch.no_grad(), engine.autocast():
+            micro_batches.append(task.prepare(engine.to_device(task.on_host(part, step)), engine.networks, step))
+    engine.set_rates(step, config.train.steps)
+
+    def play(micro_batches: list[Batch], seed: Seed) -> list[Played]:
+        return play_phases(engine, task, micro_batches, step, config.train.steps, seed, meter)
+
+    if engine.capture is None:
+        played = play(micro_batches, seed)
+    else:
+        due = tuple(phase.name for phase in task.phases if phase.is_due(step))
+        with meter.part("phases"):      # of a replay all that there is
+            played = engine.capture.play(due, micro_batches, step, seed, play)
+    for one in played:
+        record(meter, task, one)
+    with meter.part("average"):
+        engine.update_ema(step + 1)
+    return played
+
+
+def play_phases(engine: Engine, task: Task, micro_batches: list[Batch], step: int, steps: int, seed: Seed,
+                meter: Meter) -> list[Played]:
+    """The phases of ``step`` that are due, on prepared micro-batches; the draws are seeded by ``seed``."""
+    count = engine.accumulation
     waiting: dict[tuple[str, int], Batch] = {}       # (phase, micro-batch) -> what it made ahead, with its graph
     for phase in task.phases:
         if phase.ahead:
-            made = make_ahead(engine, phase, micro_batches, step, config)
+            with meter.part(named(task, phase, "ahead")):
+                made = make_ahead(engine, phase, micro_batches, step, steps, seed)
             micro_batches = [batch | detached(own) for batch, own in zip(micro_batches, made, strict=True)]
             waiting |= {(phase.name, index): own for index, own in enumerate(made)}
 
@@ -78,31 +120,31 @@ def train_step(engine: Engine, task: Task, batch: Batch, step: int, config: RunC
         if not phase.is_due(step):
             continue
         for repeat in range(phase.repeats):
-            engine.begin_phase(phase, step, config.train.steps)
-            losses = []
+            engine.begin_phase(phase, step, steps)
+            losses, parts = [], []
             for index, micro_batch in enumerate(micro_batches):
-                seed_random(config.seed, step, index, engine.rank, number, repeat)
+                seed(step, index, number, repeat)
                 engine.begin_micro_batch(last=index + 1 == count)
-                with engine.autocast():
+                with meter.part(named(task, phase, "forward")), engine.autocast():
                     own = waiting.pop((phase.name, index), None) or phase.make(engine.networks, micro_batch, step)
                     loss = phase.loss(engine.networks, micro_batch | own, step)
-                engine.backward(loss.total / count)
+                with meter.part(named(task, phase, "backward")):
+                    engine.backward(loss.total / count)
                 losses.append(loss.total.detach())
-                record(meter, task, phase, {"loss": loss.total, **loss.parts})
-            outcome = engine.step()
-            record(meter, task, phase, {"grad_norm": outcome.grad_norm, "skipped": outcome.skipped})
-            played.append(Played(phase, losses, outcome))
-    engine.update_ema(step + 1)
+                parts.append(loss.parts)
+            with meter.part(named(task, phase, "step")):
+                outcome = engine.step()
+            played.append(Played(phase, losses, parts, outcome))
     return played
 
 
-def make_ahead(engine: Engine, phase: Phase, micro_batches: list[Batch], step: int, config: RunConfig) \
+def make_ahead(engine: Engine, phase: Phase, micro_batches: list[Batch], step: int, steps: int, seed: Seed) \
         -> list[Batch]:
     """What ``phase`` makes before the step's phases, of each micro-batch; with its graph where the phase is due."""
-    engine.begin_phase(phase, step, config.train.steps)
+    engine.begin_phase(phase, step, steps)
     made = []
     for index, micro_batch in enumerate(micro_batches):
-        seed_random(config.seed, step, index, engine.rank, phase.name)
+        seed(step, index, phase.name)
         engine.begin_micro_batch(last=index + 1 == len(micro_batches))
         with torch.set_grad_enabled(phase.is_due(step)), engine.autocast():
             made.append(phase.make(engine.networks, micro_batch, step))
@@ -130,7 +172,9 @@ class Trainer:
         self.limits = Limits(self.watchdog, config.engine, self.steps)
         store = CheckpointStore(Path(config.folder) / "checkpoints", config.train.keep_last)
         self.folder = RunFolder(config, store)
-        self.feed, self.meter = Feed(train_loader), Meter()
+        self.feed, self.meter = Feed(train_loader), Meter(engine.device)
+        self.profile = ProfileWindow(config.train.profile, self.folder.path, engine.rank, engine.device,
+                                     self.meter.timings)
         self.skips = SkipCounter(config.train.max_skipped)
         self.output = Output(config, engine, self.steps)
         self.checkpoints = Checkpoints(task, config, engine, store, resume, self.steps, self.evolving, self.limits,
@@ -144,6 +188,7 @@ class Trainer:
         """Train; raises :class:`UserError` for what the user can mend, :class:`LostProcess` for a dead or hung one."""
         began = time.monotonic()
         with ExitStack() as closing:
+            closing.enter_context(deterministic_algorithms(self.config.train.deterministic))
             closing.enter_context(self.watchdog)
             closing.callback(self.folder.release)
             closing.callback(self._leave)
@@ -175,36 +220,50 @@ class Trainer:
         return self._summary(status, began)
 
     def _loop(self, signals: StopSignals, began: float) -> str:
-        settings, steps, decision, first = self.config.train, self.steps, GO_ON, True
+        settings, steps, decision, early = self.config.train, self.steps, GO_ON, EARLY_STEPS
+        agreement = Agreement(self.engine, lambda: self._wishes(signals, began))
         while steps.done < steps.last and decision == GO_ON:
-            with self.limits.allow("waiting for data", first), self.meter.waiting():
+            if self.profile.is_over(steps.done):
+                self._write_trace()
+            with self.limits.allow("waiting for data", early > 0), self.meter.waiting():
                 batch = self.feed.next(steps.done, self.evolving.numbers)
-            with self.limits.allow("training", first):
+            with self.limits.allow("training", early > 0):
                 played = train_step(self.engine, self.task, batch, steps.done, self.config, self.meter)
             steps.done += 1
             self.meter.steps += 1
             self.output.advance(batch)
-            with self.limits.allow("agreeing with the other ranks", first):
+            with self.limits.allow("agreeing with the other ranks", early > 0):
                 self._count_skips(played, batch)
                 if settings.spike.zscore is not None and self._roll_back_on_spike(played, batch):
-                    first = True
+                    early = EARLY_STEPS
                     continue
-                decision, save_due = self._agree(signals, began)
+                with self.meter.timings.host("agreement"):
+                    decision, save_due = self._agreed(agreement)
                 if steps.due(settings.log_every):
                     self.log_lines.write()
+            early -= 1
             ends = decision != GO_ON or steps.done == steps.last
             with self.meter.paused():
                 if ends or save_due or steps.due(settings.save_every):
-                    self.checkpoints.save(required=ends)
+                    with self.meter.timings.host("save"):
+                        self.checkpoints.save(required=ends)
                 self._look()
-            first = False
+            if not ends:
+                agreement.ask()
         return self._end(decision)
 
-    def _agree(self, signals: StopSignals, began: float) -> tuple[int, bool]:
-        """What all ranks do next: (go on, or why not; whether a save is due by the clock). Moves a running save on."""
+    def _wishes(self, signals: StopSignals, began: float) -> tuple[int, ...]:
+        """What this rank has to say at the end of a step: to go on, or why not; whether its clock asks for a save;
+        whether it still writes the one before, or has failed to."""
         saver = self.checkpoints.saver
-        decision, save_due, busy, failed = self.engine.all_reduce_max(
-            self._wish(signals, began), int(self.checkpoints.is_late()), int(saver.busy), int(saver.failed))
+        return self._wish(signals, began), int(self.checkpoints.is_late()), int(saver.busy), int(saver.failed)
+
+    def _agreed(self, agreement: Agreement) -> tuple[int, bool]:
+        """What all ranks do next: (go on, or why not; whether a save is due by the clock). Moves a running save on."""
+        answer = agreement.answer()
+        if answer is None:
+            return GO_ON, False
+        decision, save_due, busy, failed = answer
         self.checkpoints.advance(bool(busy), bool(failed))
         return decision, bool(save_due)
 
@@ -224,6 +283,10 @@ class Trainer:
         self.engine.share_buffers()
         for look in looks:
             look()
+
+    def _write_trace(self) -> None:
+        with self.limits.allow("writing a trace"), self.meter.paused():
+            self.output.say(f"a trace for chrome://tracing or ui.perfetto.dev: {self.profile.write()}")
 
     # -- what goes wrong
 
@@ -281,10 +344,11 @@ class Trainer:
     def _announce(self, checkpoint: Path | None) -> None:
         engine = self.engine
         self.output.log(self.steps.done, {"event": "resume" if checkpoint else "start", "engine": engine.kind,
-                                          "processes": engine.world_size, "device": engine.device.type})
+                                          "processes": engine.world_size, "device": engine.device.type,
+                                          "computes": engine.computes})
         begin = f"resuming {checkpoint}" if checkpoint else f"starting {self.folder.path}"
         self.output.say(f"{begin}: {engine.kind}, {engine.world_size} process(es) on {engine.device.type}, "
-                        f"{self.config.train.precision}")
+                        f"{engine.computes}")
 
     def _nothing_to_do(self, checkpoint: Path | None) -> str:
         """The end of a start that has no step to make: it opens no data, and writes only what a kill kept from it."""
@@ -302,6 +366,8 @@ class Trainer:
         return "finished" if finished else "stopped"
 
     def _end(self, decision: int) -> str:
+        if self.profile.is_open:
+            self._write_trace()
         share = " of this process" if self.engine.world_size > 1 else ""
         for line in self.feed.source.report():
             self.output.say(f"samples{share} {line}")
@@ -326,11 +392,18 @@ def keys_of(batch: Batch) -> list[str]:
     return list(batch.get("key", ()))
 
 
-def record(meter: Meter, task: Task, phase: Phase, figures: dict[str, Tensor | float | Max]) -> None:
-    """Into the meter, by the phase's name where there are several."""
-    prefix = f"{phase.name}/" if len(task.phases) > 1 else ""
-    for name, value in figures.items():
-        meter.add(prefix + name, value)
+def record(meter: Meter, task: Task, played: Played) -> None:
+    """Into the meter."""
+    for loss, parts in zip(played.losses, played.parts, strict=True):
+        for name, value in {"loss": loss, **parts}.items():
+            meter.add(named(task, played.phase, name), value)
+    meter.add(named(task, played.phase, "grad_norm"), played.outcome.grad_norm)
+    meter.add(named(task, played.phase, "skipped"), played.outcome.skipped)
+
+
+def named(task: Task, phase: Phase, name: str) -> str:
+    """What a figure, or the time of a part, is called: by the phase's name, too, where there are several."""
+    return f"{phase.name}/{name}" if len(task.phases) > 1 else name
 
 
 def split(batch: Batch, count: int) -> Iterator[Batch]:

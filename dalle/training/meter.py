@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle.training.figures import Figure, Max, Mean
+from dalle.training.figures import Figure, Max, Mean, numbers_of
+from dalle.training.timing import Part, Timings
 
 # dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets
 PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -19,10 +20,13 @@ PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e
 
 
 class Meter:
-    """Collects figures as tensors and times as floats; :meth:`read` turns them into numbers, in one transfer."""
+    """Collects figures as tensors and times as floats; :meth:`read` turns them into numbers, in one transfer.
 
-    def __init__(self) -> None:
-        self.waited = 0.0                                     # seconds for data
+    ``timings`` has the seconds of the parts of a step: ``data``, ``prepare``, those of :meth:`part`, ``agreement``.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.timings = Timings(device)
         self._figures: dict[str, list[Tensor]] = defaultdict(list)
         self._maxima: set[str] = set()                       # names of figures whose maximum is asked for
         self.restart()
@@ -30,7 +34,8 @@ class Meter:
     def restart(self) -> None:
         """Forget what was collected, and count the time from now on."""
         self._figures.clear()
-        self.waited = self._paused = 0.0
+        self.timings.forget()
+        self._paused = 0.0
         self._began = time.perf_counter()
         self.steps = 0
 
@@ -40,12 +45,13 @@ class Meter:
             value = value.maximum
         self._figures[name].append(value.detach() if isinstance(value, Tensor) else torch.tensor(float(value)))
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> Part:
         """Time in here is time waiting for data."""
-        began = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - began
+        return self.timings.host("data")
+
+    def part(self, name: str) -> Part:
+        """What is called in here is a part of a step on the device: ``prepare``, or ``forward`` of a phase."""
+        return self.timings.device(name)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -54,28 +60,18 @@ class Meter:
         yield
         self._paused += time.perf_counter() - began
 
-    def read(self) -> tuple[dict[str, Figure], float, float]:
-        """(figures of the finite values of each name, seconds of training, seconds of waiting); starts over."""
-        flat = [value.reshape(()).float() for values in self._figures.values() for value in values]
-        numbers = iter(_to_list(flat))
+    def read(self) -> tuple[dict[str, Figure], float, dict[str, float]]:
+        """(figures of the finite values of each name, seconds of training, those of its parts); starts over."""
+        numbers = iter(numbers_of([value for values in self._figures.values() for value in values]))
         figures: dict[str, Figure] = {}
         for name, values in self._figures.items():
             finite = [number for number in (next(numbers) for _ in values) if abs(number) < float("inf")]
             figures[name] = (Max(max(finite, default=Max.maximum)) if name in self._maxima
                              else Mean(sum(finite), len(finite)))
         seconds = time.perf_counter() - self._began - self._paused
-        waited = self.waited
+        parts = self.timings.read()
         self.restart()
-        return figures, max(seconds, 1e-9), waited
-
-
-def _to_list(values: list[Tensor]) -> list[float]:
-    """Numbers of 0-d tensors that may live on two devices, each device read once."""
-    numbers: dict[int, float] = {}
-    for device in {value.device for value in values}:
-        here = [index for index, value in enumerate(values) if value.device == device]
-        numbers.update(zip(here, torch.stack([values[index] for index in here]).tolist(), strict=True))
-    return [numbers[index] for index in range(len(values))]
+        return figures, max(seconds, 1e-9), parts
 
 
 def memory_gigabytes(device: torch.device) -> float:

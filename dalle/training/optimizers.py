@@ -9,7 +9,11 @@ from torch import nn
 
 from dalle.config import FIXED, FREE, Section
 from dalle.errors import UserError
+from dalle.training.muon import Muon, Share, alone
 from dalle.training.schedules import learning_rate_factor
+
+LARGE = 100_000_000      # parameters, from which on an average costs about 1 % of a step
+LARGE_EMA_EVERY = 10     # steps between two of its updates then
 
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
@@ -40,7 +44,9 @@ class OptimizerConfig(Section, json_schema_extra=FREE):
     muon_scaling: Literal["original", "match_rms_adamw"] = Field(
         default="original", description="Muon's step by a matrix's shape: as published, or as large as AdamW's")
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the weight average; 0 keeps none")
-    ema_every: int = Field(default=1, ge=1, description="update the average every so many steps")
+    ema_every: int | None = Field(default=None, ge=1, description="update the average every so many steps; null: "
+                                  f"{LARGE_EMA_EVERY} from {LARGE // 10**6} million parameters on, else 1; an update "
+                                  "decays by as much as the steps since the last would have")
     ema_warmup: bool = Field(default=True, description="shorter averages at the start of the run: the n-th update "
                              "decays by at most (1 + n) / (10 + n)")
 
@@ -53,6 +59,12 @@ class OptimizerConfig(Section, json_schema_extra=FREE):
                              "step_every out")
         return self
 
+    def of(self, parameters: int) -> Self:
+        """The settings of a player of so many parameters: nothing in them is left to be chosen."""
+        if self.ema_every is not None:
+            return self
+        return self.model_copy(update={"ema_every": LARGE_EMA_EVERY if parameters >= LARGE else 1})
+
     def factor(self, step: int, steps: int) -> float:
         """What every peak learning rate is multiplied by at ``step`` of ``steps``."""
         return learning_rate_factor(step, steps, self.warmup, self.schedule, self.final_fraction, self.step_every,
@@ -62,13 +74,15 @@ class OptimizerConfig(Section, json_schema_extra=FREE):
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon on the block matrices and AdamW on everything else, as one optimiser over all parameter groups.
 
-    Muon orthogonalises the momentum of a matrix (Jordan et al., 2024), which makes no sense for embeddings, heads,
-    gains and biases. ``found_inf`` (a 0-d tensor on the device, 1 to leave everything as it is) is honoured by both.
+    Muon orthogonalises the momentum of a matrix, which makes no sense for embeddings, heads, gains and biases.
+    ``found_inf`` (a 0-d tensor on the device, 1 to leave everything as it is) and ``grad_scale`` (another, which
+    gradients are divided by) are honoured by both.
     """
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
         self.muon, self.adamw = muon, adamw
         self.found_inf: torch.Tensor | None = None
+        self.grad_scale: torch.Tensor | None = None
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self._share_groups()
 
@@ -80,11 +94,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:
         if closure is not None:
             raise ValueError("MuonWithAdamW takes no closure")
-        self.adamw.found_inf = self.found_inf
-        # torch.optim.Muon has no device-side skip; its momentum would be spoilt by one bad gradient for good
-        if self.found_inf is None or not self.found_inf.item():
-            self.muon.step()
-        self.adamw.step()
+        for part in (self.muon, self.adamw):
+            part.found_inf, part.grad_scale = self.found_inf, self.grad_scale
+            part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.muon.zero_grad(set_to_none)
@@ -115,13 +127,13 @@ class NamesMatrices(Protocol):
         """Names of the two-dimensional weights inside the blocks, which are multiplied and no embeddings or heads."""
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, config: OptimizerConfig, share: Share = alone) -> torch.optim.Optimizer:
     """The optimiser over the trainable parameters of ``module``.
 
     AdamW is the fused one: fastest on every device, and it can skip a non-finite step on the device (``found_inf``).
     Nothing below two axes decays, no weight of an ``nn.Embedding``, and none of the parameters that a module, or a part
     of it, names as :class:`NamesEmbeddings`. With ``muon``, the module is a :class:`NamesMatrices`: those are what Muon
-    moves.
+    moves; ``share`` is how the processes of a run share the work of that.
     Every group keeps its peak learning rate as ``peak_lr``. Raises ``ValueError`` when there is nothing to train, when
     a name is unknown or an embedding is listed for Muon, or when the module does not say which matrices that is for.
     """
@@ -146,8 +158,8 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
     if not muon_matrices:
         optimizer: torch.optim.Optimizer = adamw
     else:
-        muon = torch.optim.Muon(muon_matrices, lr=config.muon_lr, weight_decay=config.weight_decay,
-                                momentum=config.muon_momentum, adjust_lr_fn=config.muon_scaling)
+        muon = Muon(muon_matrices, lr=config.muon_lr, weight_decay=config.weight_decay,
+                    momentum=config.muon_momentum, scaling=config.muon_scaling, share=share)
         if adamw is None:
             raise ValueError(f"{type(module).__name__} lists all its parameters for Muon; heads and gains need AdamW")
         optimizer = MuonWithAdamW(muon, adamw)
@@ -162,9 +174,19 @@ def optimizer_parts(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimi
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Scale every group's peak learning rate."""
+    """Scale every group's peak learning rate; one that is a tensor keeps its place in memory."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        rate = group["peak_lr"] * factor
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def rates_on(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Keep the learning rates in tensors on ``device``, where what is recorded reads them anew at each replay."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.full((), float(group["lr"]), dtype=torch.float32, device=device)
 
 
 def _matrix_names(module: nn.Module, embeddings: set[int]) -> list[str]:

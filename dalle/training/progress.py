@@ -11,6 +11,7 @@ from rich.table import Column
 from dalle.words import duration
 
 BAR_WIDTH, NAME_WIDTH = 14, 16       # letters
+SECONDS_BETWEEN = 0.1                # two numbers in the bar: it is drawn no oftener, and to be told costs a step time
 SHOWN = ("loss", "grad_norm", "lr", "samples_per_second", "data_wait")
 
 
@@ -29,6 +30,7 @@ class ProgressLine:
     def __init__(self, name: str, start: int, steps: int, shown: bool):
         self.steps, self._start, self._began = steps, start, time.monotonic()
         self._shown = shown
+        self._next = 0.0
         self._bar: Progress | None = None
         if shown and sys.stderr.isatty():
             self._bar = live_line(Console(stderr=True))
@@ -37,7 +39,8 @@ class ProgressLine:
 
     def advance(self, done: int) -> None:
         """``done`` steps are finished."""
-        if self._bar is not None:
+        if self._bar is not None and time.monotonic() >= self._next:
+            self._next = time.monotonic() + SECONDS_BETWEEN
             self._bar.update(self._row, completed=done)
 
     def log(self, done: int, values: Mapping[str, float]) -> None:

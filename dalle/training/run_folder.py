@@ -119,6 +119,7 @@ def begin_anew(folder: Path, store: CheckpointStore, keep_model: bool) -> None:
     (folder / "wandb_id").unlink(missing_ok=True)
     delete(folder / "samples", (folder / "samples").glob("step_*_*.png"))
     delete(folder / "sample_log", (folder / "sample_log").glob("rank*.jsonl"))
+    delete(folder / "profile", (folder / "profile").glob("step_*_rank*.json"))
     delete(folder / "tensorboard", (folder / "tensorboard").glob("events.out.tfevents.*"))
     put_log_aside(folder)
 

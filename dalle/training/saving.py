@@ -3,7 +3,8 @@
 A save goes through three stages, and all ranks go from one to the next together, by the agreement that the loop has at
 the end of every step anyway:
 
-    copying      every rank copies what it writes (``Engine.snapshot``), in the step
+    copying      every rank copies what it writes (``Engine.snapshot``), in the step; on a GPU the step only begins it
+                 (:mod:`dalle.training.engines.copies`), and the thread waits until it is done
     writing      a thread of every rank writes, hashes and syncs its files
     committing   a thread of rank 0 publishes the checkpoint, exports ``model/``, deletes what is old
 
@@ -52,7 +53,9 @@ class Saver:
         """Copy, and begin to write, the checkpoint of ``step``. Raises :class:`SaveFailed`, here or later."""
         assert self.stage == IDLE, "finish the save before"
         began = time.monotonic()
+        self.engine.copies.begin()
         snapshots = {name: self.engine.snapshot(name) for name in self.players}
+        self.engine.copies.end()
         sizes = self.engine.gather(sum(tensor.nbytes for snapshot in snapshots.values()
                                        for section in snapshot.values() for tensor in section.values()))
         self.step, self._state = step, dict(state)
@@ -123,6 +126,7 @@ class Saver:
 
     def _write(self, snapshots: dict[str, Snapshot]) -> None:
         self._entries = {}
+        self.engine.copies.wait()
         for name, snapshot in snapshots.items():
             for section, tensors in snapshot.items():
                 if tensors:

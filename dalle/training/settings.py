@@ -20,6 +20,14 @@ class SpikeConfig(Section, json_schema_extra=FREE):
     max_rollbacks: int = Field(default=8, ge=1, description="in the run, before it stops")
 
 
+class ProfileConfig(Section, json_schema_extra=FREE):
+    """A Chrome trace of a few steps in the run's ``profile/``."""
+
+    start: int = Field(default=20, ge=0, description="steps that are done before the first in the trace")
+    steps: int = Field(default=3, ge=1, description="steps in the trace")
+    all_ranks: bool = Field(default=False, description="a trace of every rank, not of the first alone")
+
+
 class TrainConfig(Section, json_schema_extra=FREE):
     """How long, how much at once, and how often to look."""
 
@@ -27,9 +35,18 @@ class TrainConfig(Section, json_schema_extra=FREE):
     batch_size: int = Field(default=32, ge=1, description="samples a step over all processes",
                             json_schema_extra=FIXED)
     micro_batch_size: int | None = Field(default=None, ge=1, description="samples at once in a process; null: all")
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="what the networks compute in; bf16 is "
-                                               "autocast, and weights and optimiser state stay fp32")
-    compile: bool = Field(default=False, description="torch.compile the players")
+    precision: Literal["fp32", "bf16", "fp8"] = Field(
+        default="fp32", description="what the networks compute in; bf16 is autocast, fp8 is bf16 with the matrices of "
+        "the blocks in fp8; weights and optimiser state stay fp32")
+    compile: bool | None = Field(default=None, description="torch.compile the players, block by block where they have "
+                                 "blocks; null: on CUDA, from 20 million parameters in blocks and 2,000 steps on, and "
+                                 "in fp8")
+    capture: bool | None = Field(default=None, description="record the phases of a step once, as CUDA graphs, and "
+                                 "replay them, on one GPU without accumulation and compile; null: for models small "
+                                 "enough to be bound by the host")
+    deterministic: bool = Field(default=False, description="the same bits at every run on the same GPU, by slower "
+                                "algorithms; what has none ends the run with its name")
+    profile: ProfileConfig | None = Field(default=None, description="trace a few steps; null: none")
     log_every: int = Field(default=10, ge=1, description="steps between two log lines")
     validate_every: int = Field(default=0, ge=0, description="steps between two validations; 0: never")
     validation_samples: int | None = Field(default=None, ge=1, description="samples of data.validation that are "
@@ -66,10 +83,14 @@ class EngineConfig(Section, json_schema_extra=FREE):
                                 "gradients in")
     offload_optimizer: bool = Field(default=False, description="ZeRO: optimiser state in host memory")
     offload_parameters: bool = Field(default=False, description="ZeRO-3: parameters in host memory")
-    bucket_elements: int = Field(default=50_000_000, ge=1, description="ZeRO: elements exchanged at once")
+    shard_size: int | None = Field(default=None, ge=1, description="FSDP2: neighbouring processes that share one copy "
+                                   "of the weights, such as those of a node (HSDP); null: all")
+    bucket_elements: int | None = Field(default=None, ge=1, description="gradients, in elements, that DDP and ZeRO "
+                                        "exchange at once while the backward runs; null: 25 MiB under DDP, 50 million "
+                                        "under ZeRO")
     allow_zero3_players: bool = Field(default=False, description="ZeRO-3 for a task of several players")
-    timeout_minutes: float = Field(default=10, gt=0, description="minutes: a first step, a batch of validation, a "
-                                   "preview or a save that takes longer ends the run as hung")
+    timeout_minutes: float = Field(default=10, gt=0, description="minutes: one of the first two steps, a batch of "
+                                   "validation, a preview or a save that takes longer ends the run as hung")
     step_timeout_minutes: float = Field(default=5, gt=0, description="minutes: the same for every later step")
 
 

@@ -94,7 +94,7 @@ class InterruptListener:
         now = time.monotonic()
         if not self._first:
             self._first = now
-            self._say("stopping after this step, with a checkpoint; Ctrl-C again ends at once, without one")
+            self._say("stopping within a step or two, with a checkpoint; Ctrl-C again ends at once, without one")
         elif now - self._first > ONE_INTERRUPT_SECONDS:
             self._say("interrupted")
             os._exit(EXIT_INTERRUPTED)      # what was being saved has no name yet, as after a kill

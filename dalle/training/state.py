@@ -19,6 +19,7 @@ from dalle.training.checkpoint import (
     SavedPlayer,
     check_is_checkpoint,
     check_resumable,
+    noted_settings,
     read_run_state,
     step_of,
     unusable,
@@ -130,6 +131,8 @@ class Checkpoints:
 
     def _check(self, checkpoint: Path) -> None:
         check_resumable(checkpoint, self.saved, self._config, self.saved["data"], list(self._task.players))
+        for line in noted_settings(self.saved["config"], self._config):
+            log.warning("going on with another setting than the checkpoint's: %s", line)
         check_companions(str(checkpoint), self.saved, self._config.model_dump(mode="json"), self._companions,
                          copies=self._folder / EXPORT_FOLDER, accepted=self._config.train.accept_companions)
 

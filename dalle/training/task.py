@@ -66,6 +66,10 @@ class Phase:
     batches under these names (a generator's pictures, painted once a step). Only this phase gets it with its graph, the
     others detached; a repeat makes it anew, for the player has moved. Where the phase is not due, it is made for the
     others alone.
+
+    ``capturable``: what the phase does on the device, ``ahead`` included, follows from the tensors of its prepared
+    batch and the networks alone: not from the step, nor from other values of the batch, and the host reads none of its
+    results. Where nothing else stands in the way it is then recorded and replayed (``dalle/training/capture.py``).
     """
 
     name: str
@@ -74,6 +78,7 @@ class Phase:
     every: int = 1
     repeats: int = 1
     ahead: Mapping[str, Callable[[Networks, Batch, int], Any]] = field(default_factory=dict, hash=False)
+    capturable: bool = False
 
     def is_due(self, step: int) -> bool:
         return step % self.every == 0
@@ -129,6 +134,11 @@ class Task:
 
     def check_share(self, samples: int, world_size: int) -> None:
         """Raise :class:`UserError` where no step can be made of so many samples at once in each of the processes."""
+
+    def on_host(self, batch: Batch, step: int) -> Batch:
+        """What is decided by the values of a loaded micro-batch, while they are on the CPU: what is added here, tensors
+        or not, :meth:`prepare` finds beside them. To read them later, the host would wait for the device."""
+        return batch
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> Batch:
         """Turn a loaded micro-batch (already on the device) into what the losses take; runs once, without gradient."""

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from dalle.errors import EXIT_LOST_PROCESS
@@ -30,6 +30,7 @@ class Watchdog:
         self.step, self.what = 0, "starting"
         self._deadline = float("inf")
         self._allowed = 0.0
+        self._part = Part(self)                    # one for all: a part is begun and ended in every step
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -41,12 +42,15 @@ class Watchdog:
         self._closed.set()
         self._thread.join()
 
-    @contextmanager
-    def allow(self, seconds: float, step: int, what: str) -> Iterator[None]:
-        """What happens in here, the part ``what`` of ``step``, may take ``seconds``."""
+    def allow(self, seconds: float, step: int, what: str) -> AbstractContextManager:
+        """What happens from here to the end of ``with``, the part ``what`` of ``step``, may take ``seconds``; what an
+        error there leads to has the rest of them."""
         self.step, self.what, self._allowed = step, what, seconds
         self._deadline = time.monotonic() + seconds
-        yield
+        return self._part
+
+    def rest(self) -> None:
+        """Nothing is due."""
         self._deadline = float("inf")
 
     def feed(self) -> None:
@@ -68,6 +72,17 @@ class Watchdog:
             sys.stderr.flush()
         finally:
             os._exit(EXIT_LOST_PROCESS)      # also where stderr was a pipe to a launcher that is dead
+
+
+class Part(AbstractContextManager):
+    """After which, if nothing went wrong in it, the watchdog waits for nothing."""
+
+    def __init__(self, watchdog: Watchdog):
+        self._watchdog = watchdog
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            self._watchdog.rest()
 
 
 class Limits:

@@ -2,7 +2,7 @@
 
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from dalle.training.watchdog import Limits
 
 ValidationLoader = Callable[[], Iterable[Batch]]
 Evaluate = Callable[[Networks, Callable[[], None]], dict[str, float]]
+
+OWN_PARTS = ("data", "prepare", "ahead", "forward")      # of a step, in which no engine but FSDP and ZeRO-3 exchanges
 
 
 class Output:
@@ -105,23 +107,26 @@ class LogLines:
     def write(self) -> None:
         """The figures of the steps since the line before, over all ranks."""
         steps = self._meter.steps
-        figures, seconds, waited = self._meter.read()
+        figures, seconds, by_part = self._meter.read()
         metrics = self._task.metrics(self._steps.done)
         figures |= {name: value for name, value in metrics.items() if isinstance(value, Figure)}
         figures["memory_gb"] = Max(memory_gigabytes(self._engine.device))      # the fullest rank is the one to fail
         source = self._feed.source
-        parts = self._engine.gather((figures, dict(source.skipped), dict(source.partly_used), waited / seconds))
-        values = joined_values([figures for figures, *_ in parts])
-        skipped = sum((Counter(counts) for _, counts, _, _ in parts), Counter())
-        partly_used = sum((Counter(counts) for _, _, counts, _ in parts), Counter())
+        shares = self._engine.gather((figures, dict(source.skipped), dict(source.partly_used), seconds, by_part))
+        values = joined_values([figures for figures, *_ in shares])
+        skipped = sum((Counter(counts) for _, counts, *_ in shares), Counter())
+        partly_used = sum((Counter(counts) for _, _, counts, *_ in shares), Counter())
         values |= {name: float(value) for name, value in metrics.items() if not isinstance(value, Figure)}
         values |= {f"lr{suffix}": rate for suffix, rate in self._learning_rates()}
         values |= speeds(steps * self._config.train.batch_size / seconds, self._task, self._engine.device,
                          self._engine.world_size)
         values |= {"seconds_per_step": seconds / steps,
-                   "data_wait": sum(share for *_, share in parts) / len(parts),
+                   "data_wait": sum(by_part["data"] / seconds for *_, seconds, by_part in shares) / len(shares),
                    "samples": self._steps.samples, "skipped_steps": self._skips.total,
                    "bad_samples": sum(skipped.values())}
+        values |= seconds_by_part([by_part for *_, by_part in shares], steps)
+        if len(shares) > 1:
+            values |= seconds_of_ranks([(seconds, by_part) for *_, seconds, by_part in shares], steps)
         values |= {f"bad_samples/{reason}": count for reason, count in sorted(skipped.items())}
         values |= {f"partly_used/{reason}": count for reason, count in sorted(partly_used.items())}
         self._output.publish(values)
@@ -132,6 +137,23 @@ class LogLines:
         for name, player in self._task.players.items():
             factor = player.optimizer.factor(self._steps.done - 1, self._steps.total)
             yield (f"/{name}" if len(self._task.players) > 1 else ""), player.optimizer.lr * factor
+
+
+def seconds_by_part(by_rank: Sequence[Mapping[str, float]], steps: int) -> dict[str, float]:
+    """``seconds/PART``: of one step, the mean over the ranks. On a GPU the device's for what networks do, which the
+    host's (data, agreement, save) run beside."""
+    names = dict.fromkeys(name for parts in by_rank for name in parts)
+    return {f"seconds/{name}": sum(parts.get(name, 0.0) for parts in by_rank) / len(by_rank) / steps for name in names}
+
+
+def seconds_of_ranks(shares: Sequence[tuple[float, Mapping[str, float]]], steps: int) -> dict[str, float]:
+    """The quickest and the slowest rank's time of one step, and the same of what a rank does before it first meets the
+    others (data, prepare, forward): the whole steps are as long as the slowest rank's on all of them."""
+    whole = [seconds / steps for seconds, _ in shares]
+    own = [sum(time for name, time in parts.items() if name.rpartition("/")[2] in OWN_PARTS) / steps
+           for _, parts in shares]
+    return {"rank_seconds/smallest": min(whole), "rank_seconds/largest": max(whole),
+            "rank_seconds/own_smallest": min(own), "rank_seconds/own_largest": max(own)}
 
 
 class Looks:

@@ -7,7 +7,7 @@ from slurm.options import ROOT, processes
 from slurm.runs import PlannedRun
 
 ENGINES = ROOT / "launch" / "engines"
-CHOICES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "cpu")
+CHOICES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "hsdp", "cpu")
 
 
 def environment(arguments: argparse.Namespace, runs: list[PlannedRun]) -> dict[str, str]:

@@ -145,15 +145,6 @@ def test_bombs_are_refused_before_decoding():
     assert reason(image, max_pixels=99) == "too_many_pixels" and decode_image(image, max_pixels=100).size == (10, 10)
 
 
-def test_draft_shrinks_large_jpegs_only_and_not_below_the_side():
-    data = encoded(noise(400, 300), "jpeg")
-    assert decode_image(data).size == (400, 300)
-    assert decode_image(data, draft_side=64).size == (100, 75)
-    assert decode_image(data, draft_side=150).size == (200, 150)
-    assert decode_image(data, draft_side=151).size == (400, 300)
-    assert decode_image(encoded(noise(400, 300)), draft_side=64).size == (400, 300)
-
-
 @pytest.mark.parametrize(("data", "expected"), [
     (b"a cat\n", ["a cat"]), (b"a cat\r\n\r\n  two cats \n", ["a cat", "two cats"]), (b"\xef\xbb\xbfa cat", ["a cat"]),
     (b"c\0a\0t\0", ["cat"]), ("über".encode(), ["über"]), ("a\u2028b".encode(), ["a\u2028b"]),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dalle.data.loader import TrainPositions, check_split
-from dalle.data.order import Order, SequentialOrder, sample_rng, stable_argsort
+from dalle.data.order import Order, PositionRandom, SequentialOrder, sample_rng, stable_argsort
 from dalle.errors import UserError
 
 shard_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=25).filter(lambda sizes: sum(sizes) > 0)
@@ -180,6 +180,17 @@ def test_sample_rng_depends_on_seed_and_position_only():
     draw = {(seed, position): sample_rng(seed, position).random() for seed in range(3) for position in (0, 1, 2**40)}
     assert len(set(draw.values())) == 9
     assert sample_rng(2, 2**40).random() == draw[2, 2**40]
+
+
+@given(st.lists(st.tuples(st.integers(-2**63, 2**64), st.integers(0, 2**63), st.integers(0, 5)), max_size=6))
+def test_one_generator_that_begins_anew_draws_as_a_new_one(places):
+    again = PositionRandom()
+    for seed, position, draws in places:
+        rng, expected = again.at(seed, position), sample_rng(seed, position)
+        for _ in range(draws):                             # an odd number leaves half of a word behind
+            assert rng.integers(1000, dtype=np.int32) == expected.integers(1000, dtype=np.int32)
+            assert rng.random() == expected.random()
+    assert pickle.loads(pickle.dumps(again)).at(3, 5).random() == sample_rng(3, 5).random()
 
 
 def test_the_benchmark_runs(tmp_path):

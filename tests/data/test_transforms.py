@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle.data.transforms import needed_side, to_square
+from dalle.data.transforms import needed_sides, to_square
 
 CROPS = ["none", "center", "random", "dvae", "transformer"]
 
@@ -156,8 +156,18 @@ def test_the_released_sides():
     """76, 152, 304 (StackGAN, AttnGAN), 355 (DAMSM), 74 (SISGAN), 136 (TAGAN), 256 for 224 (VSE)."""
     factors = {64: (76 / 64, 76), 128: (76 / 64, 152), 256: (76 / 64, 304), 299: (76 / 64, 355)}
     for size, (factor, side) in [*factors.items(), (64, (74 / 64, 74)), (128, (136 / 128, 136)), (224, (8 / 7, 256))]:
-        assert needed_side(size, "random", factor) == side
+        assert needed_sides(size, "random", factor) == (side, side)
 
 
-def test_needed_side():
-    assert [needed_side(256, crop) for crop in CROPS] == [256, 256, 256, 384, 288]
+def test_needed_sides():
+    assert [needed_sides(256, crop) for crop in CROPS] == [(256, 256)] * 3 + [(288, 384), (256, 288)]
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("size", [(16, 16), (40, 24), (64, 32), (7, 100), (17, 16), (23, 23)])
+def test_an_array_is_cut_and_resized_as_the_same_picture_is(crop, size):
+    values = rng().integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    for seed in range(5):
+        factor = 1.25 if crop in ("none", "random") and seed % 2 else 1.0
+        expected = to_square(Image.fromarray(values), 16, crop, True, rng(seed), factor)
+        np.testing.assert_array_equal(to_square(values, 16, crop, True, rng(seed), factor), expected)

@@ -24,7 +24,7 @@ IMPATIENT = {**FRAGILE, "engine": {**LIMITS, "step_timeout_minutes": SECONDS_ALL
 
 
 def stopping() -> list[Toy]:
-    """Rank 1 alone is asked to stop, in the middle of step 3; and one whose minutes are over."""
+    """Rank 1 alone is asked to stop, in the middle of step 3: all do after the next; and one whose minutes are over."""
     toys = [Toy("straight", settings=UNDISTURBED), Toy("budget", settings={"minutes": 0.01, "steps": 10**6})]
     for fault, settings in STOPS.items():
         toys += [Toy(f"{fault}_stopped", folder=fault, faults={3: fault}, settings={**UNDISTURBED, **settings}),
@@ -93,9 +93,9 @@ def finished_like(out: Path, name: str, folder: str) -> bool:
 @pytest.mark.parametrize("fault", STOPS)
 def test_stop_signal_or_file_at_one_rank_saves_once_ends_with_75_and_resumes_exactly(ddp, fault):
     for result in results(ddp, f"{fault}_stopped"):
-        assert (result["status"], result["exit"], result["steps"]) == ("signal", EXIT_STOPPED_BY_SIGNAL, 4)
-    assert [line["step"] for line in events(ddp / fault, "checkpoint")] == [0, 4, 6]
-    assert [line["step"] for line in events(ddp / fault, "resume")] == [4]
+        assert (result["status"], result["exit"], result["steps"]) == ("signal", EXIT_STOPPED_BY_SIGNAL, 5)
+    assert [line["step"] for line in events(ddp / fault, "checkpoint")] == [0, 5, 6]
+    assert [line["step"] for line in events(ddp / fault, "resume")] == [5]
     assert not (ddp / fault / "toy/stop").exists()
     assert finished_like(ddp, f"{fault}_resumed", fault)
 
@@ -112,7 +112,7 @@ def test_time_limit_stops_all_ranks_after_the_same_step_with_a_checkpoint(ddp):
 def test_sigterm_to_one_process_in_the_middle_of_a_step_ends_both_with_75_and_resumes_exactly(lost, ddp):
     assert lost.ends["paused"] == [EXIT_STOPPED_BY_SIGNAL] * 2
     assert not lost.jobs["paused"].error_lines(0) + lost.jobs["paused"].error_lines(1)
-    assert [line["step"] for line in events(ddp / "paused", "checkpoint")] == [0, 4, 6]
+    assert [line["step"] for line in events(ddp / "paused", "checkpoint")] == [0, 5, 6]
     assert finished_like(ddp, "paused_resumed", "paused")
 
 

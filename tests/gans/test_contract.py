@@ -5,9 +5,12 @@ Each is trained from its own small config, on tiny data at half its side, over t
 
 import json
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -15,6 +18,11 @@ import yaml
 from published import published
 from safetensors.torch import load_file
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+from fake_gpu import step_without_waiting
+from tapes import PLAIN_STEPS, assert_replay_trains_alike
 
 import gans
 from dalle.config import load_config, resume_rule
@@ -28,10 +36,12 @@ from dalle.training.engines.launching import create_engine
 from dalle.training.optimizers import OptimizerConfig, build_optimizer
 from dalle.training.task import Task
 from gans import SYSTEMS
+from gans.task import StabiliserConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "gans"
 SIZE, BATCH, STEPS = 32, 8, 4
+RECORDED = [name for name in SYSTEMS if name != "damsm"]       # it packs captions by their lengths
 PAINTING = [name for name, system in SYSTEMS.items() if system.paints]
 # Small steps, and none whole for what is rounding in a vanishing gradient: else two processes are soon two trainings.
 GENTLY = {"lr": 5e-6, "eps": 1e-3}
@@ -186,7 +196,7 @@ def prepared_by(zoo: Zoo, name: str, folder: Path) -> tuple[Engine, Task, dict]:
     torch.manual_seed(0)
     task = TASKS[name](config)
     engine.prepare(task, folder)
-    batch = next(iter(train_batches(config.data, seed=0, batch_size=BATCH)))
+    batch = task.on_host(next(iter(train_batches(config.data, seed=0, batch_size=BATCH))), 0)
     with torch.no_grad():
         prepared = task.prepare(engine.to_device(batch), engine.networks, 0)
         for phase in task.phases:
@@ -267,6 +277,35 @@ def test_four_steps_are_two_and_two(zoo, name, tmp_path):
     assert [key for key in whole if not torch.equal(whole[key], parts[key])] == []
     newest = max((zoo.run(name, tmp_path) / "checkpoints").glob("step_*"))
     assert read_state(newest)["step"] == STEPS
+
+
+def steps_of(zoo: Zoo, name: str, folder: Path, batches: int, **changes: Any) -> tuple[Callable[[], Task], Any, list]:
+    """What makes a fresh task of the system, its config, and some batches."""
+    config = load_config(zoo.config(name, folder), [], RUNS)
+    config = config.model_copy(update={name: value for name, value in changes.items() if hasattr(config, name)})
+
+    def make() -> Task:
+        torch.manual_seed(0)
+        return TASKS[name](config)
+
+    return make, config, list(islice(train_batches(config.data, seed=0, batch_size=BATCH), batches))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_step_does_not_wait_for_the_device(zoo, name, tmp_path):
+    make, config, batches = steps_of(zoo, name, tmp_path, batches=1)
+    assert step_without_waiting(make(), config, batches[0], tmp_path).on_device > 100
+
+
+# the first, one of the middle and the last of the table; all others only where slow tests are asked for
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name in RECORDED[::len(RECORDED) // 2] else pytest.mark.slow) for name in RECORDED])
+def test_replayed_steps_train_as_plain_ones(zoo, name, tmp_path):
+    stabiliser = StabiliserConfig(r1=1.0, r1_every=2, spectral_norm=name == "gan_int_cls")
+    make, config, batches = steps_of(zoo, name, tmp_path, batches=2 * PLAIN_STEPS + 3, stabiliser=stabiliser)
+    if not all(phase.capturable for phase in make().phases):
+        pytest.skip("it does not say that its steps may be recorded")
+    assert_replay_trains_alike(make, config, batches, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ TWO = ("--num_processes", "2", "--main_process_ip", "127.0.0.1")
 # file -> the engine with two processes
 MADE = {
     "cpu": "ddp", "single_gpu": "ddp", "ddp": "ddp", "multi_node": "ddp", "zero1": "zero1", "zero2": "zero2",
-    "zero3": "zero3", "zero3_offload": "zero3", "fsdp2": "fsdp2",
+    "zero3": "zero3", "zero3_offload": "zero3", "fsdp2": "fsdp2", "hsdp": "fsdp2",
 }
 
 

@@ -169,6 +169,47 @@ def test_dry_run_writes_nothing(workshop, train, tmp_path, capsys):
     assert not (tmp_path / "transformer").exists()
 
 
+def test_a_dry_run_says_what_memory_the_launchers_engine_takes(workshop, train, tmp_path, capsys):
+    assert train(workshop.config("transformer", tmp_path), "--dry-run", "--device-gb", "1000") == 0
+    plan = json.loads(capsys.readouterr().out)
+    (entry,) = plan["memory"]
+    assert plan["fits"] and entry["engine"] == "single" and entry["gb_per_device_in_a_step"]["all"] < 1
+    assert train(workshop.config("dvae", tmp_path), "--dry-run", "--device-gb", "1") == 1       # less than the reserve
+    plan = json.loads(capsys.readouterr().out)
+    assert not plan["fits"] and plan["memory"][0]["gb_per_device_in_a_step"]["activations"] == "not counted"
+
+
+PAPER = ROOT / "configs/paper/transformer.yaml"
+
+
+def test_the_12b_model_fits_the_devices_that_its_config_is_for(train, capsys):
+    """Neither its data nor its codec is here. Weights, gradients, moments and average are 20 bytes a parameter."""
+    assert train(PAPER, "--dry-run", "--devices", "64", "--device-gb", "80") == 0
+    (entry,) = json.loads(capsys.readouterr().out)["memory"]
+    step = entry["gb_per_device_in_a_step"]
+    assert (entry["engine"], entry["shard_size"], entry["micro_batch_size"]) == ("fsdp2", 8, 16)
+    assert step["weights"] == pytest.approx(4 * 12.294 / 8, rel=1e-3)
+    assert step["optimizer"] == pytest.approx(2 * step["weights"], rel=1e-3) and step["average"] == step["weights"]
+    assert step["activations"] > 64 * 16 * 1280 * 3968 * 4 / 1e9        # the checkpoints alone
+    assert entry["gb_of_host_memory_per_node"]["first_weights"] < 3
+
+
+@pytest.mark.parametrize("arguments", [("--engine", "zero2", "engine.shard_size=null"), ("engine.shard_size=1",),
+                                       ("model.checkpointing=false",)])
+def test_and_otherwise_it_does_not(train, capsys, arguments):
+    assert train(PAPER, "--dry-run", "--devices", "64", "--device-gb", "80", *arguments) == 1
+    assert not json.loads(capsys.readouterr().out)["fits"]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ((PAPER, "--devices", "60"), "does not divide"),
+    ((PAPER, "--devices", "64", "model.preset=null"), "left to the codec"),
+    ((ROOT / "configs/paper/dvae.yaml", "--devices", "64"), "not that of a dvae run"),
+])
+def test_devices_that_cannot_be_counted_are_refused(train, arguments, words):
+    assert words in refusal(train, *arguments, "--dry-run")
+
+
 @pytest.fixture
 def chained(workshop, tmp_path) -> Path:
     """The config of a transformer whose codec must be trained first."""

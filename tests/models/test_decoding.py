@@ -4,6 +4,7 @@ import pytest
 import torch
 from small_transformers import PIECES, each_layout, each_piece, make_batch, make_model
 
+from dalle.models.cpu import key_value_cache
 from dalle.models.decoding import cache_bytes, decode_step, prefill
 from dalle.models.transformer import PRESETS, TextToImageTransformer
 
@@ -26,6 +27,16 @@ def test_cached_logits_equal_the_full_forward(pieces, layout, known):
     with torch.inference_mode():
         expected = model(text, codes)[1][:, known:]
         torch.testing.assert_close(cached_logits(model, text, codes, known), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["full", "list"])
+def test_room_grows_by_buckets(monkeypatch, name):
+    monkeypatch.setattr(key_value_cache, "BUCKET", 4)
+    model = make_model(**PIECES[name])
+    text, codes = make_batch(model, 3)
+    with torch.inference_mode():
+        expected = model(text, codes)[1]
+        torch.testing.assert_close(cached_logits(model, text, codes, 0), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_decoding_leaves_training_possible():

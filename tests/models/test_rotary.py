@@ -3,12 +3,18 @@
 import pytest
 import torch
 
-from dalle.models import plain
+from dalle.models import fused, plain
 from dalle.models.cpu.rotary import rotate
 from dalle.models.rotary import rotary_table
 
 CPU = torch.device("cpu")
-each_form = pytest.mark.parametrize("form", [plain.rotate, rotate], ids=["plain", "cpu"])
+
+
+def fused_rotate(stacked: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    return torch.stack(fused.rotate(tuple(stacked[:, None]), cosines, sines))[:, 0]      # of [..., heads, S, head_dim]
+
+
+each_form = pytest.mark.parametrize("form", [plain.rotate, rotate, fused_rotate], ids=["plain", "cpu", "fused"])
 
 
 def rotary_product(form, first: int, second: int, prefix: int = 6, grid: tuple[int, int] = (5, 7)) -> float:
@@ -43,3 +49,10 @@ def test_rotation_keeps_lengths_and_values_and_has_its_gradient(form):
     assert torch.equal(turned[2], stacked[2])
     assert not torch.allclose(turned[0, :, 1], stacked[0, :, 1])
     assert torch.autograd.gradcheck(lambda inputs: form(inputs, *table), (stacked,))
+
+
+def test_a_table_by_columns_is_that_of_the_slots_in_that_order():
+    slots = [0, 1, *(2 + row * 3 + column for column in range(3) for row in range(4))]
+    table, by_columns = (rotary_table(2, (4, 3), 8, CPU, torch.float64, order) for order in (False, True))
+    for part, turned in zip(table, by_columns, strict=True):
+        assert torch.equal(part[slots], turned)

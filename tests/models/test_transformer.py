@@ -124,7 +124,7 @@ def test_feed_forward_of_ones(kind, expected):
     assert layer(torch.ones(1)).item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, 1])
 def test_checkpointing_changes_no_gradient(checkpointing):
     model = make_model(token_shift=True, checkpointing=checkpointing)
     model.train()
@@ -187,6 +187,27 @@ def test_every_preset_is_a_model():
             assert TextToImageTransformer(config).num_parameters > 0
 
 
+def test_the_forward_of_a_loss_sums_what_its_logits_score():
+    model = make_model(layout="boi")
+    text, codes = make_batch(model)
+    targets = model.text_targets(text)
+    targets[0, 0] = IGNORED_TARGET
+    text_logits, image_logits = model(text, codes)
+    text_sum, image_sum = model(text, codes, targets)
+    torch.testing.assert_close(text_sum, F.cross_entropy(text_logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+    torch.testing.assert_close(image_sum, F.cross_entropy(image_logits.flatten(0, 1), codes.flatten(), reduction="sum"))
+
+
+@pytest.mark.parametrize("name", ["xl", "2.8b", "5.6b", "12b"])
+def test_wide_heads_have_the_same_weights(name):
+    with torch.device("meta"):
+        narrow, wide = TextToImageTransformer(PRESETS[name]), TextToImageTransformer(PRESETS[f"{name}-128"])
+    assert (wide.config.width_of_head, narrow.config.width_of_head) == (128, 64)
+    assert wide.num_parameters == narrow.num_parameters
+    assert wide.flops_per_sample() == narrow.flops_per_sample()
+    assert PRESETS[f"{name}-128-modern"].width_of_head == 128
+
+
 def test_matrix_parameters_are_the_blocks_weights():
     names = make_model(qk_norm=True).matrix_parameters()
     assert len(names) == 4 * 4
@@ -247,3 +268,13 @@ def test_compiled_it_gives_the_same_logits():
     torch.testing.assert_close(compiled(*batch), model(*batch))
     compiled(*batch)[1].sum().backward()
     assert model.start.grad is not None
+
+
+@pytest.mark.parametrize(("asked", "calls"), [(False, 4), (0, 4), (True, 8), (3, 7), (99, 8)])
+def test_so_many_blocks_from_the_first_on_are_computed_again(asked, calls):
+    model = make_model(depth=4, checkpointing=asked)
+    seen = []
+    for index, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda module, given, index=index: seen.append(index))
+    run_stream(model, model.embed(*make_batch(model))).sum().backward()
+    assert len(seen) == calls and sorted(seen[4:]) == list(range(calls - 4))

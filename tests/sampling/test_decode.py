@@ -9,14 +9,8 @@ from pydantic import ValidationError
 
 from dalle.errors import UserError
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
-from dalle.sampling.decode import (
-    SamplingConfig,
-    choose_codes,
-    default_batch_size,
-    guide,
-    sample_codes,
-    uniforms,
-)
+from dalle.sampling.choosing import SamplingConfig, choose_codes, guide, whole_weights
+from dalle.sampling.decode import default_batch_size, sample_codes, uniforms
 
 CPU = torch.device("cpu")
 
@@ -202,6 +196,34 @@ def test_the_strongest_guidance_is_still_a_distribution(model, text):
 def test_the_largest_number_never_leaves_the_vocabulary():
     logits = torch.tensor([[0.0, 0.0, -1e4, float("-inf")]])
     assert choose_codes(logits, torch.tensor([1 - 2**-24], dtype=torch.float64), SamplingConfig()).item() == 1
+
+
+@pytest.mark.parametrize("options", [SamplingConfig(), SamplingConfig(temperature=0.7, top_k=200),
+                                     SamplingConfig(top_p=0.9)])
+def test_a_choice_is_the_inverse_of_the_distribution(options):
+    """Against doubles, which are sorted: to one in a million, about what a number of 24 bits can tell."""
+    logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)).mul(3)
+    numbers = uniforms(range(64), 1)[:, 0]
+    codes = choose_codes(logits, numbers, options)
+    shares = (logits.double() / options.temperature).softmax(-1)
+    ranked, order = shares.sort(dim=-1, descending=True)
+    ranked[:, options.top_k or ranked.shape[1]:] = 0
+    ranked /= ranked.sum(-1, keepdim=True)
+    ranked[ranked.cumsum(-1) - ranked >= (options.top_p or 1)] = 0
+    shares = torch.zeros_like(shares).scatter(1, order, ranked / ranked.sum(-1, keepdim=True))
+    above = shares.cumsum(-1).gather(1, codes[:, None])[:, 0]
+    below = above - shares.gather(1, codes[:, None])[:, 0]
+    assert ((below - 1e-6 <= numbers) & (numbers <= above + 1e-6)).all()
+
+
+@pytest.mark.parametrize("options", [SamplingConfig(), SamplingConfig(top_k=7, top_p=0.7)])
+def test_a_choice_knows_no_company_and_no_order(options):
+    logits, numbers = torch.randn(50, 301), uniforms(range(50), 1)[:, 0]
+    together = choose_codes(logits, numbers, options)
+    assert torch.equal(torch.cat([choose_codes(logits[[row]], numbers[[row]], options) for row in range(50)]), together)
+    weights = whole_weights(logits)
+    assert torch.equal(weights.flip(1).sum(1), weights.cumsum(1)[:, -1])
+    assert int(weights.max()) == 2**29 and int(whole_weights(torch.zeros(1, 2**14)).sum()) == 2**38
 
 
 def test_numbers_belong_to_their_seed():

@@ -92,7 +92,7 @@ def test_the_choice_of_reconstructions_is_a_function_of_seed_and_position():
 def test_chosen_pictures_are_reconstructed_and_the_others_are_not(folders, cached):
     task = make_task(folders, reconstructions=0.5, codec=str(folders / "dvae"))
     batch = make_batch(8, codes=cached)
-    prepared = task.prepare(batch, BareNetworks(task), 0)
+    prepared = task.prepare(task.on_host(batch, 0), BareNetworks(task), 0)
     codec = task.frozen["codec"]
     codes = batch["codes"] if cached else codec.encode(batch["image"].float() / 255)
     expected = (codec.decode(codes) * 255).round().clamp(0, 255).byte()
@@ -104,7 +104,7 @@ def test_chosen_pictures_are_reconstructed_and_the_others_are_not(folders, cache
 
 def test_without_reconstructions_the_batch_is_left_alone(folders):
     task, batch = make_task(folders), make_batch(4)
-    assert task.frozen == {} and task.prepare(batch, BareNetworks(task), 0) is batch
+    assert task.frozen == {} and task.prepare(task.on_host(batch, 0), BareNetworks(task), 0) is batch
 
 
 def test_the_loss_starts_near_chance_and_its_parts_are_told(folders):

@@ -162,7 +162,8 @@ def test_loss_is_the_bound_divided_by_the_values_of_the_picture():
     zeros = torch.zeros(1, 3, 256, 256)
     output = DVAEOutput(zeros, zeros, logits, logits.argmax(dim=1).flatten(1))
     images = torch.full((1, 3, 256, 256), 0.5)
-    loss = task.reconstruct(Networks(Fixed(output)), {"image": images}, step=2500)      # beta is 3.3 there
+    batch = {"image": images, **task.annealed(2500, images.device)}         # beta is 3.3 there
+    loss = task.reconstruct(Networks(Fixed(output)), batch, step=2500)
     p = [math.exp(2) / (math.exp(2) + 4)] + [1 / (math.exp(2) + 4)] * 4
     kl_position = sum(q * (math.log(q) + math.log(5)) for q in p)
     assert float(loss.total) == pytest.approx(-math.log(2) + 3.3 / 192 * kl_position, rel=1e-4)
@@ -178,7 +179,8 @@ def test_optional_terms_are_added_with_their_weights():
     means = torch.rand(2, 3, 16, 16)
     images = torch.rand(2, 3, 16, 16)
     output = DVAEOutput(means, None, logits, logits.argmax(dim=1).flatten(1))
-    total = float(task.reconstruct(Networks(Fixed(output)), {"image": images}, step=0).total)
+    batch = {"image": images, **task.annealed(0, images.device)}
+    total = float(task.reconstruct(Networks(Fixed(output)), batch, step=0).total)
     squares = float((4 * (means - images) ** 2).mean())
     edges = float(edge_distance(2 * means, 2 * images).mean())
     assert total == pytest.approx(squares + 2.0 * 4 * math.log(8) / 768 + 0.5 * edges, rel=1e-4)
@@ -240,7 +242,7 @@ def test_a_few_steps_lower_the_loss(model):
 def test_prepare_gives_pictures_on_zero_to_one():
     task = DVAETask(run_config())
     image = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    prepared = task.prepare({"image": image, "key": ["a"]}, None, 0)
+    prepared = task.prepare({"image": image, "key": ["a"]}, Networks(task.players["dvae"].module), 0)
     assert prepared["image"].flatten().tolist() == pytest.approx([0.0, 0.2, 1.0])
     assert prepared["key"] == ["a"]
 

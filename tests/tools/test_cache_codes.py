@@ -1,6 +1,7 @@
 """Cached codes equal what the codec says of each picture, and a second run does nothing."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from dalle.errors import UserError
 from dalle.models.dvae import DiscreteVAE
 from dalle.training.lock import FolderLock
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+
 
 @pytest.fixture(scope="module")
 def cached(workshop, commands, tmp_path_factory):
@@ -22,6 +25,12 @@ def cached(workshop, commands, tmp_path_factory):
             "--batch-size", 10]
     assert commands["cache_codes"](*call) == 0
     return out, call
+
+
+def contents(folder):
+    """Every file, ``codes.json`` as what it says: tests here write it anew."""
+    return {path.name: json.loads(path.read_bytes()) if path.suffix == ".json" else path.read_bytes()
+            for path in folder.iterdir()}
 
 
 def test_rows_are_the_codecs_codes(workshop, cached):
@@ -71,3 +80,31 @@ def test_two_at_once_do_not_write_one_folder(cached, commands, tmp_path):
     with FolderLock(tmp_path), pytest.raises(UserError, match="already running"):
         commands["cache_codes"](*call[:4], "--out", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_make_the_codes_of_one(cached, two_processes, tmp_path):
+    out, call = cached
+    arguments = [*call[:4], "--out", tmp_path / "two", "--batch-size", 10]
+    two_processes(ROOT / "tools/cache_codes.py", *arguments)
+    assert contents(tmp_path / "two") == contents(out) and len(contents(out)) == 4
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_codes(cached, commands, tmp_path, monkeypatch, capsys):
+    out, call = cached
+    arguments = [*call[:4], "--out", tmp_path / "again", "--batch-size", 10]
+    calls, encode = [], DiscreteVAE.encode
+
+    def killed(codec, images):
+        calls.append(len(images))
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return encode(codec, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiscreteVAE, "encode", killed)
+        with pytest.raises(KeyboardInterrupt):
+            commands["cache_codes"](*arguments)
+    assert set(calls) == {10} and [path.name for path in (tmp_path / "again").glob("*.npy")] == ["00000.npy"]
+    assert commands["cache_codes"](*arguments) == 0
+    assert "(32 of them before)" in capsys.readouterr().out
+    assert contents(tmp_path / "again") == contents(out)

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toys import ToyRun
 
 from dalle.config import FIXED, FREE, Section, apply_override
+from dalle.data.settings import DataConfig
 from dalle.errors import UserError
 from dalle.files import replace_folder, write_json
 from dalle.training.checkpoint import (
@@ -20,6 +21,7 @@ from dalle.training.checkpoint import (
     SavedPlayer,
     check_resumable,
     find_fault,
+    noted_settings,
     read_state,
     write_tensors,
 )
@@ -150,6 +152,18 @@ def test_what_must_stay_is_shown_when_it_changes(change):
                                     "engine.bucket_elements=7", "train.precision=bf16"])
 def test_what_may_change_passes(change):
     check_resumable("c", saved_by(), changed(change), IDENTITY, ["net"])
+
+
+def test_a_change_that_moves_pixels_passes_with_a_word():
+    """A run of before decoded whole pictures; what is saved without the setting, or with today's, needs no word."""
+    class Reading(Run):
+        data: DataConfig
+
+    now = Reading(data={"train": "shards"})
+    of_before = saved_by(now, data__jpeg_draft="false", data__workers="7")
+    check_resumable("c", of_before, now, IDENTITY, ["net"])
+    assert noted_settings(of_before["config"], now) == ["data.jpeg_draft: False -> True"]
+    assert noted_settings(saved_by(now)["config"], now) == []
 
 
 @pytest.mark.parametrize(("identity", "players", "message"), [

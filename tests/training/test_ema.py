@@ -1,9 +1,15 @@
 import math
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from counting import LiveBytes
 
 from dalle.training.ema import EMA
 
@@ -109,3 +115,63 @@ def test_a_state_of_other_names_is_refused():
     with pytest.raises(ValueError, match="other"):
         EMA(zero_module(), 0.5).load_state_dict({"weight": torch.zeros(2, 2), "bias": torch.zeros(2),
                                                      "other": torch.zeros(1)})
+
+
+def test_applied_changes_places_and_holds_no_second_copy():
+    module = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(6)])
+    average = EMA(module, decay=0.5, warmup=False)
+    live = [parameter.detach().clone() for parameter in module.parameters()]
+    kept = [id(value) for value in average.state_dict().values()]
+    for parameter in module.parameters():
+        parameter.data.add_(2.0)
+    moved = [parameter.detach().clone() for parameter in module.parameters()]
+    counter = LiveBytes()
+    with counter, average.applied():
+        pass
+    ones = [tensor.nbytes for tensor in live]
+    assert sum(ones) * 2 <= counter.peak <= sum(ones) * 2 + max(ones)
+    with average.applied():
+        assert all(torch.equal(*pair) for pair in zip(module.parameters(), live, strict=True))
+    assert [id(value) for value in average.state_dict().values()] == kept
+    assert all(torch.equal(*pair) for pair in zip(average.state_dict().values(), live, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(module.parameters(), moved, strict=True))
+
+
+def test_nothing_can_be_saved_loaded_or_updated_while_the_average_is_lent():
+    average = EMA(zero_module(), decay=0.5)
+    state = average.state_dict()
+    with average.applied():
+        for forbidden in (average.state_dict, lambda: average.load_state_dict(state), lambda: average.update(1)):
+            with pytest.raises(RuntimeError, match="in place of the weights"):
+                forbidden()
+    average.load_state_dict(average.state_dict())
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_whatever_fails_meanwhile_the_live_weights_come_back(fails_at):
+    """Also in the middle of the exchange itself: the first parameter is then lent, the second is not."""
+    module, opened = zero_module(), []
+
+    @contextmanager
+    def access(parameters, owner):
+        opened.append(parameters)
+        if len(opened) - 2 == fails_at:       # after the two of the constructor
+            raise MemoryError
+        yield
+
+    average = EMA(module, decay=0.5, access=access)
+    nn.init.ones_(module.weight)
+    with pytest.raises(MemoryError), average.applied():
+        raise AssertionError
+    assert torch.equal(module.weight, torch.ones(2, 2)) and torch.equal(module.bias, torch.zeros(2))
+    assert torch.equal(average.state_dict()["weight"], torch.zeros(2, 2))
+
+
+def test_weights_of_fewer_bits_cost_the_average_none():
+    module = zero_module().bfloat16()
+    average = EMA(module, decay=0.5, warmup=False)
+    average.load_state_dict({"weight": torch.full((2, 2), 1 / 3), "bias": torch.full((2,), 1 / 7)})
+    with average.applied():
+        assert torch.equal(module.weight, torch.full((2, 2), 1 / 3).bfloat16())
+    assert torch.equal(module.weight, torch.zeros(2, 2).bfloat16())
+    assert torch.equal(average.state_dict()["weight"], torch.full((2, 2), 1 / 3))

@@ -35,8 +35,8 @@ from toys import SingleTask, toy_run
 
 from dalle.errors import UserError
 from dalle.training.checkpoint import SavedPlayer
+from dalle.training.compiling import blocks_of
 from dalle.training.engines.base import Engine
-from dalle.training.engines.fsdp import blocks_of
 from dalle.training.engines.launching import create_engine
 from dalle.training.loop import Trainer
 from dalle.training.optimizers import OptimizerConfig
@@ -91,7 +91,9 @@ class DeepTask(SingleTask):
         return {"error": mean}
 
     def preview(self, networks, step):
-        networks.bare("net").sample(toys.global_batch(0))
+        net = networks.bare("net")
+        assert len({parameter.dtype for parameter in net.parameters()}) == 1      # what decoding needs
+        net.sample(toys.global_batch(0))
         return super().preview(networks, step)
 
 
@@ -109,6 +111,7 @@ JOBS = [
     Job("bf16", "fsdp2", settings={"micro_batch_size": 2, "precision": "bf16"}),
     Job("deep", "fsdp2", "DeepTask"), Job("deep_two", "fsdp2", "DeepTask", settings={"micro_batch_size": 2}),
     Job("deep_bf16", "fsdp2", "DeepTask", settings={"precision": "bf16"}),
+    Job("looks_bf16", "fsdp2", "DeepTask", settings={"precision": "bf16", "validate_every": 2, "preview_every": 1}),
     Job("small_exchange", "fsdp2", "DeepTask", settings={"engine": {"gradient_dtype": "bf16"}}),
     Job("compiled", "fsdp2", "DeepTask", settings={"compile": True, "validate_every": 2}),
     Job("unclipped", "fsdp2", "DeepTask", optimizer={"lr": 1e-2, "weight_decay": 0.1, "clip": 0}),
@@ -196,6 +199,18 @@ def test_without_clipping_it_equals_plain_torch(out):
 @pytest.mark.parametrize(("job", "build"), [("bf16", toys.Block), ("deep_bf16", Deep)])
 def test_bf16_equals_plain_autocast(out, job, build):
     assert mean_difference(weights(out, job), plain(build, bf16=True)) < BF16_MEAN
+
+
+def test_looking_at_the_networks_in_bf16_leaves_them_as_they_were(out):
+    assert largest_difference(weights(out, "looks_bf16"), weights(out, "deep_bf16")) == 0
+
+
+def test_blocks_are_gathered_in_bf16_and_what_is_kept_is_fp32(out):
+    found = result(out, "deep_bf16")
+    assert found["types"] == {"blocks.0.0.weight": "torch.float32", "blocks.0.1.weight": "torch.bfloat16",
+                              "first.weight": "torch.float32"}
+    assert all(value.dtype == torch.float32 for section in ("weights", "optimizer")
+               for value in state(out, "deep_bf16", section).values())
 
 
 def test_gradients_exchanged_in_bf16_are_close_and_not_the_same(out):
@@ -295,15 +310,19 @@ def train_and_look(job: dict) -> dict:
     if "status" not in found or job["task"] != "DeepTask":      # refused, or another toy
         return found
     member = engines[0].members["net"]
-    member.module(toys.global_batch(0))
+    with engines[0].autocast():
+        member.module(toys.global_batch(0))
     split = [parameter for parameter in member.module.blocks.parameters() if isinstance(parameter, DTensor)]
+    with engines[0].evaluation():
+        types = {name: str(member.module.get_parameter(name).dtype)
+                 for name in ("blocks.0.0.weight", "blocks.0.1.weight", "first.weight")}
     saved = SavedPlayer(checkpoint(Path(job["out"]), "", 2) / "net")
     engines[0].load_player("net", saved)
     now = {(section, key): value for section, key, value in engines[0].whole_state(member)}
     went_back = (now.keys() == {(section, key) for section in SECTIONS for key in saved.keys(section)}
                  and all(torch.equal(value, saved.tensor(*place)) for place, value in now.items()))
-    return {**found, "went_back": went_back, "kept": sum(rows.numel() for rows in member.wrapper.rows.values()),
-            "split_after_forward": len(split),
+    return {**found, "went_back": went_back, "types": types, "split_after_forward": len(split),
+            "kept": sum(rows.numel() for rows in member.wrapper.rows.values()),
             "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dalle.training.figures import Max, Mean, Perplexity, Used, joined_values
+from dalle.training.figures import Max, Mean, Perplexity, Used, joined_values, numbers_of
 from dalle.training.meter import Meter
 
 
@@ -40,3 +40,15 @@ def test_the_meter_averages_or_takes_the_largest_of_what_is_finite_and_starts_ov
     assert joined_values([figures]) == {"loss": 3.0, "logit": 9.0}
     meter.add("logit", Max(torch.tensor(1.0)))
     assert joined_values([meter.read()[0]]) == {"logit": 1.0}
+
+
+class Elsewhere(torch.Tensor):
+    """On another device."""
+
+    is_cpu = False
+
+
+def test_numbers_of_several_devices_come_in_their_order():
+    here, there = torch.tensor(1.0), torch.tensor([2.0]).as_subclass(Elsewhere)
+    assert numbers_of([here, there, torch.tensor(3, dtype=torch.int32), there + 2]) == [1.0, 2.0, 3.0, 4.0]
+    assert numbers_of([]) == []

@@ -170,6 +170,20 @@ def test_an_evaluation_that_comes_forward_may_take_as_long_as_it_takes(tmp_path)
     assert deadlines == sorted(set(deadlines)) and len(deadlines) == 3
 
 
+def test_the_first_two_steps_may_take_long_for_a_rank_may_wait_in_the_second_for_anothers_first(tmp_path):
+    allowed = []
+
+    class Watching(SingleTask):
+        def fit(self, networks, batch, step):
+            allowed.append(trainer.watchdog._allowed)
+            return super().fit(networks, batch, step)
+
+    config = toy_run(tmp_path, engine={"timeout_minutes": 3, "step_timeout_minutes": 1})
+    trainer = Trainer(Watching(), config, create_engine(config), ToyLoader)
+    trainer.run()
+    assert allowed == [180, 180, 60, 60]
+
+
 def test_a_spent_budget_stops_with_a_checkpoint(tmp_path):
     summary = train(tmp_path, steps=10, minutes=1e-6)
     assert (summary.status, summary.exit_status, summary.steps) == ("minutes", 75, 1)

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toys import Block, seeded
 
 from dalle.errors import UserError
+from dalle.training.muon import Muon
 from dalle.training.optimizers import MuonWithAdamW, OptimizerConfig, build_optimizer, set_learning_rate
 
 
@@ -87,6 +88,82 @@ def test_learning_rates_follow_one_factor_and_survive_a_reload():
     set_learning_rate(optimizer, 0.5)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == [5e-4, 0.01]
     assert {group["lr"] for group in optimizer.muon.param_groups} == {0.01}
+
+
+SHAPES = [(16, 16), (16, 16), (16, 48), (16, 48), (64, 16), (64, 16), (64, 16), (24, 16)]
+
+
+def matrices() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def give_gradients(parameters: list[nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("scaling", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("stacked", [2**26, 1600])      # in the second case three (64, 16) are two stacks
+def test_muon_over_stacks_is_torchs_over_matrices(scaling, stacked, monkeypatch):
+    monkeypatch.setattr("dalle.training.muon.STACKED", stacked)
+    ours, theirs = matrices(), matrices()
+    optimizer = Muon(ours, lr=0.02, weight_decay=0.1, scaling=scaling)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn=scaling)
+    for step in range(4):
+        for parameters, part in ((ours, optimizer), (theirs, reference)):
+            give_gradients(parameters, step)
+            part.step()
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
+        assert optimizer.state[left].keys() == reference.state[right].keys()
+        torch.testing.assert_close(optimizer.state[left]["momentum_buffer"],
+                                   reference.state[right]["momentum_buffer"])
+
+
+def test_muon_divides_by_the_scale_and_reads_its_rate_from_a_tensor():
+    ours, theirs = matrices(), matrices()
+    optimizer, reference = Muon(ours, lr=torch.tensor(0.02)), Muon(theirs, lr=0.01)
+    optimizer.param_groups[0]["lr"].fill_(0.01)
+    for step in range(3):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        for parameter in theirs:
+            parameter.grad /= 4
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+        optimizer.step()
+        reference.step()
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7)
+
+
+def moved_by(rank: int) -> list[torch.Tensor]:
+    """The matrices after three steps; ``rank`` 0 and 1 share the work, -1 is alone."""
+    from dalle.training.engines.group import GroupEngine
+
+    parameters = matrices()
+    share = {}
+    if rank >= 0:
+        engine = GroupEngine.__new__(GroupEngine)
+        engine.rank, engine.world_size = rank, 2
+        share = {"share": engine.share_rows}
+    optimizer = Muon(parameters, lr=0.02, **share)
+    for step in range(3):
+        give_gradients(parameters, step)
+        optimizer.step()
+    return [parameter.detach() for parameter in parameters]
+
+
+def test_two_processes_share_muons_work_and_get_what_one_gets(two_ranks):
+    alone = moved_by(-1)
+    for found in two_ranks(moved_by):
+        assert all(torch.equal(left, right) for left, right in zip(found, alone, strict=True))
+
+
+def test_an_average_moves_seldom_only_where_the_model_is_large():
+    assert [OptimizerConfig().of(size).ema_every for size in (10**6, 99_999_999, 10**8)] == [1, 1, 10]
+    assert OptimizerConfig(ema_every=3).of(10**9).ema_every == 3
 
 
 def test_muon_without_matrices_says_what_is_missing():

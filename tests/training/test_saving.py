@@ -15,6 +15,7 @@ from toys import SingleTask, toy_run
 
 from dalle.training import saving
 from dalle.training.checkpoint import FORMAT, CheckpointStore, find_fault
+from dalle.training.engines.copies import Copies
 from dalle.training.engines.launching import create_engine
 from dalle.training.saving import COMMITTING, IDLE, WRITING, SaveFailed, Saver
 
@@ -100,6 +101,40 @@ def test_what_is_written_is_the_state_at_the_start_of_the_save(store, engine, mo
     saver.finish()
     saved = load_file(store.path(3) / "net/weights-00000.safetensors")
     assert saved.keys() == before.keys() and all(torch.equal(saved[name], before[name]) for name in before)
+
+
+class LateCopies(Copies):
+    """Copies that are whole only when they were waited for, in the thread that writes, as those of a GPU."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.calls, self.coming = [], []
+
+    def begin(self):
+        self.calls.append("begin")
+
+    def to_host(self, key, tensor):
+        buffer = torch.full_like(tensor, 7, memory_format=torch.contiguous_format)
+        self.coming.append((buffer, tensor.clone()))
+        return buffer
+
+    def end(self):
+        self.calls.append("end")
+
+    def wait(self):
+        self.calls.append(threading.current_thread().name)
+        for buffer, staged in self.coming:
+            buffer.copy_(staged)
+
+
+def test_copies_that_are_still_on_their_way_are_waited_for_by_the_thread_that_writes(store, engine):
+    engine.copies = LateCopies()
+    saver = saver_of(store, engine)
+    saver.start(3, STATE)
+    saver.finish()
+    saved = load_file(store.path(3) / "net/weights-00000.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in engine.members["net"].module.state_dict().items())
+    assert engine.copies.calls == ["begin", "end", "checkpoint"]
 
 
 def test_the_manifest_lists_the_files_of_every_rank(store, engine):

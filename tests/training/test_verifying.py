@@ -31,6 +31,8 @@ RANKS = 3
 class ThreadedRank:
     """The part of an engine that agrees, for ranks that are threads of one process."""
 
+    device = torch.device("cpu")
+
     def __init__(self, rank: int, meeting: threading.Barrier, table: list[Any]):
         self.rank, self.world_size, self.meeting, self.table = rank, len(table), meeting, table
         self.is_rank0 = rank == 0

@@ -3,6 +3,7 @@
 
     python tools/bench/overhead.py checkpoint [--save-every 50] [--rounds 5]
     python tools/bench/overhead.py step [--rounds 16]
+    python tools/bench/overhead.py checkpoint --device cuda --size xl --folder /dev/shm
 
 Both train a transformer with the real task, Trainer and engine, on batches that lie in memory, with the allocator
 settings of `launch/train.py`. What is compared takes turns inside one run, block by block, in an order that turns round
@@ -18,6 +19,10 @@ go to ``--folder``.
 in a bare loop (forward, cross-entropy, backward, clip_grad_norm_, fused AdamW, zero_grad) for a block of steps whenever
 it is asked for the first batch of a block; the loop's own block is the time from that batch on to the request for the
 next block. It holds meter, progress, agreement and all else of an iteration, and a line of figures every 10 steps.
+
+On a GPU every look at the clock waits for the device, batches lie in pinned memory, and both sides run without
+torch.compile. ``--size xl`` is the 1.3B model of the preset: 21 GB of state, of which the folder must hold three times
+as much, and the host's memory twice; ``--depth 6`` makes steps and saves a quarter of that alike.
 """
 
 import argparse
@@ -32,21 +37,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from dalle.data.batch import Batch, BatchSource
 from dalle.models.transformer import TextToImageTransformer, TransformerConfig
-from dalle.tasks.transformer import TransformerRun, TransformerTask
+from dalle.tasks.transformer import TransformerRun
 from dalle.training.allocator import keep_freed_memory
 from dalle.training.engines.base import Engine
 from dalle.training.loop import Summary, Trainer
 from dalle.training.saving import SaveFailed
 from dalle.training.state import Checkpoints
-from dalle.training.task import Phase, Player, parameter_count
+from dalle.training.task import parameter_count
+from rounds import Synthetic
 
-TEXT_LENGTH, NUM_WORDS = 32, 2048
 BATCHES_IN_MEMORY = 8
 LOG_EVERY = 10
+STEP_BAR, SAVE_BAR = 1.02, 0.97            # at most, at least
 
 
 @dataclass(frozen=True)
@@ -58,51 +63,46 @@ class Size:
     grid: int
     batch: int
     block: int = 10
+    text: int = 32
+    words: int = 2048
+    codes: int = 1024
+
+    @property
+    def heads(self) -> int:
+        return max(1, self.dim // 64)
 
 
 REALISTIC = Size(dim=512, depth=8, grid=8, batch=8)       # some 0.3 s a step on two cores
 SMALL = Size(dim=128, depth=4, grid=8, batch=4, block=50)
 TINY = Size(dim=16, depth=1, grid=2, batch=2)
+XL = Size(dim=2048, depth=24, grid=32, batch=8, text=256, words=16_384, codes=8192)
+SIZES = {"realistic": REALISTIC, "small": SMALL, "xl": XL}
 SAVING_BATCH = 16                                         # some 0.5 s
-
-
-class Synthetic(TransformerTask):
-    """The transformer task without a codec and a tokenizer: the codes come with the batch."""
-
-    def __init__(self, config: TransformerRun, size: Size):
-        self.config = config
-        model = build(size)
-        self.players = {"transformer": Player(model, config.optimizer)}
-        self.frozen = {}
-        self.phases = [Phase("transformer", player="transformer", loss=self.next_token_loss)]
-        self.tokens_per_sample, self.flops_per_sample = model.config.length, model.flops_per_sample()
-        self.scored_text_slots = TEXT_LENGTH
-
-    def export(self, folder: str, states: dict) -> None:
-        self._model.save_pretrained(folder, states["transformer"])
 
 
 def build(size: Size) -> TextToImageTransformer:
     torch.manual_seed(0)
     return TextToImageTransformer(TransformerConfig(
-        dim=size.dim, depth=size.depth, heads=max(1, size.dim // 64), text_length=TEXT_LENGTH,
-        num_text_tokens=NUM_WORDS, grid=(size.grid, size.grid), num_codes=1024, attention="full"))
+        dim=size.dim, depth=size.depth, heads=size.heads, text_length=size.text, num_text_tokens=size.words,
+        grid=(size.grid, size.grid), num_codes=size.codes, attention="full"))
 
 
-def make_batches(size: Size) -> list[Batch]:
+def make_batches(size: Size, device: torch.device) -> list[Batch]:
     keys = [f"{index:08d}" for index in range(size.batch)]
-    return [{"text": torch.randint(1, NUM_WORDS, (size.batch, TEXT_LENGTH)),
-             "codes": torch.randint(0, 1024, (size.batch, size.grid**2)), "key": keys}
-            for _ in range(BATCHES_IN_MEMORY)]
+    text = torch.randint(1, size.words, (BATCHES_IN_MEMORY, size.batch, size.text))
+    codes = torch.randint(0, size.codes, (BATCHES_IN_MEMORY, size.batch, size.grid**2))
+    if device.type == "cuda":
+        text, codes = text.pin_memory(), codes.pin_memory()
+    return [{"text": text[index], "codes": codes[index], "key": keys} for index in range(BATCHES_IN_MEMORY)]
 
 
 def make_config(folder: Path, size: Size, precision: str, steps: int, save_every: int, ema: float) -> TransformerRun:
     return TransformerRun.model_validate({
         "name": folder.name, "output": str(folder.parent), "codec": "none",
-        "data": {"train": "memory", "tokenizer": "none", "text_length": TEXT_LENGTH},
+        "data": {"train": "memory", "tokenizer": "none", "text_length": size.text},
         "optimizer": {"lr": 3e-4, "clip": 1.0, "ema": ema, "schedule": "constant"},
         "train": {"steps": steps, "batch_size": size.batch, "precision": precision, "log_every": LOG_EVERY,
-                  "save_every": save_every}})
+                  "save_every": save_every, "keep_last": 1, "compile": False}})
 
 
 # -- saving
@@ -159,13 +159,12 @@ def block_modes(rounds: int) -> list[str]:
 
 
 def bench_checkpoint(folder: Path, size: Size, precision: str, save_every: int, rounds: int,
-                     clock: Callable[[], float]) -> float:
+                     clock: Callable[[], float], device: torch.device) -> float:
     """Prints the table; returns the ratio of throughputs, with saves over without."""
     modes = block_modes(rounds)
     config = make_config(folder, size, precision, save_every * (len(modes) + 1), save_every, ema=0.999)
-    engine = Engine(config, torch.device("cpu"))
-    task, batches = Synthetic(config, size), make_batches(size)
-
+    engine = Engine(config, device)
+    task, batches = Synthetic(config, build(size)), make_batches(size, device)
     trainer = Trainer(task, config, engine, lambda start: InMemory(batches, start))
     saves = SavingByBlocks(task, config, engine, trainer.checkpoints.store, "auto", trainer.steps, trainer.evolving,
                            trainer.limits, trainer.output, modes=modes, clock=clock)
@@ -188,7 +187,8 @@ def bench_checkpoint(folder: Path, size: Size, precision: str, save_every: int, 
     seconds = {mode: [block.seconds for block in those] for mode, those in blocks.items()}
     lost = statistics.median(b - a for a, b in zip(seconds[NONE], seconds[ASYNCHRONOUS], strict=True))
     print(f"  an asynchronous save costs training {lost:.2f} s")
-    ratio = print_ratios("throughput, asynchronous / no save", seconds[NONE], seconds[ASYNCHRONOUS])
+    ratio = print_ratios("throughput, asynchronous / no save", seconds[NONE], seconds[ASYNCHRONOUS],
+                         f"at least {SAVE_BAR}")
     base = [statistics.median(seconds[NONE])] * len(seconds[SYNCHRONOUS])
     print_ratios("throughput, synchronous / no save", base, seconds[SYNCHRONOUS])
     return ratio
@@ -241,20 +241,19 @@ class TakingTurns(BatchSource):
         return self.clock() - began
 
 
-def make_bare_step(size: Size, config: TransformerRun) -> Callable[[Batch], None]:
+def make_bare_step(size: Size, config: TransformerRun, device: torch.device) -> Callable[[Batch], None]:
     """What one would write without a trainer."""
-    model, settings = build(size), config.optimizer
+    model, settings = build(size).to(device), config.optimizer
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay,
                                   fused=True)
 
     def step(batch: Batch) -> None:
-        text, codes = batch["text"], batch["codes"]
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
-            text_logits, image_logits = model(text, codes)
-            text_ce = F.cross_entropy(text_logits.flatten(0, 1), model.text_targets(text).flatten())
-            image_ce = F.cross_entropy(image_logits.flatten(0, 1), codes.flatten())
-            loss = config.loss.text_weight * text_ce + config.loss.image_weight * image_ce
+        text, codes = (batch[key].to(device, non_blocking=True) for key in ("text", "codes"))
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+            text_sum, image_sum = model(text, codes, model.text_targets(text))
+            loss = (config.loss.text_weight * text_sum / text.numel()
+                    + config.loss.image_weight * image_sum / codes.numel())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         optimizer.step()
@@ -263,30 +262,43 @@ def make_bare_step(size: Size, config: TransformerRun) -> Callable[[Batch], None
     return step
 
 
-def bench_step(folder: Path, name: str, size: Size, precision: str, rounds: int, clock: Callable[[], float]) -> float:
+def bench_step(folder: Path, name: str, size: Size, precision: str, rounds: int, clock: Callable[[], float],
+               device: torch.device) -> float:
     """Prints the table; returns the loop's time over the bare loop's."""
     config = make_config(folder, size, precision, size.block * (rounds + 1) + 1, save_every=0, ema=0.0)
-    turns = TakingTurns(make_batches(size), size.block, rounds, make_bare_step(size, config), clock)
-    task = Synthetic(config, size)
-    run_quietly(Trainer(task, config, Engine(config, torch.device("cpu")), lambda start: turns).run)
+    turns = TakingTurns(make_batches(size, device), size.block, rounds, make_bare_step(size, config, device), clock)
+    task = Synthetic(config, build(size))
+    run_quietly(Trainer(task, config, Engine(config, device), lambda start: turns).run)
     print(f"step, {name}: {parameter_count(task.players['transformer'].module) / 1e6:.1f} M parameters, {precision}, "
           f"batch {size.batch}, {rounds} rounds of {size.block} steps each")
     for label, seconds in (("bare loop", turns.bare), ("Trainer", turns.loop)):
         print(f"  {label:13s} {statistics.median(seconds) / size.block * 1e3:8.2f} ms a step")
     lost = statistics.median(b - a for a, b in zip(turns.bare, turns.loop, strict=True)) / size.block
     print(f"  the Trainer adds {lost * 1e3:.2f} ms a step")
-    return print_ratios("time, Trainer / bare loop", turns.loop, turns.bare)
+    return print_ratios("time, Trainer / bare loop", turns.loop, turns.bare, f"at most {STEP_BAR}")
 
 
 # -- both
 
-def print_ratios(label: str, above: list[float], below: list[float]) -> float:
+def print_ratios(label: str, above: list[float], below: list[float], bar: str = "none") -> float:
     """The median of the rounds' ratios, their spread, and the ratio of the fastest of each side."""
     ratios = sorted(a / b for a, b in zip(above, below, strict=True))
     median = statistics.median(ratios)
     print(f"  {label}: {median:.3f} (rounds {ratios[0]:.3f} to {ratios[-1]:.3f}, fastest "
-          f"{min(above) / min(below):.3f})")
+          f"{min(above) / min(below):.3f}; bar: {bar})")
     return median
+
+
+def clock_of(device: torch.device, cpu_time: bool) -> Callable[[], float]:
+    """Seconds, once the device has done what it was given."""
+    if device.type != "cuda":
+        return time.process_time if cpu_time else time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
 
 
 def run_quietly(run: Callable[[], Summary]) -> None:
@@ -302,8 +314,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("part", choices=["checkpoint", "step"])
     parser.add_argument("--rounds", type=int, help="default: 5 for checkpoint, 16 for step")
     parser.add_argument("--save-every", type=int, default=50, help="steps, and those of a block of `checkpoint`")
-    parser.add_argument("--batch-size", type=int, help=f"of the 28 M model; default: {SAVING_BATCH} for checkpoint, "
-                        f"{REALISTIC.batch} for step")
+    parser.add_argument("--batch-size", type=int, help=f"default: the size's own; of the 28 M model {SAVING_BATCH} for "
+                        f"checkpoint, {REALISTIC.batch} for step")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--size", choices=list(SIZES), help="default: realistic for checkpoint, realistic and small "
+                        "for step")
+    parser.add_argument("--depth", type=int, help="blocks, in place of the size's own")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where the runs go (default: the system's temporary folder)")
@@ -312,18 +328,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="models of no use, to see that this script works")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1 if options.cpu_time else options.threads)      # waiting threads would count as work
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    keep_freed_memory()
-    batch = options.batch_size or (SAVING_BATCH if options.part == "checkpoint" else REALISTIC.batch)
-    realistic = TINY if options.tiny else replace(REALISTIC, batch=batch)
+    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
+    clock = clock_of(device, options.cpu_time)
+    if device.type == "cpu":
+        keep_freed_memory()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder, precision = Path(name), options.precision
         if options.part == "checkpoint":
-            bench_checkpoint(folder / "run", realistic, precision, options.save_every, options.rounds or 5, clock)
+            size = chosen(options, options.size or "realistic", SAVING_BATCH)
+            bench_checkpoint(folder / "run", size, precision, options.save_every, options.rounds or 5, clock, device)
             return 0
-        for title, size in {"realistic": realistic, "small": TINY if options.tiny else SMALL}.items():
-            bench_step(folder / title, title, size, precision, options.rounds or 16, clock)
+        for title in [options.size] if options.size else ["realistic", "small"]:
+            size = chosen(options, title, REALISTIC.batch)
+            bench_step(folder / title, title, size, precision, options.rounds or 16, clock, device)
     return 0
+
+
+def chosen(options: argparse.Namespace, title: str, realistic_batch: int) -> Size:
+    if options.tiny:
+        return TINY
+    size = SIZES[title]
+    batch = options.batch_size or (realistic_batch if title == "realistic" else size.batch)
+    return replace(size, batch=batch, depth=options.depth or size.depth)
 
 
 if __name__ == "__main__":

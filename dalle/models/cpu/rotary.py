@@ -1,4 +1,4 @@
-"""Rotation in place: one copy, which then serves as the contiguous input of the products."""
+"""Rotation during the one copy that then serves as the contiguous input of the products."""
 
 import torch
 from torch import Tensor
@@ -13,21 +13,25 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def forward(context, stacked: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         context.save_for_backward(cosines, sines)
-        return rotate_(stacked.clone(memory_format=torch.contiguous_format), cosines, sines)
+        return rotated(stacked, cosines, sines)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(context, grad: Tensor) -> tuple[Tensor, None, None]:
         cosines, sines = context.saved_tensors
-        return rotate_(grad.clone(memory_format=torch.contiguous_format), cosines, -sines), None, None
+        return rotated(grad, cosines, -sines), None, None
 
 
-def rotate_(stacked: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    # Whole contiguous rows, x cos + swap(x) sin with the signs in the sines: halves would be strided, and slow.
-    turned = stacked[:2]
-    swapped = torch.cat(turned.chunk(2, dim=-1)[::-1], dim=-1)
-    turned.mul_(cosines).addcmul_(swapped, sines)
-    return stacked
+def rotated(stacked: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """x cos + swap(x) sin, with the signs in the sines; each half is added where the other stands, and none copied."""
+    half = stacked.shape[-1] // 2
+    turned = torch.empty_like(stacked, memory_format=torch.contiguous_format)
+    turned[2:].copy_(stacked[2:])
+    pairs, into = stacked[:2], turned[:2]
+    torch.mul(pairs, cosines, out=into)
+    into[..., :half].addcmul_(pairs[..., half:], sines[..., :half])
+    into[..., half:].addcmul_(pairs[..., :half], sines[..., half:])
+    return turned
 
 
 def rotate(stacked: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

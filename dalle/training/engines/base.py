@@ -8,6 +8,7 @@ Three rules are the same everywhere. A parameter that a phase gave no gradient c
 non-finite loss or gradient on any rank skips the player's step on all of them. In a phase only its player is trainable.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,12 +19,25 @@ import torch
 from torch import Tensor, nn
 
 from dalle.errors import UserError
+from dalle.training.capture import Capture, GraphRecorder, Recorder, reason_to_run_plainly
 from dalle.training.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, SavedPlayer
+from dalle.training.compiling import compile_network, pays, uncompiled
 from dalle.training.ema import EMA
-from dalle.training.optimizers import OptimizerConfig, build_optimizer, optimizer_parts, set_learning_rate
+from dalle.training.engines.copies import copies_of
+from dalle.training.engines.gradients import clipping_divisor, fill_gradients, poisoned, total_norm
+from dalle.training.float8 import check_float8, compute_in_float8
+from dalle.training.optimizers import (
+    OptimizerConfig,
+    build_optimizer,
+    optimizer_parts,
+    rates_on,
+    set_learning_rate,
+)
 from dalle.training.run import RunConfig
 from dalle.training.settings import split_batch
-from dalle.training.task import Batch, Phase, Task
+from dalle.training.task import Batch, Phase, Task, parameter_count
+
+log = logging.getLogger(__name__)
 
 MOST_WRITERS = 8      # ranks that share the writing of a checkpoint, spread over the job
 Snapshot = dict[str, dict[str, Tensor]]     # section -> key -> tensor on the CPU
@@ -41,6 +55,7 @@ class Member:
     ema: EMA | None = None
     wrapper: Any = None       # what DDP or DeepSpeed put around the module
     is_open: bool = True      # whether ``trainable`` has requires_grad on
+    factor: float | None = None       # of its learning rates, as they are set
 
     def named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         chosen = {id(parameter) for parameter in self.trainable}
@@ -85,18 +100,24 @@ class Engine:
 
     kind = "single"
     splits_parameters = False       # `evaluation` is a collective: every rank enters it, for previews, too
+    defers_weights = False          # a large player comes without memory, and gets it part by part (`deferred.py`)
     evaluates_in_step = False       # and so is each forward in it
 
     def __init__(self, config: RunConfig, device: torch.device, rank: int = 0, world_size: int = 1):
         self.device, self.rank, self.world_size = device, rank, world_size
-        self.options, self.compile = config.engine, config.train.compile
-        self.bf16 = config.train.precision == "bf16"
+        self.options, self.compile, self.steps = config.engine, config.train.compile, config.train.steps
+        self.precision = config.train.precision
+        self.bf16 = self.precision != "fp32"       # fp8 is for some layers; the others compute in bf16
+        self.compiled = False                      # whether :meth:`prepare` had a player compiled
+        self.remarks: list[str] = []               # and what it chose, for the first line of the run
         self.local_batch, self.accumulation = split_batch(config.train.batch_size, config.train.micro_batch_size,
                                                           world_size)
         self.members: dict[str, Member] = {}
         self.active: Member | None = None
         self.networks = EngineNetworks(self, {})      # those of a task, from :meth:`prepare` on
-        self._pinned: dict[str, Tensor] = {}
+        self.copies = copies_of(device)
+        self.capture: Capture | None = None           # what records and replays steps, where they are
+        self._capture_wish = config.train.capture
 
     @property
     def is_rank0(self) -> bool:
@@ -112,26 +133,66 @@ class Engine:
         for name, player in task.players.items():
             module = self.place(player.module).train()
             trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            if self.compile:
-                compile_for_phases(module, trainable)
-            member = Member(name, module, player.optimizer, trainable, build_optimizer(module, player.optimizer))
+            if self.precision == "fp8":
+                self.remarks.append(f"fp8: {compute_in_float8(module)} matrices of {name}")
+            if self.compiles(module):
+                self.compiled = True
+                what = compile_network(module, hooked=self.splits_parameters)
+                self.remarks.append(f"compiled: {what} of {name}")
+            settings = player.optimizer.of(parameter_count(module))
+            member = Member(name, module, settings, trainable, build_optimizer(module, settings, self.share_rows))
             self.wrap(member, folder)
-            if player.optimizer.ema > 0:
+            if settings.ema > 0:
                 member.ema = self.build_ema(member)
             self.members[name] = member
         modules = {**task.frozen, **{name: member.module for name, member in self.members.items()}}
         self.networks = EngineNetworks(self, modules)
+        reason = reason_to_run_plainly(
+            self._capture_wish, task, alone_on_cuda=self.kind == "single" and self.device.type == "cuda",
+            accumulation=self.accumulation, compiled=self.compiled)
+        if reason is None:
+            stream = torch.cuda.Stream(self.device)
+            self.record_steps(lambda: GraphRecorder(stream))
+        elif self._capture_wish:
+            log.warning("train.capture: the steps are run plainly: %s", reason)
+
+    def record_steps(self, new_recorder: Callable[[], Recorder]) -> None:
+        """Have steps recorded and replayed from now on, with learning rates that a replay reads anew."""
+        optimizers = [member.optimizer for member in self.members.values()]
+        for optimizer in optimizers:
+            rates_on(optimizer, self.device)
+        self.capture = Capture(new_recorder, optimizers)
+
+    def share_rows(self, rows: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """``work`` done to rows [n, ...] that are the same on all ranks; each rank may do a part, and all get all."""
+        return work(rows)
 
     def place(self, module: nn.Module) -> nn.Module:
         """A player's network where it is trained."""
         return module.to(self.device)
+
+    def compiles(self, module: nn.Module) -> bool:
+        """Whether a player's network is compiled: as the config says, or, where it leaves that open, if it pays: in fp8
+        always, whose roundings are passes over memory of their own unless they are fused."""
+        if self.compile is not None:
+            return self.compile
+        return self.device.type == "cuda" if self.precision == "fp8" else pays(module, self.device, self.steps)
+
+    @property
+    def computes(self) -> str:
+        """How the players are computed, in words; known after :meth:`prepare`."""
+        return "; ".join([self.precision, *self.remarks])
 
     def check(self, task: Task) -> None:
         """Raise :class:`UserError` for what this backend cannot do with the task."""
         if self.accumulation > 1 and not task.splits_batch:
             raise UserError(f"{type(task).__name__} compares the samples of a batch with one another, so it cannot be "
                             f"split into {self.accumulation} micro-batches: remove train.micro_batch_size")
+        if self.options.shard_size is not None and self.world_size > 1 and self.kind != "fsdp2":
+            raise UserError("engine.shard_size is for FSDP2 (launch/engines/fsdp2.yaml): leave it out")
         task.check_share(self.local_batch // self.accumulation, self.world_size)
+        if self.precision == "fp8":
+            check_float8(self.device)
         unknown = {phase.player for phase in task.phases} - set(task.players)
         if unknown:
             raise ValueError(f"a phase moves {sorted(unknown)[0]!r}; players: {', '.join(task.players)}")
@@ -145,11 +206,10 @@ class Engine:
     # -- one phase
 
     def to_device(self, batch: Batch) -> Batch:
-        return {key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-                for key, value in batch.items()}
+        return self.copies.to_device(batch)
 
     def autocast(self) -> AbstractContextManager:
-        """bf16 for the operations that are safe in it, where the run asks for bf16; weights stay fp32."""
+        """bf16 for the operations that are safe in it, unless the run is fp32; weights stay fp32."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def begin_phase(self, phase: Phase, step: int, steps: int) -> None:
@@ -160,8 +220,19 @@ class Engine:
                 member.is_open = member is self.active
                 for parameter in member.trainable:
                     parameter.requires_grad_(member.is_open)
-        set_learning_rate(self.active.optimizer, self.active.settings.factor(step, steps))
+        self.set_rate(self.active, step, steps)
         self.clear_gradients(self.active)
+
+    def set_rates(self, step: int, steps: int) -> None:
+        """The learning rates of all players; within the step :meth:`begin_phase` then finds its player's as it is."""
+        for member in self.members.values():
+            self.set_rate(member, step, steps)
+
+    def set_rate(self, member: Member, step: int, steps: int) -> None:
+        factor = member.settings.factor(step, steps)
+        if factor != member.factor:
+            set_learning_rate(member.optimizer, factor)
+            member.factor = factor
 
     def begin_micro_batch(self, last: bool) -> None:
         """Called before the forward of every micro-batch: only after the last one are gradients exchanged."""
@@ -174,18 +245,18 @@ class Engine:
         """Exchange, clip, and move the active player, unless its gradient is not finite."""
         member = self.active
         self.exchange_gradients(member)
-        gradients = [parameter.grad for parameter in member.trainable]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if member.settings.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(member.trainable, member.settings.clip, norm)
+        norm = total_norm([parameter.grad for parameter in member.trainable])
         skipped = 1.0 - norm.isfinite().float()
-        member.optimizer.found_inf = skipped     # read by the optimiser on the device: no host synchronisation
+        # both are read by the optimiser, on the device: no host synchronisation, and no pass that only scales
+        member.optimizer.grad_scale = clipping_divisor(norm, member.settings.clip)
+        member.optimizer.found_inf = skipped
         member.optimizer.step()
         self.clear_gradients(member)
         return Outcome(norm, skipped)
 
     def clear_gradients(self, member: Member) -> None:
-        member.optimizer.zero_grad(set_to_none=True)
+        for parameter in member.trainable:
+            parameter.grad = None
 
     def exchange_gradients(self, member: Member) -> None:
         """The mean gradient of all ranks on every rank; absent gradients become zeros."""
@@ -200,11 +271,8 @@ class Engine:
         return self.twice_differentiable(self.members[name].module)
 
     def twice_differentiable(self, module: nn.Module) -> Callable[..., Any]:
-        if not self.compile:
-            return module
-
         def eager(*arguments: Any, **named: Any) -> Any:
-            with torch.compiler.set_stance("force_eager"):    # compiled code has no second derivative
+            with uncompiled():
                 return module(*arguments, **named)
 
         return eager
@@ -244,6 +312,11 @@ class Engine:
         """The largest over the ranks of each of some small integers: one cheap agreement a step."""
         return values
 
+    def start_max(self, *values: int) -> Callable[[], tuple[int, ...]]:
+        """Begin the same without waiting; what is returned waits, and gives the answer. Other exchanges may lie in
+        between."""
+        return lambda: values
+
     def all_reduce_mean(self, value: Tensor) -> Tensor:
         return value.detach()
 
@@ -281,7 +354,8 @@ class Engine:
     # -- state
 
     def snapshot(self, name: str) -> Snapshot:
-        """Copies, on the CPU, of what this rank writes of a player's state; called on every rank.
+        """Copies, on the CPU, of what this rank writes of a player's state; called on every rank, between
+        ``copies.begin()`` and ``copies.end()``, and to be read after ``copies.wait()``.
 
         All that evolves is in it once: the ranks of :attr:`writers` share the tensors by size.
         """
@@ -293,11 +367,10 @@ class Engine:
             writer = min(shares, key=shares.__getitem__)
             shares[writer] += tensor.nbytes
             if writer == self.rank:
-                copies[section][key] = self.host_copy(f"{name}/{section}/{key}", tensor)
+                copies[section][key] = self.copies.to_host(f"{name}/{section}/{key}", tensor)
         if member.ema is not None and member.ema.is_split:
-            copies[AVERAGE] = {key: value.to("cpu", copy=True) for key, value in member.ema.state_dict().items()}
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            copies[AVERAGE] = {key: self.copies.to_host(f"{name}/{AVERAGE}/{key}", value)
+                               for key, value in member.ema.state_dict().items()}
         return copies
 
     @property
@@ -328,18 +401,11 @@ class Engine:
         parts = optimizer_parts(member.optimizer)
         return next((dict(part.state[parameter]) for part in parts if parameter in part.state), {})
 
-    def host_copy(self, key: str, tensor: Tensor) -> Tensor:
-        """A copy on the CPU that the next call with the same key overwrites (pinned memory is slow to come by)."""
-        if tensor.device.type != "cuda":
-            return tensor.to("cpu", copy=True).contiguous()
-        buffer = self._pinned.get(key)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = self._pinned[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return buffer.copy_(tensor, non_blocking=True)
-
     def load_player(self, name: str, saved: SavedPlayer) -> None:
         """Take over a saved state; raises ``ValueError``, ``KeyError`` or ``RuntimeError`` where it does not fit."""
         member = self.members[name]
+        if self.capture is not None:
+            self.capture.forget()
         self.load_weights(member, saved)
         self.load_optimizer(member, saved)
         if member.ema is not None and saved.keys(AVERAGE):
@@ -375,28 +441,3 @@ def state_keys(saved: SavedPlayer) -> dict[str, list[str]]:
         name, _, state = key.rpartition("/")
         found.setdefault(name, []).append(state)
     return found
-
-
-def compile_for_phases(module: nn.Module, trainable: list[nn.Parameter]) -> None:
-    """``module.compile()``, apart for the phases in which it learns and for the others: torch 2.11 does not look again
-    at the ``requires_grad`` of a module's parameters, and would hand on a graph that has no gradient."""
-    def call(learns: bool, *arguments: Any, **named: Any) -> Any:
-        if learns:                   # read, so that what is compiled holds for this answer alone
-            return module._call_impl(*arguments, **named)
-        return module._call_impl(*arguments, **named)
-
-    compiled = torch.compile(call)
-    module._compiled_call_impl = lambda *arguments, **named: compiled(trainable[0].requires_grad, *arguments, **named)
-
-
-def poisoned(loss: Tensor) -> Tensor:
-    """``loss`` with a non-finite value made to spoil every gradient, so that all ranks see it without asking."""
-    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-
-
-def fill_gradients(parameters: list[nn.Parameter]) -> bool:
-    """Give zeros to parameters without a gradient; whether there were any."""
-    missing = [parameter for parameter in parameters if parameter.grad is None]
-    for parameter in missing:
-        parameter.grad = torch.zeros_like(parameter)
-    return bool(missing)

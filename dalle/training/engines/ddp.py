@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from dalle.errors import UserError
-from dalle.training.engines.base import Member, fill_gradients
+from dalle.training.engines.base import Member
 from dalle.training.engines.environment import launched_size, wants_cpu
+from dalle.training.engines.gradients import fill_gradients
 from dalle.training.engines.group import GroupEngine, average_gradients
 from dalle.training.run import RunConfig
 from dalle.training.task import Phase
@@ -33,10 +34,13 @@ class DistributedEngine(GroupEngine):
         from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         hook = DDPCommunicationHookType.BF16 if config.engine.gradient_dtype == "bf16" else DDPCommunicationHookType.NO
+        elements = config.engine.bucket_elements      # by default DDP's first bucket is a small one of 1 MiB
+        bucket = {} if elements is None else {"bucket_cap_mb": 4 * elements / 2**20}
         accelerator = Accelerator(cpu=wants_cpu(), mixed_precision="no", kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(minutes=config.engine.timeout_minutes)),
             # buffers: broadcasting them between two forwards of one backward changes what the graph has saved
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook)])
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook,
+                                          **bucket)])
         if accelerator.num_processes != launched_size() or "MULTI" not in accelerator.distributed_type.value:
             raise UserError(f"the launcher started {launched_size()} processes, accelerate sees "
                             f"{accelerator.num_processes} ({accelerator.distributed_type.value}): check its settings")

@@ -2,16 +2,21 @@
 
 torch's ``fully_shard`` is called directly: accelerate drops it without a word on CPU cores. Each child of an
 ``nn.ModuleList`` is a block that is gathered as its turn comes; everything else is gathered with the module itself. The
-weights are fp32 and so is what the ranks exchange, unless ``engine.gradient_dtype`` says otherwise; bf16 is autocast,
-as under DDP, whose bf16 copies of a block's weights stay until its backward unless the model is checkpointed. The
-optimiser and the average see each rank's rows as plain tensors over the same memory: the same code as elsewhere.
+weights are fp32 and so are the gradients that the ranks exchange, unless ``engine.gradient_dtype`` says otherwise.
+Under bf16 the blocks are gathered in bf16, which is what autocast would make of their weights; their norms stay whole
+and fp32 on every rank, and what is outside of the blocks (embeddings, heads) is gathered in fp32, so that autocast,
+which stays on, rounds where it does under DDP. The optimiser and the average see each rank's rows as plain tensors over
+the same memory: the same code as elsewhere.
+
+With ``engine.shard_size`` (HSDP) so many neighbouring ranks share one copy, and the copies average their gradients. A
+deferred module (``dalle/training/deferred.py``) gets its memory block by block, as it is split.
 
 Every rank has to call the module equally often, with the same parameters taking part in the loss.
 """
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,10 +30,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dalle.errors import UserError
 from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
+from dalle.training.compiling import blocks_of
+from dalle.training.deferred import is_deferred, materialise
 from dalle.training.ema import EMA
-from dalle.training.engines.base import Member, Outcome, fill_gradients, state_keys
+from dalle.training.engines.base import Member, Outcome, state_keys
 from dalle.training.engines.environment import is_set, launched_size, wants_cpu
+from dalle.training.engines.gradients import fill_gradients
 from dalle.training.engines.group import GroupEngine, average_gradients
+from dalle.training.memory import Blocks
 from dalle.training.run import RunConfig
 from dalle.training.task import Task
 
@@ -38,6 +47,7 @@ class FSDPEngine(GroupEngine):
 
     kind = "fsdp2"
     splits_parameters = True
+    defers_weights = True
 
     @classmethod
     def start(cls, config: RunConfig) -> "FSDPEngine":
@@ -56,12 +66,11 @@ class FSDPEngine(GroupEngine):
         device = torch.device("cpu") if on_cpu else state.device
         engine = cls(config, device, state.process_index, launched_size())
         engine.open_control_group()
-        engine.mesh = init_device_mesh(device.type, (engine.world_size,), mesh_dim_names=("shard",))
+        engine.mesh = build_mesh(device.type, engine.world_size, config.engine.shard_size)
         return engine
 
     def __init__(self, config: RunConfig, device: torch.device, rank: int, world_size: int):
         super().__init__(config, device, rank, world_size)
-        self.compile_blocks, self.compile = self.compile, False    # see `compile_forwards`
         self.mesh: DeviceMesh | None = None
 
     # -- before the first step
@@ -78,13 +87,15 @@ class FSDPEngine(GroupEngine):
         if self.options.offload_optimizer or self.options.offload_parameters:
             raise UserError("engine.offload_optimizer and engine.offload_parameters are for ZeRO: set them to false")
 
+    def place(self, module: nn.Module) -> nn.Module:
+        return module if is_deferred(module) else super().place(module)
+
     def wrap(self, member: Member, folder: Path) -> None:
         names = {parameter: name for name, parameter in member.module.named_parameters()}
         trainable = [names[parameter] for parameter in member.trainable]
         groups = [[names[parameter] for parameter in group["params"]] for group in member.optimizer.param_groups]
-        if self.compile_blocks:
-            compile_forwards(member.module)
-        shard(member.module, self.mesh, torch.bfloat16 if self.options.gradient_dtype == "bf16" else None)
+        exchanged = torch.bfloat16 if self.options.gradient_dtype == "bf16" else torch.float32
+        shard(member.module, self.mesh, exchanged, torch.bfloat16 if self.bf16 else None)
         member.wrapper = Rows(member.module)
         member.trainable = [member.wrapper.parameters[name] for name in trainable]
         for group, members in zip(member.optimizer.param_groups, groups, strict=True):
@@ -101,7 +112,8 @@ class FSDPEngine(GroupEngine):
                 if self.bf16 else nullcontext())
 
     def begin_micro_batch(self, last: bool) -> None:
-        self.active.module.set_requires_gradient_sync(last)
+        # each micro-batch's gradients are split at once: whole ones would take as much memory as whole weights
+        self.active.module.set_requires_all_reduce(last)
 
     def step(self) -> Outcome:
         member, rows = self.active, self.active.wrapper
@@ -116,18 +128,19 @@ class FSDPEngine(GroupEngine):
         return Outcome(norm, skipped)
 
     def exchange_gradients(self, member: Member) -> None:
-        """FSDP has averaged the split gradients while the backward ran; those of single numbers follow."""
+        """FSDP has averaged the split gradients while the backward ran; those of whole parameters follow."""
         rows = member.wrapper
         rows.take_gradients()
         fill_gradients(rows.trainable)
-        if rows.numbers:
-            average_gradients(rows.numbers, self.world_size, self.options.gradient_dtype)
+        if rows.whole:
+            average_gradients(rows.whole, self.world_size, self.options.gradient_dtype)
 
     def gradient_norm(self, rows: "Rows") -> Tensor:
         square = torch.nn.utils.get_total_norm([parameter.grad for parameter in rows.split]).square()
-        dist.all_reduce(square)
-        for number in rows.numbers:
-            square = square + number.grad.square()
+        dist.all_reduce(square)      # over the copies, too: one number, bit for bit, on all ranks
+        square /= self.world_size // self.mesh["shard"].size()
+        if rows.whole:
+            square = square + torch.nn.utils.get_total_norm([parameter.grad for parameter in rows.whole]).square()
         return square.sqrt()
 
     def clear_gradients(self, member: Member) -> None:
@@ -142,8 +155,7 @@ class FSDPEngine(GroupEngine):
         """Every rank has the whole weights meanwhile: sampling calls blocks in ways and numbers that FSDP cannot see,
         and gathering them for each token would cost far more than it saves."""
         modules = [member.module for member in self.members.values()]
-        stance = "force_eager" if self.compile_blocks else "default"     # not worth compiling again without gradient
-        with super().evaluation(), torch.compiler.set_stance(stance):
+        with super().evaluation():
             try:
                 for module in modules:
                     gather(module)
@@ -152,6 +164,15 @@ class FSDPEngine(GroupEngine):
                 for module in modules:
                     reshard(module)
                     free_after_forward(module)
+
+    @contextmanager
+    def whole_networks(self) -> Iterator[None]:
+        """Sampling computes in the type of the weights, which has to be one: under bf16 that of the gathered blocks."""
+        with ExitStack() as stack:
+            for member in self.members.values():
+                if self.bf16 and blocks_of(member.module):
+                    stack.enter_context(all_in(member.module, torch.bfloat16))
+            yield
 
     # -- state
 
@@ -185,7 +206,7 @@ class FSDPEngine(GroupEngine):
 class Rows:
     """The parameters of a sharded module by name, and this rank's rows of each as plain tensors over their memory.
 
-    A parameter that is a single number has no rows to deal out; every rank has all of it.
+    A parameter that is not split (a single number, a block's norm under bf16) is whole on every rank.
     """
 
     def __init__(self, module: nn.Module):
@@ -194,8 +215,8 @@ class Rows:
                      if isinstance(parameter, DTensor) else parameter for name, parameter in self.parameters.items()}
         self._names = {parameter: name for name, parameter in self.parameters.items()}
         self.trainable = [rows for rows in self.rows.values() if rows.requires_grad]
-        self.split = [rows for rows in self.trainable if rows.ndim > 0]
-        self.numbers = [rows for rows in self.trainable if rows.ndim == 0]
+        self.split = [rows for rows in self.trainable if rows not in self._names]
+        self.whole = [rows for rows in self.trainable if rows in self._names]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return iter(self.rows.items())
@@ -251,31 +272,49 @@ def rows_for(pattern: Tensor, whole: Tensor, name: str) -> Tensor:
 
 # -- modules in parts
 
-def shard(module: nn.Module, mesh: DeviceMesh, gradient_dtype: torch.dtype | None) -> None:
-    """Split the parameters of ``module`` over ``mesh``, in place: each block apart, the rest together."""
-    numbers = {parameter for parameter in module.parameters() if parameter.ndim == 0}    # FSDP refuses them
-    for parameter in module.parameters():
-        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)     # and other strides
+def build_mesh(device: str, world_size: int, shard_size: int | None) -> DeviceMesh:
+    """All ranks as (replicate, shard) where several copies are kept, else as (shard,)."""
+    size = shard_size or world_size
+    if world_size % size:
+        raise UserError(f"engine.shard_size {size} does not divide the {world_size} processes into equal groups")
+    if size == world_size:
+        return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (world_size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(module: nn.Module, mesh: DeviceMesh, exchanged: torch.dtype, blocks_in: torch.dtype | None) -> None:
+    """Split the parameters of ``module`` over ``mesh``, in place: each block apart, gathered in ``blocks_in``, the rest
+    together. One that is deferred gets its memory a block at a time."""
+    blocks = blocks_of(module)
+    for part in [*blocks, module]:
+        materialise(part, torch.device(mesh.device_type, torch.cuda.current_device())
+                    if mesh.device_type == "cuda" else torch.device("cpu"))
+        for parameter in part.parameters():
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)     # FSDP refuses others
+        policy = MixedPrecisionPolicy(param_dtype=None if part is module else blocks_in, reduce_dtype=exchanged,
+                                      cast_forward_inputs=False)
+        fully_shard(part, mesh=mesh, reshard_after_forward=part is not module, mp_policy=policy,
+                    ignored_params=whole_parameters(module, blocks_in))
+
+
+def blocks_apart(module: nn.Module, bf16: bool) -> Blocks:
+    """The parameters of a module as :func:`shard` deals them out."""
+    whole = whole_parameters(module, torch.bfloat16 if bf16 else None)
+    seen, blocks = set(whole), []
     for part in [*blocks_of(module), module]:
-        fully_shard(part, mesh=mesh, reshard_after_forward=part is not module, ignored_params=numbers,
-                    mp_policy=MixedPrecisionPolicy(reduce_dtype=gradient_dtype))
+        blocks.append(tuple(parameter for parameter in part.parameters() if parameter not in seen))
+        seen.update(blocks[-1])
+    return Blocks(tuple(blocks[:-1]), blocks[-1], tuple(whole))
 
 
-def compile_forwards(module: nn.Module) -> None:
-    """Compile each block's ``forward``, or that of a module without blocks.
-
-    Only what lies inside of FSDP's hooks: of a ``__call__`` that has them torch compiles nothing, and says nothing.
-    """
-    for part in blocks_of(module) or [module]:
-        part.forward = torch.compile(part.forward)
-
-
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The children with parameters of every ``nn.ModuleList`` in ``module``, the inner before the outer."""
-    containers = (nn.ModuleList, nn.ModuleDict)
-    children = [child for part in reversed(list(module.modules())) if isinstance(part, nn.ModuleList)
-                for child in part if not isinstance(child, containers) and any(True for _ in child.parameters())]
-    return list(dict.fromkeys(children))
+def whole_parameters(module: nn.Module, blocks_in: torch.dtype | None) -> set[nn.Parameter]:
+    """What is not split: single numbers, which FSDP refuses, and the blocks' norms where those are gathered in fewer
+    bits, for FSDP gathers a block in one type."""
+    norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    return {parameter for parameter in module.parameters() if parameter.ndim == 0} | {
+        parameter for block in blocks_of(module) if blocks_in is not None for part in block.modules()
+        if isinstance(part, norms) for parameter in part.parameters(recurse=False)}
 
 
 def sharded_parts(module: nn.Module) -> list[FSDPModule]:
@@ -292,6 +331,20 @@ def gather(module: nn.Module) -> None:
 def reshard(module: nn.Module) -> None:
     for part in sharded_parts(module):
         part.reshard()
+
+
+@contextmanager
+def all_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Every gathered parameter in ``dtype`` meanwhile; those that are not are replaced by copies."""
+    replaced = [(part, name, parameter) for part in module.modules() for name, parameter in part._parameters.items()
+                if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype]
+    try:
+        for part, name, parameter in replaced:
+            part._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        yield
+    finally:
+        for part, name, parameter in replaced:
+            part._parameters[name] = parameter
 
 
 def free_after_forward(module: nn.Module) -> None:

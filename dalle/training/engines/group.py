@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class GroupEngine(Engine):
     def __init__(self, config: RunConfig, device: torch.device, rank: int, world_size: int):
         super().__init__(config, device, rank, world_size)
         self.control: dist.ProcessGroup | None = None
+        self.agreement: dist.ProcessGroup | None = None
 
     def open_control_group(self) -> None:
         if dist.get_world_size() != launched_size():
@@ -30,6 +32,8 @@ class GroupEngine(Engine):
                             f"{dist.get_world_size()}: check the launcher's settings")
         # gloo: agreeing on a signal every step must not wait for the accelerator
         self.control = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        # of its own: an agreement is under way while a step, or a save, exchanges something else
+        self.agreement = dist.new_group(backend="gloo")
 
     def gather(self, value: Any) -> list[Any]:
         values = [None] * self.world_size
@@ -41,10 +45,33 @@ class GroupEngine(Engine):
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
         return tuple(box.tolist())
 
+    def start_max(self, *values: int) -> Callable[[], tuple[int, ...]]:
+        box = torch.tensor(values)
+        work = dist.all_reduce(box, dist.ReduceOp.MAX, group=self.agreement, async_op=True)
+
+        def answer() -> tuple[int, ...]:
+            work.wait()
+            return tuple(box.tolist())
+
+        return answer
+
     def all_reduce_mean(self, value: Tensor) -> Tensor:
         value = value.detach().clone()
         dist.all_reduce(value)
         return value / self.world_size
+
+    def share_rows(self, rows: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rank r does rows r * k to (r + 1) * k, of k = ceil(n / ranks); with fewer rows than ranks each does all."""
+        count, size = len(rows), -(-len(rows) // self.world_size)
+        if count < self.world_size:
+            return work(rows)
+        own = work(rows[self.rank * size:(self.rank + 1) * size]) if self.rank * size < count else rows[:0]
+        padded = own.new_zeros(size, *rows.shape[1:])
+        padded[:len(own)] = own
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        # as bytes: not every backend knows every type
+        dist.all_gather([part.view(torch.uint8) for part in parts], padded.view(torch.uint8))
+        return torch.cat(parts)[:count]
 
     def share_buffers(self) -> None:
         """Each rank's BatchNorm sees its own samples, so without ``sync_batch_norm`` the statistics drift apart. Those

@@ -31,11 +31,11 @@ class Wanted:
 
     def check_precision(self, where: str, said: str) -> None:
         """``said``: fp16, bf16 or fp8; or no, which is accelerate's default."""
-        if said in ("fp16", "fp8"):
-            raise UserError(f"{where} is {said}: runs are fp32 or bf16; remove it, and set train.precision=bf16")
-        if said == "bf16" and self.precision != "bf16":
-            raise UserError(f"{where} is bf16 and train.precision is {self.precision}: set train.precision=bf16, or "
-                            "remove it")
+        if said == "fp16":
+            raise UserError(f"{where} is fp16: runs are fp32, bf16 or fp8; remove it, and set train.precision=bf16")
+        if said in ("bf16", "fp8") and self.precision != said:
+            raise UserError(f"{where} is {said} and train.precision is {self.precision}: set train.precision={said}, "
+                            "or remove it")
 
     def check_accumulation(self, where: str, said: int) -> None:
         if said in (1, self.local // self.micro):      # 1 is accelerate's default

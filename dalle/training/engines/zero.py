@@ -21,14 +21,16 @@ from dalle.errors import UserError
 from dalle.text_file import read_text_file
 from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.ema import EMA, full_access
-from dalle.training.engines.base import Member, Outcome, poisoned, state_keys
+from dalle.training.engines.base import Member, Outcome, state_keys
 from dalle.training.engines.environment import launched_size, wants_cpu
+from dalle.training.engines.gradients import poisoned
 from dalle.training.engines.group import GroupEngine
 from dalle.training.engines.launcher_settings import check_deepspeed_file
 from dalle.training.run import RunConfig
 from dalle.training.task import Task
 
 NEVER = 10**12
+BUCKET_ELEMENTS = 50_000_000
 SAMPLING = -1       # among the numbers of the modules that still need a parameter under ZeRO-3: none of them
 
 
@@ -66,6 +68,9 @@ class DeepSpeedEngine(GroupEngine):
 
     def check(self, task: Task) -> None:
         super().check(task)
+        if self.stage == 3 and self.precision == "fp8":
+            raise UserError("train.precision=fp8 does not go with ZeRO-3, which gathers each layer by itself: launch "
+                            "with launch/engines/fsdp2.yaml, or set train.precision=bf16")
         if self.stage == 3 and len(task.players) > 1 and not self.options.allow_zero3_players:
             raise UserError(f"ZeRO-3 with {len(task.players)} players costs more than it saves on networks this small: "
                             "launch with DDP or ZeRO-1/2, or set engine.allow_zero3_players=true")
@@ -97,12 +102,24 @@ class DeepSpeedEngine(GroupEngine):
             deepspeed.zero.Init(module=member.module, config_dict_or_path=settings)
         member.wrapper, *_ = deepspeed.initialize(model=member.module, optimizer=member.optimizer, config=settings,
                                                   dist_init_required=False)
+        if self.bf16:
+            communicate_in_bf16(member.module, member.wrapper.optimizer, gathers=self.stage == 3)
+
+    def compiles(self, module: nn.Module) -> bool:
+        """Nothing under ZeRO-3: its hooks gather the weights of every layer, and torch compiles only what lies between
+        two of them (23 pieces of a block of one matrix, each compiled again in the next block)."""
+        if self.stage < 3:
+            return super().compiles(module)
+        if self.compile:
+            self.remarks.append("not compiled, for ZeRO-3 gathers each layer by itself")
+        return False
 
     def settings(self, member: Member) -> dict[str, Any]:
         """DeepSpeed's JSON for one player, with no "auto" left for anyone to guess."""
+        bucket = self.options.bucket_elements or BUCKET_ELEMENTS
         zero: dict[str, Any] = {
             "contiguous_gradients": True, "overlap_comm": self.device.type != "cpu",
-            "reduce_bucket_size": self.options.bucket_elements, "allgather_bucket_size": self.options.bucket_elements,
+            "reduce_bucket_size": bucket, "allgather_bucket_size": bucket,
             **self.zero}
         offload = {"device": "cpu", "pin_memory": self.device.type != "cpu"}
         if self.options.offload_optimizer or "offload_optimizer" in zero:
@@ -118,8 +135,10 @@ class DeepSpeedEngine(GroupEngine):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "communication_data_type": self.options.gradient_dtype,
-            # weights stay fp32; the list of modules whose gradients would be exchanged in bf16 stays empty
-            "torch_autocast": {"enabled": self.bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+            # weights stay fp32; the layers listed (none, or DeepSpeed's own list) exchange their gradients in bf16
+            "torch_autocast": {"enabled": self.bf16, "dtype": "bfloat16",
+                               **({} if self.options.gradient_dtype == "bf16"
+                                  else {"lower_precision_safe_modules": []})},
             "steps_per_print": NEVER, "wall_clock_breakdown": False,
         }
 
@@ -292,10 +311,40 @@ def read_deepspeed_file(path: Path, config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in tree["zero_optimization"].items() if value != "auto"}
 
 
+def communicate_in_bf16(module: nn.Module, zero: Any, gathers: bool) -> None:
+    """Under autocast: with ``gathers`` (ZeRO-3), the ranks gather the weights of products in bf16, which is what
+    autocast would round them to anyway; their parts, which are saved and moved, stay fp32. Small parameters that
+    DeepSpeed never splits again are left out: what is gathered of those stays, and is what is saved.
+
+    DeepSpeed has one mark on a parameter for that and for the exchange of its gradient, and under autocast none for the
+    gradients of other layers; here ``engine.gradient_dtype`` alone decides what all gradients are exchanged in.
+    """
+    from deepspeed.runtime.torch_autocast import LOWER_PRECISION_SAFE_MODULES, PARAM_COMM_DTYPE_ATTR_NAME
+
+    exchanged_in = torch.bfloat16 if torch.bfloat16 in zero.ipg_buckets else torch.float32
+    zero.get_param_comm_dtype = lambda parameter: exchanged_in
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            parameter.__dict__.pop(PARAM_COMM_DTYPE_ATTR_NAME, None)
+            if gathers and not parameter.ds_persist and isinstance(part, tuple(LOWER_PRECISION_SAFE_MODULES)):
+                setattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)
+
+
 @contextmanager
 def gathered(parameters: list[nn.Parameter], owner: int | None) -> Iterator[None]:
-    """ZeRO-3 parameters in full on every rank; what rank ``owner`` writes to them meanwhile is kept."""
+    """ZeRO-3 parameters in full, and in fp32, on every rank; what rank ``owner`` writes to them meanwhile is kept."""
     import deepspeed
+    from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=owner):
-        yield
+    marks = [(parameter, parameter.__dict__.pop(PARAM_COMM_DTYPE_ATTR_NAME)) for parameter in parameters
+             if PARAM_COMM_DTYPE_ATTR_NAME in parameter.__dict__]
+    for parameter, _ in marks:
+        if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+            parameter.partition()      # a forward left it there, rounded, and it would be taken as it is
+    try:
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=owner):
+            yield
+    finally:
+        for parameter, dtype in marks:
+            setattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME, dtype)
