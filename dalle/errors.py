@@ -101,17 +101,17 @@ def run_command(main: Callable[[], int | None], save_memory: str = "") -> None:
             raise
         say_error(error)
         status = exit_status(error)
-        end_at_once_among_ranks(status)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)      # another one would only spoil the ending
         print("interrupted", file=sys.stderr, flush=True)
         status = EXIT_INTERRUPTED
-        end_at_once_among_ranks(status)
+    end_at_once_among_ranks(status or 0)
     sys.exit(status or 0)
 
 
 def end_at_once_among_ranks(status: int) -> None:
-    """An ordinary exit waits for, or is aborted by, threads of a process group that has lost a member."""
+    """An ordinary exit waits for threads of a process group that has lost a member, and is now and then aborted by
+    those that gloo leaves behind in one that has not."""
     if has_ranks():
         sys.stdout.flush()
         os._exit(status)
