@@ -9,17 +9,15 @@ weights below, gamma_1 4 for the paper's 5, KL with weight 1. The mask is the al
 the places of one picture with the padding of other captions (see ``global_attention``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dalle.config import FIXED, FREE, Section
 from dalle.models.base import ModelConfig
-from dalle.pictures import to_bytes
 from dalle.training.task import Batch, Companion, Loss, Networks
 from gans.damsm import Damsm
 from gans.generator import Painter
@@ -34,6 +32,7 @@ from gans.layers import (
     same,
     up_glu,
 )
+from gans.looking import seen
 from gans.losses import bce
 from gans.matching import Gammas, damsm_losses
 from gans.outputs import Painted, Scores
@@ -42,7 +41,6 @@ from gans.task import GanBatch, GANOptimizer, GANRun, GANTask, filled, load_enco
 from gans.text import Text, load_text_encoder
 
 STEM_SIDE = 4       # of the first map of the generator and the last of a discriminator
-SHADE = 0.2         # of a picture where a word was not looked for
 
 
 # -- the generator
@@ -114,15 +112,10 @@ class AttnGANGenerator(Painter):
 
     @torch.no_grad()
     def paint(self, noise: dict[str, Tensor], text: Text) -> tuple[Tensor, dict[str, Tensor]]:
-        """The last pictures; ``image``, the same, and for each refinement ``attention_S`` [B, T, S, S]."""
+        """The last pictures, all of them, and the attention of each refinement."""
         painted = self(noise, text)
-        image = painted.image
-        return image, {"image": image, **{f"attention_{maps.shape[-1]}": maps for maps in painted.attention}}
+        return painted.image, seen(painted)
 
-    def pictures(self, values: Mapping[str, Tensor], caption: str) -> dict[str, Tensor]:
-        """``attention``: where each word was looked for."""
-        maps = [value for name, value in values.items() if name.startswith("attention_")]
-        return {"attention": attention_picture(values["image"], maps)}
 
 
 class Start(nn.Module):
@@ -263,27 +256,6 @@ def generator_loss(fakes: Sequence[Scores], damsm: Tensor, kl: Tensor, lambda_da
     return adversarial_loss(fakes) + lambda_damsm * damsm + lambda_kl * kl
 
 
-# -- what the attention looks like
-
-def attention_picture(image: Tensor, maps: Sequence[Tensor]) -> Tensor:
-    """uint8 [3, rows, columns]: on top the picture, below it a row a word, where each refinement looked for that word.
-
-    ``image`` float [3, S, S] in [-1, 1]; ``maps`` [T, s, s] each, a column each. A word's brightest place is the one of
-    its largest weight; a word without any weight is padding and left out.
-    """
-    side = image.shape[-1]
-    image = ((image.float() + 1) / 2).clamp(0, 1)
-    present = maps[0].flatten(1).any(dim=1)
-    columns = []
-    for weights in maps:
-        weights = weights[present].float()
-        light = weights / weights.amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        light = F.interpolate(light[:, None], (side, side), mode="bilinear", align_corners=False)
-        lit = image * (SHADE + (1 - SHADE) * light)
-        columns.append(torch.cat([image, *lit], dim=1))
-    return to_bytes(torch.cat(columns, dim=2))
-
-
 # -- the run
 
 class AttnGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
@@ -397,11 +369,3 @@ class AttnGANTask(GANTask):
         reals = pyramid(image, self.network.config.picture_sides)
         return [logits for scores in discriminator(reals, batch["text"].sentence)
                 for logits in (scores.alone, scores.matched) if logits is not None]
-
-    @torch.no_grad()
-    def preview(self, networks: Networks, step: int) -> dict[str, Tensor]:
-        """Also ``attention_N``: where the words of the N-th caption were looked for, in the picture of seed 0."""
-        captions = list(self.config.preview.captions)
-        details = self.generator(networks).generate_with_details(captions, [0] * len(captions))[1]
-        return {**super().preview(networks, step),
-                **{f"attention_{number}": detail["pictures"]["attention"] for number, detail in enumerate(details)}}

@@ -15,7 +15,7 @@ from dalle.errors import UserError
 from dalle.models.base import CONFIG_FILE, PretrainedModel
 from dalle.pictures import fit_picture, signed_to_bytes, to_bytes, to_signed
 from dalle.store import OnProgress, identify, load_model, model_kind
-from gans import NETWORKS
+from gans import NETWORKS, looking
 from gans.text import Text, load_text_encoder
 
 TEXT_FOLDER = "text"       # of an exported generator
@@ -45,20 +45,34 @@ class Painter(PretrainedModel):
         """
         raise NotImplementedError
 
-    def conditions(self, captions: Sequence[str], text: Text | None) -> dict[str, Tensor]:
-        """What :meth:`paint` needs beside the text, from the captions themselves."""
+    def options(self, **given: Any) -> dict[str, Any]:
+        """The network's own options of a call, checked and with those that were left out; ``UserError`` for others.
+
+        A command gives a value as the text that was typed, a program as it is.
+        """
+        if given:
+            name = next(iter(given)).replace("_", "-")
+            raise UserError(f"--{name} is not an option of a {self.model_type} model, which draws no codes; its "
+                            "candidates differ by their noise alone")
+        return {}
+
+    def conditions(self, captions: Sequence[str], text: Text | None, **options: Any) -> dict[str, Tensor]:
+        """What :meth:`paint` needs beside the text, from the captions themselves and what :meth:`options` gave."""
         return {}
 
     def pictures(self, values: Mapping[str, Tensor], caption: str) -> dict[str, Tensor]:
-        """uint8 [3, h, w] each, by name: what else :meth:`paint` gave of one picture as something to look at."""
-        return {}
+        """uint8 [3, h, w] each, by name: what else :meth:`paint` gave of one picture as something to look at.
+
+        Here what :func:`gans.looking.seen` names: the scales side by side, and where each word was looked for.
+        """
+        return looking.pictures(values)
 
 
 class GANGenerator:
     """A generator network and its text encoder (None for one that reads no text).
 
     Options of every call: ``batch_size``, the pictures painted side by side, and ``truncation``, by which a normal
-    noise is multiplied (below 1: safer and less varied).
+    noise is multiplied (below 1: safer and less varied); and those of the network, :meth:`Painter.options`.
     """
 
     precision: ClassVar[str] = "fp32"      # whatever type was asked for
@@ -77,15 +91,12 @@ class GANGenerator:
         return self.text_encoder.warnings(captions)
 
     def settings(self, **options: Any) -> dict[str, Any]:
-        """``truncation``, checked; every other option is refused."""
+        """``truncation`` and the network's own, checked; every other option is refused."""
         truncation = options.pop("truncation", 1.0)
-        if options:
-            name = next(iter(options)).replace("_", "-")
-            raise UserError(f"--{name} is not an option of a {self.network.model_type} model, which draws no codes; "
-                            "its candidates differ by their noise alone")
+        own = self.network.options(**options)
         if not isinstance(truncation, (int, float)) or not 0 <= truncation <= 1:
             raise UserError(f"truncation is {truncation!r}; it is a number from 0 to 1")
-        return {"truncation": float(truncation)}
+        return {"truncation": float(truncation), **own}
 
     def generate(self, captions: list[str], seeds: list[int], **options: Any) -> Tensor:
         """One picture for each (caption, seed): uint8 [N, 3, S, S]."""
@@ -108,7 +119,7 @@ class GANGenerator:
         if self.edits != (sources is not None):
             raise UserError(f"a {self.network.model_type} model edits a picture: give one with --image" if self.edits
                             else f"a {self.network.model_type} model paints from nothing: leave --image out")
-        truncation = self.settings(**options)["truncation"]
+        settings = self.settings(**options)
         size = batch_size or PAINT_BATCH
         was_training = self.network.training
         self.network.eval()
@@ -118,7 +129,7 @@ class GANGenerator:
             part = list(range(start, min(start + size, len(seeds))))
             filled = part + part[-1:] * (size - len(part))
             painted, extra = self._paint([captions[index] for index in filled], [seeds[index] for index in filled],
-                                         None if sources is None else sources[filled], truncation)
+                                         None if sources is None else sources[filled], **settings)
             images[part] = signed_to_bytes(painted)[:len(part)].cpu()
             if detailed:
                 details += [self._details({name: values[row] for name, values in extra.items()}, captions[index])
@@ -127,11 +138,11 @@ class GANGenerator:
         self.network.train(was_training)
         return images, details
 
-    def _paint(self, captions: list[str], seeds: list[int], sources: Tensor | None,
-               truncation: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _paint(self, captions: list[str], seeds: list[int], sources: Tensor | None, truncation: float,
+               **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(self.network.parameters()).device
         text = self.text_encoder(captions) if self.text_encoder is not None else None
-        conditions = self.network.conditions(captions, text)
+        conditions = self.network.conditions(captions, text, **options)
         if sources is not None:
             conditions["source"] = fitted(sources, self.image_size).to(device)
         noise = {name: truncation * values.to(device) for name, values in

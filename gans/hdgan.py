@@ -24,6 +24,7 @@ from dalle.store import load_model, model_folder
 from dalle.training.task import Companion, Loss, Networks
 from gans.generator import Painter
 from gans.layers import ConditioningAugmentation, Residual, conv1, dcgan_init, join, leaky
+from gans.looking import seen
 from gans.losses import mse
 from gans.outputs import Painted
 from gans.sizes import ConditionDim, NoiseDim, SentenceDim
@@ -110,7 +111,8 @@ class HDGANGenerator(Painter):
 
     @torch.no_grad()
     def paint(self, noise: dict[str, Tensor], text: Text) -> tuple[Tensor, dict[str, Tensor]]:
-        return self(noise, text).image, {}
+        painted = self(noise, text)
+        return painted.image, seen(painted)
 
 
 class Hierarchy(nn.Module):

@@ -40,3 +40,9 @@ def r1_penalty(scores: Tensor, images: Tensor) -> Tensor:
     own = scores.flatten(1).mean(dim=1) if scores.ndim > 1 else scores
     (gradient,) = torch.autograd.grad(own.sum(), images, create_graph=True)
     return at_least_single(gradient).square().flatten(1).sum(dim=1).mean()
+
+
+def perceptual_loss(features: Tensor, others: Tensor) -> Tensor:
+    """||phi - phi'||^2 / (C H W), mean over the batch (arXiv 1603.08155, eq. 2): features [B, C, H, W] of two pictures
+    each."""
+    return (at_least_single(features) - at_least_single(others)).square().mean()

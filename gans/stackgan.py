@@ -24,6 +24,7 @@ from dalle.models.base import ModelConfig
 from dalle.training.task import Batch, Loss, Networks
 from gans.generator import Noise, Painter
 from gans.layers import ConditioningAugmentation, bottleneck, conv1, dcgan_init, down, join, leaky, same, sequence
+from gans.looking import seen
 from gans.losses import bce
 from gans.outputs import Painted, Scores
 from gans.task import GanBatch, GANRun, GANTask
@@ -82,7 +83,8 @@ class StackGANGenerator(Painter):
         raise NotImplementedError
 
     def paint(self, noise: Noise, text: Text, **conditions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self(noise, text.sentence).image, {}
+        painted = self(noise, text.sentence)
+        return painted.image, seen(painted)
 
 
 # -- the discriminators

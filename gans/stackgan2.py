@@ -99,7 +99,7 @@ class StackGAN2Generator(StackGANGenerator):
         eps = augmentation_noise(self.config.variant, noise["eps2"])
         augmented = self.augmentation(sentence, eps)
         hidden = self.joint(join(self.encoder(small), augmented.condition))       # [B, 4 width, s/4, s/4]
-        return Painted([self.painter(self.residuals(hidden))], augmented)
+        return Painted([small, self.painter(self.residuals(hidden))], augmented)
 
 
 class StackGAN2Run(StackGANRun):

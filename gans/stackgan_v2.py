@@ -33,6 +33,7 @@ from gans.layers import (
     same,
     up_glu,
 )
+from gans.looking import seen
 from gans.losses import bce
 from gans.outputs import Painted, Scores
 from gans.sizes import ConditionDim, NoiseDim, SentenceDim
@@ -143,7 +144,8 @@ class StackGANv2Generator(Painter):
 
     def paint(self, noise: Noise, text: Text | None, **conditions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sentence = text.sentence if self.config.conditional else None
-        return self(noise, sentence).image, {}
+        painted = self(noise, sentence)
+        return painted.image, seen(painted)
 
 
 # -- the discriminators

@@ -314,14 +314,17 @@ class GANTask(Task):
 
     @torch.no_grad()
     def preview(self, networks: Networks, step: int) -> dict[str, Tensor]:
-        """``samples``: a row for each caption, a column for each seed."""
+        """``samples``: a row for each caption, a column for each seed; and NAME_N, what else there is to see of the
+        first picture of the N-th caption."""
         settings = self.config.preview
         if not settings.captions or self.network.edits:
             return {}
         captions = [caption for caption in settings.captions for _ in range(settings.columns)]
         seeds = list(range(settings.columns)) * len(settings.captions)
-        images = self.generator(networks).generate(captions, seeds)
-        return {"samples": grid(images, settings.columns)}
+        images, details = self.generator(networks).generate_with_details(captions, seeds)
+        return {"samples": grid(images, settings.columns),
+                **{f"{name}_{number}": picture for number, detail in enumerate(details[::settings.columns])
+                   for name, picture in detail.get("pictures", {}).items()}}
 
     def export(self, folder: str, states: Mapping[str, dict[str, Tensor]]) -> None:
         """The generator, and in ``text/`` the encoder: all that sampling needs."""

@@ -48,6 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, help="choose among the likeliest codes that hold this much probability")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default 1: none)")
     parser.add_argument("--truncation", type=float, help="of a GAN's noise; below 1: safer and less varied (default 1)")
+    parser.add_argument("--box", metavar="X,Y,W,H", help="where the objects are to stand, for a model that is told: "
+                        "left, top, width and height in shares of the side, such as 0.1,0.2,0.5,0.5")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="one of the model's own "
+                        "(see gans/README.md); may be given several times")
     parser.add_argument("--image", type=Path, metavar="FILE", help="a picture to complete, with --rows, or to change, "
                         "for a model that edits")
     parser.add_argument("--rows", type=int, metavar="K", help="keep the first K rows of codes of --image")
@@ -80,6 +84,17 @@ def check_arguments(arguments: argparse.Namespace) -> None:
                         "keep fewer or ask for more candidates")
     if arguments.rows is not None and arguments.image is None:
         raise UserError(f"--rows needs --image: {OF_COMPLETION}")
+
+
+def own_options(given: list[str]) -> dict[str, str]:
+    """``NAME=VALUE`` of each ``--option``; the model checks the names and reads the values."""
+    options = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not name or not equals:
+            raise UserError(f"--option {one!r}: write NAME=VALUE")
+        options[name.replace("-", "_")] = value
+    return options
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
@@ -182,8 +197,9 @@ def paint_gallery(arguments: argparse.Namespace, prompts: list[str], device: Any
     from dalle.sampling.rerank import load_reranker
     from dalle.store import load_generator
 
-    names = ("temperature", "top_k", "top_p", "guidance", "truncation")
+    names = ("temperature", "top_k", "top_p", "guidance", "truncation", "box")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    options |= own_options(arguments.option)
     check_folder(arguments.out, len(prompts), arguments.keep,
                  with_source=arguments.image is not None and arguments.rows is None)
     picture = torch.from_numpy(read_picture(arguments.image)) if arguments.image is not None else None

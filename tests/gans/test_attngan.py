@@ -19,7 +19,6 @@ from gans.attngan import (
     AttnGANLossConfig,
     AttnGANTask,
     adversarial_loss,
-    attention_picture,
     discriminator_loss,
     generator_loss,
     global_attention,
@@ -395,27 +394,12 @@ def test_the_matching_term_is_the_sum_of_the_four(task):
 
 # -- pictures of the attention
 
-def test_a_row_a_word_and_a_column_a_refinement():
-    image = torch.ones(3, 8, 8)
-    image[:, :, 4:] = -1
-    first, second = torch.zeros(3, 2, 2), torch.zeros(3, 4, 4)
-    first[0] = 0.25                                     # the first word everywhere, the second at the left; no third
-    first[1, :, 0] = 0.5
-    second[:2] = 1
-    picture = attention_picture(image, [first, second])
-    assert picture.shape == (3, 3 * 8, 2 * 8) and picture.dtype == torch.uint8
-    plain = ((image + 1) / 2 * 255).to(torch.uint8)
-    assert torch.equal(picture[:, :8, :8], plain) and torch.equal(picture[:, 8:16, :8], plain)
-    assert torch.equal(picture[:, 16:, 8:], plain)
-    looked = picture[0, 16:, :8]
-    assert (looked[:, :2] == 255).all() and (looked[:, 2:4] < 255).all() and not looked[:, 4:].any()
-
-
 def test_painting_tells_where_words_were_looked_for(generator):
     generator.eval()
     images, seen = generator.paint(make_noise(generator, 2), make_text([2, 4]))
     assert images.shape == (2, 3, 32, 32) and not images.requires_grad
     assert {name: tuple(values.shape) for name, values in seen.items()} == {
-        "image": (2, 3, 32, 32), "attention_8": (2, LENGTH, 8, 8), "attention_16": (2, LENGTH, 16, 16)}
+        "image_8": (2, 3, 8, 8), "image_16": (2, 3, 16, 16), "image_32": (2, 3, 32, 32),
+        "attention_8": (2, LENGTH, 8, 8), "attention_16": (2, LENGTH, 16, 16)}
     drawn = generator.pictures({name: values[1] for name, values in seen.items()}, "a caption")
-    assert drawn["attention"].shape == (3, 5 * 32, 2 * 32)
+    assert drawn["attention"].shape == (3, 5 * 32, 2 * 32) and drawn["scales"].shape == (3, 32, 3 * 32)

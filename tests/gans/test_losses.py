@@ -13,6 +13,7 @@ DOUBLES = {
     losses.mse: (((3,),), lambda a: losses.mse(a, 1)),
     losses.kl_log_sigma: (((3, 2),) * 2, losses.kl_log_sigma),
     losses.kl_logvar: (((3, 2),) * 2, losses.kl_logvar),
+    losses.perceptual_loss: (((2, 3, 2, 2),) * 2, losses.perceptual_loss),
     losses.r1_penalty: (((3, 3, 2, 2),), lambda x: losses.r1_penalty(x.pow(3).flatten(2).mean(dim=2), x)),
 }
 
@@ -72,3 +73,9 @@ def test_r1_of_a_quadratic_score_reaches_its_weight():
     r1_penalty(scale * images.square().sum(dim=(1, 2, 3)), images).backward()
     # E ||2 s x||^2 = 4 s^2 E ||x||^2, whose derivative is 8 s E ||x||^2
     assert float(scale.grad) == pytest.approx(4 * float(images.detach().square().flatten(1).sum(1).mean()), rel=1e-5)
+
+
+def test_features_are_compared_by_the_mean_of_their_squares():
+    features = torch.randn(2, 3, 4, 4)
+    assert float(losses.perceptual_loss(features, features)) == 0
+    assert float(losses.perceptual_loss(features, features + 2)) == pytest.approx(4, rel=1e-5)

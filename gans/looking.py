@@ -1,0 +1,71 @@
+"""What there is to see of a picture beside itself: its scales in a row, and where each word was looked for.
+
+A network's ``paint`` hands out :func:`seen`; :func:`pictures` makes something to look at of one picture's part of it.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle.pictures import to_bytes
+from gans.outputs import Painted
+
+SHADE = 0.2          # of a picture where a word was not looked for
+IMAGE, ATTENTION = "image_", "attention_"
+
+
+def seen(painted: Painted) -> dict[str, Tensor]:
+    """``image_S`` float [B, 3, S, S] of each picture, and ``attention_S`` [B, T, S, S] of each refinement."""
+    return {**{f"{IMAGE}{image.shape[-1]}": image for image in painted.images},
+            **{f"{ATTENTION}{maps.shape[-1]}": maps for maps in painted.attention}}
+
+
+def pictures(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """uint8 [3, h, w] each, of one picture's part of :func:`seen`.
+
+    ``scales`` where there are several pictures, ``attention`` where words were looked for.
+    """
+    images = [value for name, value in values.items() if name.startswith(IMAGE)]
+    maps = [value for name, value in values.items() if name.startswith(ATTENTION)]
+    shown = {}
+    if len(images) > 1:
+        shown["scales"] = scales_picture(images)
+    if maps:
+        shown["attention"] = attention_picture(images[-1], maps)
+    return shown
+
+
+def scales_picture(images: Sequence[Tensor]) -> Tensor:
+    """uint8 [3, S, columns]: float [3, s, s] in [-1, 1] each side by side, all enlarged to the side S of the largest.
+
+    Enlarged without smoothing: the pixels of a small picture are to be seen.
+    """
+    side = max(image.shape[-1] for image in images)
+    enlarged = [F.interpolate(unit(image)[None], (side, side), mode="nearest")[0] for image in images]
+    return to_bytes(torch.cat(enlarged, dim=2))
+
+
+def attention_picture(image: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    """uint8 [3, rows, columns]: on top the picture, below it a row a word, where each refinement looked for that word.
+
+    ``image`` float [3, S, S] in [-1, 1]; ``maps`` [T, s, s] each, a column each. A word's brightest place is the one of
+    its largest weight; a word without any weight is padding and left out.
+    """
+    side = image.shape[-1]
+    image = unit(image)
+    present = maps[0].flatten(1).any(dim=1)
+    columns = []
+    for weights in maps:
+        weights = weights[present].float()
+        light = weights / weights.amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        light = F.interpolate(light[:, None], (side, side), mode="bilinear", align_corners=False)
+        lit = image * (SHADE + (1 - SHADE) * light)
+        columns.append(torch.cat([image, *lit], dim=1))
+    return to_bytes(torch.cat(columns, dim=2))
+
+
+def unit(image: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1]."""
+    return ((image.float() + 1) / 2).clamp(0, 1)
