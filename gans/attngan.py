@@ -2,136 +2,52 @@
 
 A first picture grows out of the sentence; each refinement doubles its side, with the words weighted for every place.
 One discriminator a picture judges it alone and with its sentence. The last picture must also find its own caption
-among those of the batch, word by word, as the frozen DAMSM (``gans/damsm.py``) sees it.
+among those of the batch, word by word, as the frozen DAMSM (``gans/damsm.py``) sees it. What later systems took over
+as it is stands in ``gans/refining.py``: the first map, the discriminators, the losses, the task.
 
 Where paper and released code differ, the code's losses are followed: the offset by one as wrong pairs, means with the
-weights below, gamma_1 4 for the paper's 5, KL with weight 1. The mask is the aligned one: the released code weights
-the places of one picture with the padding of other captions (see ``global_attention``).
+weights of ``gans/refining.py``, gamma_1 4 for the paper's 5, KL with weight 1. The mask is the aligned one: the
+released code weights the places of one picture with the padding of other captions (see ``global_attention``).
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from dalle.config import FIXED, FREE, Section
-from dalle.models.base import ModelConfig
-from dalle.training.task import Batch, Companion, Loss, Networks
-from gans.damsm import Damsm
-from gans.generator import Painter
-from gans.layers import (
-    ConditioningAugmentation,
-    conv1,
-    conv3,
-    down,
-    join,
-    orthogonal_init,
-    residual_glu,
-    same,
-    up_glu,
+from gans.layers import conv1, residual_glu, up_glu
+from gans.refining import (
+    MatchingLossConfig,
+    MatchingRun,
+    MatchingTask,
+    RefiningConfig,
+    RefiningGenerator,
+    ScaleDiscriminators,
+    global_attention,
 )
-from gans.looking import seen
-from gans.losses import bce
-from gans.matching import Gammas, damsm_losses
-from gans.outputs import Painted, Scores
-from gans.sizes import ConditionDim, NoiseDim, SentenceDim, WordDim
-from gans.task import GanBatch, GANOptimizer, GANRun, GANTask, filled, load_encoder, pyramid
-from gans.text import Text, load_text_encoder
-
-STEM_SIDE = 4       # of the first map of the generator and the last of a discriminator
+from gans.text import Text
 
 
-# -- the generator
-
-class AttnGANConfig(ModelConfig):
+class AttnGANConfig(RefiningConfig):
     """Sizes of the generator; the defaults are the paper's for CUB (COCO: width 48, residuals 3)."""
 
-    image_size: int = Field(default=256, ge=8, description="side of the last picture in pixels; each refinement "
-                            "doubles the side")
-    refinements: int = Field(default=2, ge=1, description="how often a map is refined after its words, and doubled in "
-                             "side")
-    sentence_dim: SentenceDim = 256
-    word_dim: WordDim = 256
-    z_dim: NoiseDim = 100
-    condition_dim: ConditionDim = 100
-    width: int = Field(default=32, ge=1, description="channels of the maps that pictures are made of (ngf)")
-    residuals: int = Field(default=2, ge=0, description="residual blocks of a refinement")
     last_only: bool = Field(default=False, description="AttnDCGAN: only the last picture is made")
-
-    @model_validator(mode="after")
-    def _sides_are_powers_of_two(self) -> "AttnGANConfig":
-        first = self.image_size >> self.refinements
-        if first < 2 * STEM_SIDE or self.image_size != first << self.refinements or first & (first - 1):
-            raise ValueError(f"image_size {self.image_size} with {self.refinements} refinements: the first picture's "
-                             f"side must be a power of two of at least {2 * STEM_SIDE}")
-        return self
-
-    @property
-    def sides(self) -> list[int]:
-        """The sides of the maps, from the first to the last."""
-        return [self.image_size >> (self.refinements - level) for level in range(self.refinements + 1)]
 
     @property
     def picture_sides(self) -> list[int]:
         return self.sides[-1:] if self.last_only else self.sides
 
 
-class AttnGANGenerator(Painter):
+class AttnGANGenerator(RefiningGenerator):
     """z and a caption's sentence and words to pictures of growing side (section 3.1, equations 1-4)."""
 
     model_type = "attngan"
     Config = AttnGANConfig
     config: AttnGANConfig
 
-    def __init__(self, config: AttnGANConfig):
-        super().__init__(config)
-        width = config.width
-        self.augmentation = ConditioningAugmentation(config.sentence_dim, config.condition_dim, "glu")
-        self.start = Start(config.condition_dim + config.z_dim, width, config.sides[0])
-        self.refine = nn.ModuleList(Refinement(width, config.word_dim, config.residuals)
-                                    for _ in range(config.refinements))
-        self.heads = nn.ModuleList(nn.Sequential(conv3(width, 3), nn.Tanh()) for _ in config.picture_sides)
-        orthogonal_init(self)
-
-    @property
-    def noise_dims(self) -> dict[str, int]:
-        return {"z": self.config.z_dim, "eps": self.config.condition_dim}
-
-    def forward(self, noise: dict[str, Tensor], text: Text) -> Painted:
-        augmented = self.augmentation(text.sentence, noise["eps"])
-        maps = [self.start(torch.cat([augmented.condition, noise["z"]], dim=1))]        # h_0
-        attention = []
-        for refine in self.refine:
-            h, weights = refine(maps[-1], text.words, text.mask)
-            maps.append(h)
-            attention.append(weights)
-        shown = maps[-len(self.heads):]
-        return Painted([head(h) for head, h in zip(self.heads, shown, strict=True)], augmented, attention)
-
-    @torch.no_grad()
-    def paint(self, noise: dict[str, Tensor], text: Text) -> tuple[Tensor, dict[str, Tensor]]:
-        """The last pictures, all of them, and the attention of each refinement."""
-        painted = self(noise, text)
-        return painted.image, seen(painted)
-
-
-
-class Start(nn.Module):
-    """F_0: condition and noise [B, D] to the first map [B, width, side, side]; half the channels at twice the side."""
-
-    def __init__(self, inputs: int, width: int, side: int):
-        super().__init__()
-        doublings = (side // STEM_SIDE).bit_length() - 1
-        channels = width << doublings
-        numbers = channels * STEM_SIDE ** 2
-        self.project = nn.Sequential(nn.Linear(inputs, 2 * numbers, bias=False), nn.BatchNorm1d(2 * numbers),
-                                     nn.GLU(dim=1), nn.Unflatten(1, (channels, STEM_SIDE, STEM_SIDE)))
-        self.grow = nn.Sequential(*(up_glu(channels >> step, channels >> (step + 1)) for step in range(doublings)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.grow(self.project(x))
+    def refinement(self, level: int) -> nn.Module:
+        return Refinement(self.config.width, self.config.word_dim, self.config.residuals)
 
 
 class Refinement(nn.Module):
@@ -143,229 +59,27 @@ class Refinement(nn.Module):
         self.residual = nn.Sequential(*(residual_glu(2 * width) for _ in range(residuals)))
         self.grow = up_glu(2 * width, width)
 
-    def forward(self, h: Tensor, words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        values = self.to_values(words[..., None])[..., 0]                           # [B, width, T]
-        context, attention = global_attention(h, values, mask)
+    def forward(self, h: Tensor, text: Text, condition: Tensor) -> tuple[Tensor, Tensor]:
+        values = self.to_values(text.words[..., None])[..., 0]                      # [B, width, T]
+        context, attention = global_attention(h, values, text.mask)
         return self.grow(self.residual(torch.cat([h, context], dim=1))), attention
 
 
-def global_attention(h: Tensor, words: Tensor, mask: Tensor, released_mask: bool = False) -> tuple[Tensor, Tensor]:
-    """Every place's own mixture of the words (equation 2), and its weights.
-
-    ``h`` [B, C, H, W], ``words`` [B, C, T] in the same space, ``mask`` bool [B, T], True for a word -> context
-    [B, C, H, W] and attention [B, T, H, W], which sums to 1 over the words (0 everywhere for a caption without any).
-
-    ``released_mask`` masks as the released code does, for comparison: its flat row r = picture * places + place takes
-    the words of caption r mod B.
-    """
-    batch, _, height, width = h.shape
-    scores = torch.einsum("bcp,bct->bpt", h.flatten(2), words)                  # not divided by sqrt(C)
-    allowed = mask[:, None, :]
-    if released_mask:
-        rows = torch.arange(batch * height * width, device=h.device) % batch
-        allowed = mask[rows].view(batch, height * width, -1)
-    # the least finite number, not -inf: a caption without words must not become NaN
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    attention = scores.softmax(dim=-1) * allowed                                # [B, H W, T]
-    context = torch.einsum("bpt,bct->bcp", attention.to(words.dtype), words)
-    return context.unflatten(2, (height, width)), attention.transpose(1, 2).unflatten(2, (height, width))
-
-
-# -- the discriminators
-
-class AttnGANDiscriminator(nn.Module):
-    """One discriminator for each side of picture, as one player."""
-
-    def __init__(self, sides: Sequence[int], sentence_dim: int, width: int = 64, unconditional: bool = True):
-        super().__init__()
-        self.scales = nn.ModuleList(ScaleDiscriminator(side, sentence_dim, width, unconditional) for side in sides)
-
-    def forward(self, images: Sequence[Tensor], sentence: Tensor, other_sentence: Tensor | None = None) \
-            -> list[Scores]:
-        """``other_sentence`` [N, D], N <= B: the first N pictures are also judged with these."""
-        return [scale(image, sentence, other_sentence) for scale, image in zip(self.scales, images, strict=True)]
-
-
-class ScaleDiscriminator(nn.Module):
-    """Pictures [B, 3, side, side] to features [B, 8 width, 4, 4] and up to three questions about them."""
-
-    def __init__(self, side: int, sentence_dim: int, width: int, unconditional: bool):
-        super().__init__()
-        self.features = image_features(side, width)
-        self.joint = same(8 * width + sentence_dim, 8 * width)
-        self.conditional = score_head(8 * width)
-        self.unconditional = score_head(8 * width) if unconditional else None
-        orthogonal_init(self)
-
-    def forward(self, image: Tensor, sentence: Tensor, other_sentence: Tensor | None = None) -> Scores:
-        features = self.features(image)
-        alone = self.unconditional(features) if self.unconditional else None
-        matched = self.judge(features, sentence)
-        mismatched = None if other_sentence is None else self.judge(features[:len(other_sentence)], other_sentence)
-        return Scores(matched, mismatched, alone)
-
-    def judge(self, features: Tensor, sentence: Tensor) -> Tensor:
-        return self.conditional(self.joint(join(features, sentence)))
-
-
-def image_features(side: int, width: int) -> nn.Sequential:
-    """Halves the side down to 4 and doubles the channels up to 8 width; larger pictures go beyond, and back."""
-    halvings = (side // STEM_SIDE).bit_length() - 1
-    channels = [width << step for step in range(halvings)]
-    layers = [down(3, width, norm=False)]
-    layers += [down(before, after) for before, after in zip(channels, channels[1:], strict=False)]
-    last = channels[-1]
-    while last > 8 * width:
-        layers.append(same(last, last // 2))
-        last //= 2
-    if last < 8 * width:        # a picture of less than 64 pixels
-        layers.append(same(last, 8 * width))
-    return nn.Sequential(*layers)
-
-
-def score_head(channels: int) -> nn.Sequential:
-    """[B, channels, 4, 4] -> logits [B]."""
-    return nn.Sequential(nn.Conv2d(channels, 1, STEM_SIDE, stride=STEM_SIDE), nn.Flatten(0))
-
-
-# -- the losses
-
-def discriminator_loss(real: Scores, fake: Scores, share: float = 1.0) -> Tensor:
-    """One discriminator's loss, as released: the mean over what is real plus the mean over what is not.
-
-    (BCE(u(x), 1) + BCE(c(x, e), 1)) / 2 + (BCE(u(x^), 0) + BCE(c(x^, e), 0) + BCE(c(x, e'), 0)) / 3. Without an
-    unconditional head (AttnDCGAN): BCE(c(x, e), 1) + (BCE(c(x^, e), 0) + BCE(c(x, e'), 0)) / 2. ``real.mismatched`` are
-    the real pictures with other sentences; ``share`` is what their mean counts where processes hold different numbers.
-    """
-    genuine = [bce(logits, 1) for logits in (real.alone, real.matched) if logits is not None]
-    wrong = [bce(logits, 0) for logits in (fake.alone, fake.matched) if logits is not None]
-    if real.mismatched is not None:
-        wrong.append(share * bce(real.mismatched, 0))
-    return sum(genuine) / len(genuine) + sum(wrong) / len(wrong)
-
-
-def adversarial_loss(fakes: Sequence[Scores]) -> Tensor:
-    """The generator's: sum over the pictures of BCE(u(x^), 1) + BCE(c(x^, e), 1)."""
-    return sum(bce(logits, 1) for scores in fakes for logits in (scores.alone, scores.matched)
-               if logits is not None)
-
-
-def generator_loss(fakes: Sequence[Scores], damsm: Tensor, kl: Tensor, lambda_damsm: float = 5.0,
-                   lambda_kl: float = 1.0) -> Tensor:
-    """Equation 12 with the KL term of the released code: L_G + lambda L_DAMSM + KL."""
-    return adversarial_loss(fakes) + lambda_damsm * damsm + lambda_kl * kl
-
-
-# -- the run
-
-class AttnGANDiscriminatorConfig(Section, json_schema_extra=FIXED):
-    """Sizes of the discriminators; the defaults are the paper's for CUB (COCO: width 96)."""
-
-    width: int = Field(default=64, ge=1, description="channels after the first convolution (ndf)")
-
-
-class AttnGANLossConfig(Section, json_schema_extra=FREE):
-    """The generator's further terms."""
-
-    damsm: float = Field(default=5.0, ge=0, description="lambda of equation 12 (COCO: 50, AttnDCGAN: 1)")
-    kl: float = Field(default=1.0, ge=0, description="weight of the conditioning augmentation's divergence")
-    gammas: Gammas | None = Field(default=None, description="of the matching scores: attention, words, pairs; null: "
-                                  "those that the matching model was trained with (the code's 4, 5, 10)")
-    same_class: Literal["left_out", "mismatched"] = Field(
-        default="left_out", description="what another caption of one's own class is to the matching model")
-
-
-class AttnGANRun(GANRun):
-    """An AttnGAN run. Without ``text_encoder`` the matching model's own reads the captions, as in the paper."""
+class AttnGANRun(MatchingRun):
+    """An AttnGAN run. Of ``loss``: AttnDCGAN has ``damsm`` 1."""
 
     task: Literal["attngan"] = Field(default="attngan", description="the kind of run: an AttnGAN")
-    damsm: str = Field(description="run or model folder of the matching model; frozen", json_schema_extra=FREE)
     generator: AttnGANConfig = Field(default=AttnGANConfig(), description="sizes of the generator")
-    discriminator: AttnGANDiscriminatorConfig = Field(default=AttnGANDiscriminatorConfig(),
-                                                      description="sizes of the discriminators")
-    generator_optimizer: GANOptimizer = Field(default=GANOptimizer(ema=0.999),
-                                              description="how the generator's weights move")
-    loss: AttnGANLossConfig = Field(default=AttnGANLossConfig(), description="the generator's terms beside the "
-                                    "adversarial one")
-
-    @property
-    def reads_several_captions(self) -> bool:
-        return False
+    loss: MatchingLossConfig = Field(default=MatchingLossConfig(), description="the generator's terms beside the "
+                                     "adversarial one")
 
 
-class AttnGANBatch(GanBatch, total=False):
-    """With the captions for the matching model."""
+class AttnGANTask(MatchingTask):
+    """Equation 12 with the KL term of the released code: L_G + lambda L_DAMSM + KL."""
 
-    matching_text: Text         # as its own encoder reads them
-
-
-class AttnGANTask(GANTask):
-    """The same fakes for both players, as released; wrong pairs are the batch's own, shifted by one."""
-
-    paints_once = capturable = True
-    wrong_texts = "rolled"
-    companion_settings = {"text": "text_encoder", "damsm": "damsm", "damsm_text": "damsm"}
-    unpacked = frozenset({"damsm", "damsm_text"})
+    Generator = AttnGANGenerator
     config: AttnGANRun
 
-    def __init__(self, config: AttnGANRun):
-        frozen: dict[str, nn.Module] = {"damsm": Damsm.load(config.damsm)}
-        encoder = load_encoder(config, default=config.damsm)
-        if config.text_encoder not in (None, config.damsm) or config.standardise_text:
-            frozen["damsm_text"] = load_text_encoder(config.damsm)
-        sizes = filled(config.generator, sentence_dim=encoder.sentence_dim, word_dim=encoder.word_dim,
-                       image_size=config.data.image_size)
-        discriminator = AttnGANDiscriminator(sizes.picture_sides, sizes.sentence_dim, config.discriminator.width,
-                                             unconditional=not sizes.last_only)
-        self.assemble(config, AttnGANGenerator(sizes), discriminator, encoder, frozen)
-
-    def companions(self) -> dict[str, Companion]:
-        """Also ``damsm_text`` where one encoder reads the captions for all."""
-        found = super().companions()
-        return {**found, "damsm_text": found.get("damsm_text", Companion(self.frozen["text"], "damsm"))}
-
-    def prepare(self, batch: Batch, networks: Networks, step: int) -> AttnGANBatch:
-        prepared = super().prepare(batch, networks, step)
-        own = networks.bare("damsm_text")(batch["caption"]) if "damsm_text" in self.frozen else prepared["text"]
-        return {**prepared, "matching_text": own}
-
-    def paint(self, networks: Networks, batch: AttnGANBatch, step: int) -> Painted:
-        return networks["generator"](batch["noise"], batch["text"])
-
-    def d_loss(self, networks: Networks, batch: AttnGANBatch, step: int) -> Loss:
-        discriminator, sentence, fakes = networks["discriminator"], batch["text"].sentence, batch["painted"].images
-        other, share = self.shifted(networks, batch)
-        reals = pyramid(batch["image"], self.network.config.picture_sides)
-        real, fake = discriminator(reals, sentence, other), discriminator(fakes, sentence)
-        losses = [discriminator_loss(right, made, share) for right, made in zip(real, fake, strict=True)]
-        return Loss(sum(losses), {f"{image.shape[-1]}": loss.detach()
-                                  for image, loss in zip(fakes, losses, strict=True)})
-
-    def shifted(self, networks: Networks, batch: AttnGANBatch) -> tuple[Tensor, float]:
-        """The sentences one sample on, for this rank's share of the first B - 1 samples, and what their mean counts."""
-        exchange, own = self.exchange(networks), len(batch["caption"])
-        pairs = exchange.size(own) - 1
-        mine = len(exchange.mine(torch.arange(pairs)))
-        # the last sample has nothing after it; a rank with no other still makes the pass, for nothing
-        return batch["wrong_text"].sentence[:max(mine, 1)], mine * exchange.size(1) / pairs
-
-    def g_loss(self, networks: Networks, batch: AttnGANBatch, step: int) -> Loss:
-        painted = batch["painted"]
-        fakes = networks["discriminator"](painted.images, batch["text"].sentence)
-        kl = self.network.augmentation.kl(painted.augmented)
-        damsm = self.matching(networks, painted.image, batch)
-        weights = self.config.loss
-        return Loss(generator_loss(fakes, damsm, kl, weights.damsm, weights.kl),
-                    {"adversarial": adversarial_loss(fakes).detach(), "damsm": damsm.detach(), "kl": kl.detach()})
-
-    def matching(self, networks: Networks, image: Tensor, batch: AttnGANBatch) -> Tensor:
-        """L_DAMSM of the global batch, the same on every process, with gradient to ``image``."""
-        damsm, settings = networks["damsm"], self.config.loss
-        classes = batch["class_id"] if settings.same_class == "left_out" else None
-        return sum(damsm_losses(*damsm.image(image), batch["matching_text"], classes,
-                                settings.gammas or damsm.config.gammas, networks.world_size))
-
-    def real_scores(self, discriminator: Any, batch: AttnGANBatch, image: Tensor) -> list[Tensor]:
-        reals = pyramid(image, self.network.config.picture_sides)
-        return [logits for scores in discriminator(reals, batch["text"].sentence)
-                for logits in (scores.alone, scores.matched) if logits is not None]
+    def make_discriminator(self, config: AttnGANRun, sizes: AttnGANConfig) -> nn.Module:
+        return ScaleDiscriminators(sizes.picture_sides, sizes.sentence_dim, config.discriminator.width,
+                                   unconditional=not sizes.last_only)

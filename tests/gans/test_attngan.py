@@ -11,32 +11,20 @@ from published import Published
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-import gans.attngan as attngan
-from gans.attngan import (
-    AttnGANConfig,
-    AttnGANDiscriminator,
-    AttnGANGenerator,
-    AttnGANLossConfig,
-    AttnGANTask,
-    adversarial_loss,
-    discriminator_loss,
-    generator_loss,
-    global_attention,
-)
+import gans.refining as refining
+from gans.attngan import AttnGANConfig, AttnGANGenerator, AttnGANTask
 from gans.damsm import Damsm, DamsmConfig
 from gans.losses import bce
 from gans.matching import Gammas, damsm_losses
-from gans.outputs import Scores
+from gans.refining import (
+    MatchingLossConfig,
+    ScaleDiscriminators,
+    discriminator_loss,
+    global_attention,
+)
 from gans.text import Text
 
 PUBLISHED = {"attngan": Published(paintings=1, one_caption=True)}      # both players see the same fakes
-DOUBLES = {
-    attngan.discriminator_loss: (((3,),) * 5, lambda a, b, c, d, e: attngan.discriminator_loss(
-        Scores(b, c, a), Scores(e, alone=d))),
-    attngan.adversarial_loss: (((3,),) * 2, lambda a, b: attngan.adversarial_loss([Scores(b, alone=a)])),
-    attngan.generator_loss: (((3,), (3,), (), ()), lambda a, b, matching, kl: attngan.generator_loss(
-        [Scores(b, alone=a)], matching, kl)),
-}
 
 BN = (1 + 1e-5) ** -0.5      # what a fresh BatchNorm multiplies by in evaluation mode
 TINY = {"image_size": 32, "sentence_dim": 6, "word_dim": 6, "z_dim": 5, "condition_dim": 4, "width": 4}
@@ -51,7 +39,7 @@ def sized(build, *arguments, **options) -> nn.Module:
 
 @pytest.fixture
 def no_init(monkeypatch):
-    monkeypatch.setattr(attngan, "orthogonal_init", lambda module: None)
+    monkeypatch.setattr(refining, "orthogonal_init", lambda module: None)
 
 
 def make_text(lengths: list[int], total: int = LENGTH, dim: int = DIM) -> Text:
@@ -85,14 +73,14 @@ def test_the_papers_generators_have_the_papers_parameters(no_init, width, residu
 @pytest.mark.parametrize(("width", "expected"), [
     (64, [6_313_730, 19_424_002, 71_858_946]), (96, [13_304_450, 42_800_258, 160_774_274])])
 def test_the_papers_discriminators_have_the_papers_parameters(no_init, width, expected):
-    network = sized(AttnGANDiscriminator, [64, 128, 256], 256, width)
+    network = sized(ScaleDiscriminators, [64, 128, 256], 256, width)
     assert [count(scale) for scale in network.scales] == expected
 
 
 def test_the_variant_with_one_picture_has_its_parameters(no_init):
     config = AttnGANConfig(residuals=0, last_only=True)
     assert count(sized(AttnGANGenerator, config)) == 6_638_960
-    assert count(sized(AttnGANDiscriminator, config.picture_sides, 256, 64, unconditional=False)) == 71_850_753
+    assert count(sized(ScaleDiscriminators, config.picture_sides, 256, 64, unconditional=False)) == 71_850_753
 
 
 def test_shapes_of_pictures_attention_and_scores():
@@ -100,7 +88,7 @@ def test_shapes_of_pictures_attention_and_scores():
     painted = network(make_noise(network, 2), make_text([3, 5]))
     assert [tuple(image.shape) for image in painted.images] == [(2, 3, side, side) for side in (64, 128, 256)]
     assert [tuple(maps.shape) for maps in painted.attention] == [(2, LENGTH, 64, 64), (2, LENGTH, 128, 128)]
-    discriminator = AttnGANDiscriminator([64, 128, 256], DIM, width=2)
+    discriminator = ScaleDiscriminators([64, 128, 256], DIM, width=2)
     for scale, image in zip(discriminator.scales, painted.images, strict=True):
         assert scale.features(image).shape == (2, 16, 4, 4)
     for scores in discriminator(painted.images, torch.randn(2, DIM), torch.randn(1, DIM)):
@@ -111,7 +99,7 @@ def test_sides_follow_the_picture(generator):
     assert generator.config.sides == [8, 16, 32]
     painted = generator(make_noise(generator, 2), make_text([1, 4]))
     assert [image.shape[-1] for image in painted.images] == [8, 16, 32]
-    scores = AttnGANDiscriminator([8, 16, 32], DIM, width=2)(painted.images, torch.randn(2, DIM))
+    scores = ScaleDiscriminators([8, 16, 32], DIM, width=2)(painted.images, torch.randn(2, DIM))
     assert all(score.matched.shape == (2,) for score in scores)
     only = AttnGANGenerator(AttnGANConfig(**TINY, last_only=True))
     assert [image.shape[-1] for image in only(make_noise(only, 2), make_text([1, 4])).images] == [32]
@@ -271,7 +259,7 @@ def twin_scores(image: Tensor, sentence: Tensor, width: int, narrowings: int) ->
 
 
 def test_the_discriminators_agree_with_a_twin_of_one_channel():
-    network = AttnGANDiscriminator([64, 128, 256], DIM, width=2).double().eval()
+    network = ScaleDiscriminators([64, 128, 256], DIM, width=2).double().eval()
     make_constant(network)
     torch.manual_seed(4)
     images = [torch.rand(2, 3, side, side, dtype=torch.float64) - 0.4 for side in (64, 128, 256)]
@@ -285,35 +273,6 @@ def test_the_discriminators_agree_with_a_twin_of_one_channel():
 
 
 # -- the losses
-
-def logits(probability: float, count: int = 4) -> Tensor:
-    return torch.full((count,), math.log(probability / (1 - probability)), dtype=torch.float64)
-
-
-def test_losses_of_discriminators_that_cannot_tell():
-    even = Scores(logits(0.5), logits(0.5, 3), logits(0.5))
-    assert discriminator_loss(even, even).item() == pytest.approx(2 * math.log(2))
-    assert adversarial_loss([even] * 3).item() == pytest.approx(6 * math.log(2))
-
-
-def test_the_discriminators_loss_by_hand():
-    real = Scores(logits(0.8), logits(0.3, 3), logits(0.9))
-    fake = Scores(logits(0.4), alone=logits(0.2))
-    expected = -(math.log(0.9) + math.log(0.8)) / 2 - (math.log(0.8) + math.log(0.6) + math.log(0.7)) / 3
-    assert discriminator_loss(real, fake).item() == pytest.approx(expected)
-    only = [Scores(scores.matched, scores.mismatched) for scores in (real, fake)]
-    expected = -math.log(0.8) - (math.log(0.6) + math.log(0.7)) / 2
-    assert discriminator_loss(*only).item() == pytest.approx(expected)
-
-
-def test_the_generators_loss_by_hand():
-    fakes = [Scores(logits(0.8), alone=logits(0.9)), Scores(logits(0.5))]
-    adversarial = -math.log(0.9) - math.log(0.8) - math.log(0.5)
-    total = generator_loss(fakes, damsm=torch.tensor(0.3), kl=torch.tensor(0.07))
-    assert total.item() == pytest.approx(adversarial + 5 * 0.3 + 0.07)
-    total = generator_loss(fakes, torch.tensor(0.3), torch.tensor(0.07), lambda_damsm=50, lambda_kl=2)
-    assert total.item() == pytest.approx(adversarial + 50 * 0.3 + 0.14)
-
 
 def test_wrong_pairs_of_two_processes_weigh_as_those_of_one():
     batch, scores = 6, torch.randn(6, dtype=torch.float64)          # sample i with the sentence of sample i + 1
@@ -333,7 +292,7 @@ def test_wrong_pairs_of_two_processes_weigh_as_those_of_one():
 # -- what learns
 
 def test_the_discriminators_loss_leaves_the_generator_alone(generator):
-    text, judge = make_text([2, 3]), AttnGANDiscriminator([8, 16, 32], DIM, width=2)
+    text, judge = make_text([2, 3]), ScaleDiscriminators([8, 16, 32], DIM, width=2)
     with torch.no_grad():
         fakes = generator(make_noise(generator, 2), text).images
     real = judge([torch.randn_like(fake) for fake in fakes], text.sentence, text.sentence[1:])
@@ -347,7 +306,7 @@ def test_the_discriminators_loss_leaves_the_generator_alone(generator):
 def task(generator) -> AttnGANTask:
     torch.manual_seed(5)
     task = AttnGANTask.__new__(AttnGANTask)
-    task.config = SimpleNamespace(loss=AttnGANLossConfig())
+    task.config = SimpleNamespace(loss=MatchingLossConfig())
     task.frozen = {"damsm": Damsm(DamsmConfig(num_text_tokens=9, text_length=LENGTH, dim=DIM, embedding_dim=3,
                                               trunk="small:2")).eval().requires_grad_(False)}
     return task
@@ -385,9 +344,9 @@ def test_the_matching_term_is_the_sum_of_the_four(task):
     batch = {"matching_text": text, "class_id": classes}
     masked, whole = damsm.losses(image, text, classes), damsm.losses(image, text)
     assert task.matching(Bare(damsm=damsm), image, batch).item() == pytest.approx(sum(one.item() for one in masked))
-    task.config = SimpleNamespace(loss=AttnGANLossConfig(same_class="mismatched"))
+    task.config = SimpleNamespace(loss=MatchingLossConfig(same_class="mismatched"))
     assert task.matching(Bare(damsm=damsm), image, batch).item() == pytest.approx(sum(one.item() for one in whole))
-    task.config = SimpleNamespace(loss=AttnGANLossConfig(gammas=(5, 5, 10)))
+    task.config = SimpleNamespace(loss=MatchingLossConfig(gammas=(5, 5, 10)))
     sharper = damsm_losses(*damsm.image(image), text, classes, Gammas(5.0, 5.0, 10.0))
     assert task.matching(Bare(damsm=damsm), image, batch).item() == pytest.approx(sum(one.item() for one in sharper))
 
