@@ -53,22 +53,22 @@ class Attention(nn.Module):
         form = ATTENTION[backend]
         if whole and form.mask_by_columns is not None and self._lacks_only_the_last_slot(length):
             mask = form.mask_by_columns(self.pattern, length, device, dtype)
-            return AttentionConstants(backend, mask, self.turns(0, length, device, dtype, by_columns=True), True)
+            return AttentionConstants(backend, mask, self.turns(length, device, dtype, by_columns=True), True)
         mask = form.mask(self.pattern, length, device, dtype)
-        return AttentionConstants(backend, mask, self.turns(0, length, device, dtype))
+        return AttentionConstants(backend, mask, self.turns(length, device, dtype))
 
     def _lacks_only_the_last_slot(self, length: int) -> bool:
         """Whether a stream of the column pattern can be put in the order of columns: its grid is whole but for the last
         slot, which is the last in both orders."""
         return self.pattern.name == "column" and length == self.pattern.length - 1
 
-    def turns(self, start: int, stop: int, device: torch.device, dtype: torch.dtype,
+    def turns(self, length: int, device: torch.device, dtype: torch.dtype,
               by_columns: bool = False) -> tuple[Tensor, Tensor] | None:
-        """Cosines and signed sines of the slots from ``start`` to ``stop``; None without rotary positions."""
+        """Cosines and signed sines of the first ``length`` slots; None without rotary positions."""
         if not self.rotary:
             return None
         cosines, sines = rotary_table(self.pattern.prefix, self.pattern.grid, self.head_dim, device, dtype, by_columns)
-        return cosines[start:stop], sines[start:stop]
+        return cosines[:length], sines[:length]
 
     def forward(self, inputs: Tensor, constants: AttentionConstants) -> Tensor:
         """Attend within ``inputs`` [B, S, dim], the first S slots of the stream."""

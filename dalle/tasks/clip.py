@@ -79,7 +79,6 @@ class ClipTask(Task):
     splits_batch = False    # every pair of the batch is a negative of every other
 
     def __init__(self, config: ClipRun):
-        self.config = config
         self.tokenizer = CaptionTokenizer.load(config.data.tokenizer)
         model_config = ClipConfig(
             **config.model.model_dump(),
@@ -88,15 +87,20 @@ class ClipTask(Task):
             siglip=config.loss.kind == "siglip",
         )
         model = ClipModel(model_config)
-        self.players = {"clip": Player(model, config.optimizer)}
         self.frozen = {}
         if config.loss.reconstructions > 0:
             try:
                 self.frozen["codec"] = load_codec(model_folder(config.loss.codec), "cpu")
             except UserError as error:
                 raise UserError(f"loss.codec: {error}") from error
+        self.assemble(config, model)
+
+    def assemble(self, config: ClipRun, model: ClipModel) -> None:
+        """The player and its phase; the rest of what a task says of itself."""
+        self.config = config
+        self.players = {"clip": Player(model, config.optimizer)}
         self.phases = [Phase("contrast", player="clip", loss=self.contrast, capturable=True)]
-        self.tokens_per_sample = model_config.text_length + 2
+        self.tokens_per_sample = model.config.text_length + 2
         self.flops_per_sample = model.training_flops()
 
     def on_host(self, batch: Batch, step: int) -> ClipBatch:

@@ -9,7 +9,7 @@ from dalle.models.transformer import PRESETS, TextToImageTransformer, Transforme
 from dalle.tasks.transformer import TransformerRun
 from dalle.tasks.transformer_memory import transformer_activations
 from dalle.training.deferred import build_player, players_built
-from dalle.training.engines.base import MOST_WRITERS
+from dalle.training.engines.base import writing_ranks
 from dalle.training.engines.fsdp import blocks_apart
 from dalle.training.memory import (
     BF16,
@@ -34,7 +34,7 @@ RESERVE_GB = 5.0       # the allocator's gaps, libraries and NCCL; an estimate, 
 def memory_of_task(config: RunConfig, task: Task, layout: Layout) -> list[dict[str, Any]]:
     """An entry for each player of a task that is built."""
     samples = micro_batch(config, layout)
-    bf16 = config.train.precision != "fp32"
+    bf16 = config.train.bf16
     counted = task.activations(samples, bf16) if isinstance(task, CountsActivations) else None
     return [{"player": name, **memory_of_player(config, player.module, player.optimizer, layout, counted)}
             for name, player in task.players.items()]
@@ -59,7 +59,7 @@ def memory_elsewhere(config: RunConfig, layout: Layout) -> list[dict[str, Any]]:
     resolved = TransformerConfig(**given.architecture(), **found)
     with players_built("shapes"):
         module = build_player(lambda: TextToImageTransformer(resolved))
-    counted = transformer_activations(resolved, micro_batch(config, layout), config.train.precision != "fp32")
+    counted = transformer_activations(resolved, micro_batch(config, layout), config.train.bf16)
     return [{"player": "transformer", **memory_of_player(config, module, config.optimizer, layout, counted)}]
 
 
@@ -73,15 +73,14 @@ def memory_of_player(config: RunConfig, module: nn.Module, optimizer: OptimizerC
     """The figures in 1e9 bytes, as they are printed; ``activations`` is "not counted" where the task cannot say."""
     if layout.processes % layout.shard_size:
         raise UserError(f"engine.shard_size {layout.shard_size} does not divide {layout.processes} devices")
-    bf16 = config.train.precision != "fp32"
+    bf16 = config.train.bf16
     samples = micro_batch(config, layout)
     setting = Setting(bf16, optimizer.ema > 0, samples * layout.processes < config.train.batch_size,
                       BF16 if config.engine.gradient_dtype == "bf16" else FP32)
     blocks = blocks_apart(module, bf16 and layout.engine == "fsdp2")
     parts = step_memory(blocks, layout, setting, counted)
     evaluation = evaluation_memory(blocks, layout, setting)
-    count = min(layout.processes, MOST_WRITERS)
-    host = host_memory(blocks, layout, setting, [index * layout.processes // count for index in range(count)])
+    host = host_memory(blocks, layout, setting, writing_ranks(layout.processes))
     shown = {name: in_gb(size) for name, size in parts.items()}
     if counted is None:
         shown["activations"] = shown["logits"] = "not counted"

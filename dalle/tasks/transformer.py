@@ -127,22 +127,25 @@ class TransformerTask(Task):
     paints = True
 
     def __init__(self, config: TransformerRun):
-        self.config = config
         self.tokenizer = load_tokenizer(Path(config.data.tokenizer))
         codec_folder = model_folder(config.codec)
         codec = load_codec(codec_folder, "cpu")
         check_cached_codes(config, codec, codec_folder)
         resolved = resolve_model(config, codec, self.tokenizer)
         model = build_player(lambda: TextToImageTransformer(resolved))
-        self.players = {"transformer": Player(model, config.optimizer)}
         self.frozen = {"codec": codec.requires_grad_(False)}
-        self.phases = [Phase("transformer", player="transformer", loss=self.next_token_loss,
-                             capturable=True)]
+        self.assemble(config, model)
+        # Kept apart from the frozen module, which an engine may cast: what is exported is what was loaded.
+        self.codec_state = {name: tensor.clone() for name, tensor in codec.state_dict().items()}
+
+    def assemble(self, config: TransformerRun, model: TextToImageTransformer) -> None:
+        """The player and its phase; the rest of what a task says of itself."""
+        self.config = config
+        self.players = {"transformer": Player(model, config.optimizer)}
+        self.phases = [Phase("transformer", player="transformer", loss=self.next_token_loss, capturable=True)]
         self.tokens_per_sample = model.config.length
         self.flops_per_sample = model.flops_per_sample()
         self.scored_text_slots = model.config.text_length - (model.config.layout == "boi")
-        # Kept apart from the frozen module, which an engine may cast: what is exported is what was loaded.
-        self.codec_state = {name: tensor.clone() for name, tensor in codec.state_dict().items()}
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> StreamBatch:
         """Add ``codes`` [b, N] unless a cache delivered them."""

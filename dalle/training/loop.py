@@ -88,7 +88,7 @@ def train_step(engine: Engine, task: Task, batch: Batch, step: int, config: RunC
     engine.set_rates(step, config.train.steps)
 
     def play(micro_batches: list[Batch], seed: Seed) -> list[Played]:
-        return play_phases(engine, task, micro_batches, step, config.train.steps, seed, meter)
+        return play_phases(engine, task, micro_batches, step, seed, meter)
 
     if engine.capture is None:
         played = play(micro_batches, seed)
@@ -103,7 +103,7 @@ def train_step(engine: Engine, task: Task, batch: Batch, step: int, config: RunC
     return played
 
 
-def play_phases(engine: Engine, task: Task, micro_batches: list[Batch], step: int, steps: int, seed: Seed,
+def play_phases(engine: Engine, task: Task, micro_batches: list[Batch], step: int, seed: Seed,
                 meter: Meter) -> list[Played]:
     """The phases of ``step`` that are due, on prepared micro-batches; the draws are seeded by ``seed``."""
     count = engine.accumulation
@@ -111,7 +111,7 @@ def play_phases(engine: Engine, task: Task, micro_batches: list[Batch], step: in
     for phase in task.phases:
         if phase.ahead:
             with meter.part(named(task, phase, "ahead")):
-                made = make_ahead(engine, phase, micro_batches, step, steps, seed)
+                made = make_ahead(engine, phase, micro_batches, step, seed)
             micro_batches = [batch | detached(own) for batch, own in zip(micro_batches, made, strict=True)]
             waiting |= {(phase.name, index): own for index, own in enumerate(made)}
 
@@ -120,7 +120,7 @@ def play_phases(engine: Engine, task: Task, micro_batches: list[Batch], step: in
         if not phase.is_due(step):
             continue
         for repeat in range(phase.repeats):
-            engine.begin_phase(phase, step, steps)
+            engine.begin_phase(phase)
             losses, parts = [], []
             for index, micro_batch in enumerate(micro_batches):
                 seed(step, index, number, repeat)
@@ -138,10 +138,9 @@ def play_phases(engine: Engine, task: Task, micro_batches: list[Batch], step: in
     return played
 
 
-def make_ahead(engine: Engine, phase: Phase, micro_batches: list[Batch], step: int, steps: int, seed: Seed) \
-        -> list[Batch]:
+def make_ahead(engine: Engine, phase: Phase, micro_batches: list[Batch], step: int, seed: Seed) -> list[Batch]:
     """What ``phase`` makes before the step's phases, of each micro-batch; with its graph where the phase is due."""
-    engine.begin_phase(phase, step, steps)
+    engine.begin_phase(phase)
     made = []
     for index, micro_batch in enumerate(micro_batches):
         seed(step, index, phase.name)

@@ -27,11 +27,6 @@ class Layout:
     shard_size: int
     node_processes: int = 8
 
-    @property
-    def split(self) -> int:
-        """Parts that the optimiser state is cut into."""
-        return 1 if self.engine in ("single", "ddp") else self.shard_size
-
 
 @dataclass(frozen=True)
 class Activations:

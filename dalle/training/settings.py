@@ -75,6 +75,11 @@ class TrainConfig(Section, json_schema_extra=FREE):
             raise ValueError(f"{unknown[0]!r} is not a signal that can be handled; SIGTERM and SIGUSR2 are usual")
         return names
 
+    @property
+    def bf16(self) -> bool:
+        """Whether networks compute in bf16; in fp8 all but some layers do."""
+        return self.precision != "fp32"
+
 
 class EngineConfig(Section, json_schema_extra=FREE):
     """What the launcher does not say about the backend; DDP or ZeRO, and its stage, come from ``accelerate launch``."""

@@ -217,7 +217,8 @@ def test_only_the_phases_player_moves(zoo, name, tmp_path):
     for phase in task.phases:
         before = {player: parameters(engine.networks.bare(player)) for player in task.players}
         frozen = {other: states(module) for other, module in task.frozen.items()}
-        engine.begin_phase(phase, 0, STEPS)
+        engine.set_rates(0, STEPS)
+        engine.begin_phase(phase)
         engine.begin_micro_batch(last=True)
         made = phase.make(engine.networks, prepared, 0)
         engine.backward(phase.loss(engine.networks, prepared | made, 0).total)

@@ -22,7 +22,6 @@ import torch
 
 from dalle.models.clip import MAX_LOG_SCALE, ClipConfig, ClipModel
 from dalle.tasks.clip import ClipRun, ClipTask
-from dalle.training.task import Phase, Player
 from rounds import Clock, Contenders, bench_arguments, interleave, report, set_up, trained_by_the_loop
 
 RATE, BETAS, EPS, DECAY, CLIP = 5e-4, (0.9, 0.98), 1e-6, 0.2, 1.0      # of open_clip's script for its ViTs, but CLIP
@@ -59,11 +58,8 @@ class Synthetic(ClipTask):
     """The task without a tokenizer and a codec: captions come as ids."""
 
     def __init__(self, config: ClipRun, model: ClipModel):
-        self.config = config
-        self.players = {"clip": Player(model, config.optimizer)}
         self.frozen = {}
-        self.phases = [Phase("contrast", player="clip", loss=self.contrast)]
-        self.tokens_per_sample, self.flops_per_sample = model.config.text_length + MARKS, 0.0
+        self.assemble(config, model)
 
 
 def our_step(size: Size, precision: str) -> Callable[[], None]:

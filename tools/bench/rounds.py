@@ -16,7 +16,7 @@ from dalle.training.engines.base import Engine
 from dalle.training.loop import train_step
 from dalle.training.meter import Meter
 from dalle.training.run import RunConfig
-from dalle.training.task import Batch, Phase, Player, Task
+from dalle.training.task import Batch, Task
 
 Contenders = dict[str, Callable[[], None]]
 Clock = Callable[[], float]
@@ -26,12 +26,8 @@ class Synthetic(TransformerTask):
     """The transformer task without a codec and a tokenizer: the codes come with the batch."""
 
     def __init__(self, config: TransformerRun, model: TextToImageTransformer):
-        self.config = config
-        self.players = {"transformer": Player(model, config.optimizer)}
         self.frozen = {}
-        self.phases = [Phase("transformer", player="transformer", loss=self.next_token_loss)]
-        self.tokens_per_sample, self.flops_per_sample = model.config.length, model.flops_per_sample()
-        self.scored_text_slots = model.config.text_length - (model.config.layout == "boi")
+        self.assemble(config, model)
 
     def export(self, folder: str, states: dict) -> None:
         self._model.save_pretrained(folder, states["transformer"])

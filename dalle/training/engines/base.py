@@ -40,7 +40,14 @@ from dalle.training.task import Batch, Phase, Task, parameter_count
 log = logging.getLogger(__name__)
 
 MOST_WRITERS = 8      # ranks that share the writing of a checkpoint, spread over the job
+
 Snapshot = dict[str, dict[str, Tensor]]     # section -> key -> tensor on the CPU
+
+
+def writing_ranks(world_size: int) -> list[int]:
+    """The ranks that share the writing of a checkpoint."""
+    count = min(world_size, MOST_WRITERS)
+    return [index * world_size // count for index in range(count)]
 
 
 @dataclass
@@ -107,7 +114,7 @@ class Engine:
         self.device, self.rank, self.world_size = device, rank, world_size
         self.options, self.compile, self.steps = config.engine, config.train.compile, config.train.steps
         self.precision = config.train.precision
-        self.bf16 = self.precision != "fp32"       # fp8 is for some layers; the others compute in bf16
+        self.bf16 = config.train.bf16
         self.compiled = False                      # whether :meth:`prepare` had a player compiled
         self.remarks: list[str] = []               # and what it chose, for the first line of the run
         self.local_batch, self.accumulation = split_batch(config.train.batch_size, config.train.micro_batch_size,
@@ -212,27 +219,23 @@ class Engine:
         """bf16 for the operations that are safe in it, unless the run is fp32; weights stay fp32."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
-    def begin_phase(self, phase: Phase, step: int, steps: int) -> None:
-        """Make the phase's player the one that learns: the others frozen, its learning rate set, its gradients gone."""
+    def begin_phase(self, phase: Phase) -> None:
+        """Make the phase's player the one that learns: the others frozen, its gradients gone."""
         self.active = self.members[phase.player]
         for member in self.members.values():
             if member.is_open != (member is self.active):
                 member.is_open = member is self.active
                 for parameter in member.trainable:
                     parameter.requires_grad_(member.is_open)
-        self.set_rate(self.active, step, steps)
         self.clear_gradients(self.active)
 
     def set_rates(self, step: int, steps: int) -> None:
-        """The learning rates of all players; within the step :meth:`begin_phase` then finds its player's as it is."""
+        """The learning rates of all players, once a step."""
         for member in self.members.values():
-            self.set_rate(member, step, steps)
-
-    def set_rate(self, member: Member, step: int, steps: int) -> None:
-        factor = member.settings.factor(step, steps)
-        if factor != member.factor:
-            set_learning_rate(member.optimizer, factor)
-            member.factor = factor
+            factor = member.settings.factor(step, steps)
+            if factor != member.factor:
+                set_learning_rate(member.optimizer, factor)
+                member.factor = factor
 
     def begin_micro_batch(self, last: bool) -> None:
         """Called before the forward of every micro-batch: only after the last one are gradients exchanged."""
@@ -245,7 +248,7 @@ class Engine:
         """Exchange, clip, and move the active player, unless its gradient is not finite."""
         member = self.active
         self.exchange_gradients(member)
-        norm = total_norm([parameter.grad for parameter in member.trainable])
+        norm = self.gradient_norm(member)
         skipped = 1.0 - norm.isfinite().float()
         # both are read by the optimiser, on the device: no host synchronisation, and no pass that only scales
         member.optimizer.grad_scale = clipping_divisor(norm, member.settings.clip)
@@ -253,6 +256,10 @@ class Engine:
         member.optimizer.step()
         self.clear_gradients(member)
         return Outcome(norm, skipped)
+
+    def gradient_norm(self, member: Member) -> Tensor:
+        """That of the player's whole gradient, 0-d, the same on every rank."""
+        return total_norm([parameter.grad for parameter in member.trainable])
 
     def clear_gradients(self, member: Member) -> None:
         for parameter in member.trainable:
@@ -375,8 +382,7 @@ class Engine:
 
     @property
     def writers(self) -> list[int]:
-        count = min(self.world_size, MOST_WRITERS)
-        return [index * self.world_size // count for index in range(count)]
+        return writing_ranks(self.world_size)
 
     def whole_state(self, member: Member) -> Iterator[tuple[str, str, Tensor]]:
         """(section, key, whole tensor) of the member's state, in the same order on all ranks, all of which must ask.

@@ -63,8 +63,8 @@ class DistributedEngine(GroupEngine):
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             member.wrapper = self.accelerator.prepare_model(member.module)
 
-    def begin_phase(self, phase: Phase, step: int, steps: int) -> None:
-        super().begin_phase(phase, step, steps)
+    def begin_phase(self, phase: Phase) -> None:
+        super().begin_phase(phase)
         self.phase = phase
         # made ahead, the forwards of all micro-batches wait together: the first backward would set off the exchange
         waits = bool(phase.ahead) and self.accumulation > 1

@@ -33,9 +33,9 @@ from dalle.training.checkpoint import OPTIMIZER, WEIGHTS, SavedPlayer
 from dalle.training.compiling import blocks_of
 from dalle.training.deferred import is_deferred, materialise
 from dalle.training.ema import EMA
-from dalle.training.engines.base import Member, Outcome, state_keys
+from dalle.training.engines.base import Member, state_keys
 from dalle.training.engines.environment import is_set, launched_size, wants_cpu
-from dalle.training.engines.gradients import fill_gradients
+from dalle.training.engines.gradients import fill_gradients, total_norm
 from dalle.training.engines.group import GroupEngine, average_gradients
 from dalle.training.memory import Blocks
 from dalle.training.run import RunConfig
@@ -115,18 +115,6 @@ class FSDPEngine(GroupEngine):
         # each micro-batch's gradients are split at once: whole ones would take as much memory as whole weights
         self.active.module.set_requires_all_reduce(last)
 
-    def step(self) -> Outcome:
-        member, rows = self.active, self.active.wrapper
-        self.exchange_gradients(member)
-        norm = self.gradient_norm(rows)
-        if member.settings.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(rows.trainable, member.settings.clip, norm)
-        skipped = 1.0 - norm.isfinite().float()      # of the norm over all ranks, so all ranks skip or none
-        member.optimizer.found_inf = skipped
-        member.optimizer.step()
-        self.clear_gradients(member)
-        return Outcome(norm, skipped)
-
     def exchange_gradients(self, member: Member) -> None:
         """FSDP has averaged the split gradients while the backward ran; those of whole parameters follow."""
         rows = member.wrapper
@@ -135,12 +123,16 @@ class FSDPEngine(GroupEngine):
         if rows.whole:
             average_gradients(rows.whole, self.world_size, self.options.gradient_dtype)
 
-    def gradient_norm(self, rows: "Rows") -> Tensor:
-        square = torch.nn.utils.get_total_norm([parameter.grad for parameter in rows.split]).square()
+    def gradient_norm(self, member: Member) -> Tensor:
+        """Over all ranks, so that all skip a step or none."""
+        rows = member.wrapper
+        square = torch.zeros((), device=self.device)
+        if rows.split:
+            square = total_norm([parameter.grad for parameter in rows.split]).square()
         dist.all_reduce(square)      # over the copies, too: one number, bit for bit, on all ranks
         square /= self.world_size // self.mesh["shard"].size()
         if rows.whole:
-            square = square + torch.nn.utils.get_total_norm([parameter.grad for parameter in rows.whole]).square()
+            square = square + total_norm([parameter.grad for parameter in rows.whole]).square()
         return square.sqrt()
 
     def clear_gradients(self, member: Member) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from dalle.models.transformer import PRESETS, TextToImageTransformer, TransformerConfig, attention_patterns
+from dalle.models.transformer import TextToImageTransformer, TransformerConfig, attention_patterns
 from dalle.sampling.choosing import SamplingConfig
 from dalle.sampling.decode import sample_codes
 from dalle.sampling.fixed import forget
 from gpu_parts.rows import Row, Setting, emit, wait
-from gpu_parts.training import TINY
+from gpu_parts.training import architecture_of, make_network
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,8 @@ def candidates(setting: Setting, only: str = "") -> None:
 
 
 def make_model(preset: str, attention: str, setting: Setting, backend: str = "auto") -> TextToImageTransformer:
-    config = PRESETS[preset].model_copy(update={"attention": attention, "attention_backend": backend})
-    if setting.small:
-        config = config.model_copy(update=TINY)
-    torch.manual_seed(0)
-    with setting.device:
-        model = TextToImageTransformer(config)
-    return model.to(torch.bfloat16).eval()
+    config = architecture_of(preset, setting, attention=attention, attention_backend=backend)
+    return make_network(config, setting.device).to(torch.bfloat16).eval()
 
 
 def timed(model: TextToImageTransformer, count: int, options: SamplingConfig, setting: Setting, **how: Any) -> float:

@@ -5,7 +5,6 @@ import sys
 
 import torch
 
-from dalle.models.transformer import PRESETS
 from dalle.sampling.choosing import SamplingConfig
 from dalle.sampling.decode import sample_codes
 from dalle.training.engines.base import Engine
@@ -14,7 +13,7 @@ from dalle.training.meter import Meter
 from gpu_parts.decoding import make_model
 from gpu_parts.rows import Row, Setting, emit
 from gpu_parts.stages import ROOT, environment
-from gpu_parts.training import TINY, make_batches, make_network, run_config
+from gpu_parts.training import architecture_of, make_batches, make_network, run_config
 from rounds import Synthetic
 
 STEPS = 6          # the fourth is the first that is replayed
@@ -63,9 +62,7 @@ def compare_codes(attention: str, setting: Setting) -> None:
 
 def losses(preset: str, attention: str, setting: Setting, **train: object) -> list[float]:
     """The loss of each of the first steps in bf16, the same weights and batches every time."""
-    model = PRESETS[preset].model_copy(update={"attention": attention})
-    if setting.small:
-        model = model.model_copy(update=TINY)
+    model = architecture_of(preset, setting, attention=attention)
     config = run_config(setting.folder, {"batch_size": 4, "precision": "bf16", **train})
     engine, task = Engine(config, setting.device), Synthetic(config, make_network(model, setting.device))
     engine.prepare(task, setting.folder)

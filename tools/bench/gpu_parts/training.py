@@ -95,9 +95,7 @@ def report(model: Model, micro_batch: int, seconds: float, task: Synthetic, note
 def measure(model: Model, micro_batch: int, setting: Setting) -> tuple[float, Synthetic, float, float]:
     """(median seconds of a step, the task, seconds until the first two were done, GiB at the peak)."""
     config = run_config(setting.folder, {"batch_size": micro_batch, "precision": "bf16", **dict(model.train)})
-    architecture = PRESETS[model.preset].model_copy(update=dict(model.changes))
-    if setting.small:
-        architecture = architecture.model_copy(update=TINY)
+    architecture = architecture_of(model.preset, setting, **dict(model.changes))
     engine = Engine(config, setting.device)
     task = Synthetic(config, make_network(architecture, setting.device))
     engine.prepare(task, setting.folder)
@@ -128,6 +126,11 @@ def run_config(folder: Path, train: dict[str, Any]) -> TransformerRun:
         "data": {"train": "memory", "tokenizer": "none"},
         "optimizer": {"lr": 1e-4, "clip": 1.0, "schedule": "constant", "weight_decay": 0.05},
         "train": {"steps": 10_000, **train}})
+
+
+def architecture_of(preset: str, setting: Setting, **changes: Any) -> TransformerConfig:
+    """The preset with its changes; of a few channels where the setting is small."""
+    return PRESETS[preset].model_copy(update={**changes, **(TINY if setting.small else {})})
 
 
 def make_network(model: TransformerConfig, device: torch.device) -> TextToImageTransformer:
