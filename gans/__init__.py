@@ -32,6 +32,7 @@ SYSTEMS = {
     "vse": System("gans.vse", "VSERun", "VSETask", "VSE", "1707.05612", paints=False, text_encoder="VSETextEncoder"),
     "damsm": System("gans.damsm", "DamsmRun", "DamsmTask", "Damsm", "1711.10485", paints=False,
                     text_encoder="DAMSMTextEncoder", ranker="load_reranker"),
+    "stream": System("gans.stream", "StreamRun", "StreamTask", "StreamNetwork", "1903.05854", paints=False),
     "gan_int_cls": System("gans.gan_int_cls", "GANINTCLSRun", "GANINTCLSTask", "GANINTCLSGenerator", "1605.05396"),
     "style": System("gans.style", "StyleRun", "StyleTask", "StyleTransfer", "1605.05396"),
     "acgan": System("gans.acgan", "ACGANRun", "ACGANTask", "ACGANGenerator", "1610.09585"),
@@ -43,6 +44,7 @@ SYSTEMS = {
     "tagan": System("gans.tagan", "TAGANRun", "TAGANTask", "TAGANGenerator", "1810.11919"),
     "hdgan": System("gans.hdgan", "HDGANRun", "HDGANTask", "HDGANGenerator", "1802.09178"),
     "attngan": System("gans.attngan", "AttnGANRun", "AttnGANTask", "AttnGANGenerator", "1711.10485"),
+    "mirrorgan": System("gans.mirrorgan", "MirrorGANRun", "MirrorGANTask", "MirrorGANGenerator", "1903.05854"),
 }
 
 NETWORKS = LazyTable({name: (system.module, system.model) for name, system in SYSTEMS.items()})

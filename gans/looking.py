@@ -5,11 +5,15 @@ A network's ``paint`` hands out :func:`seen`; :func:`pictures` makes something t
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from dalle.pictures import to_bytes
+from dalle.pictures import signed_to_bytes, to_bytes, to_pillow
+from dalle.sampling.gallery import CAPTION_LINE, INK, PAPER, SHEET_GAP, SHEET_SIDE, wrap_text
+from dalle.sampling.lettering import Lettering
 from gans.outputs import Painted
 
 SHADE = 0.2          # of a picture where a word was not looked for
@@ -69,3 +73,19 @@ def attention_picture(image: Tensor, maps: Sequence[Tensor]) -> Tensor:
 def unit(image: Tensor) -> Tensor:
     """[-1, 1] -> [0, 1]."""
     return ((image.float() + 1) / 2).clamp(0, 1)
+
+
+def described_picture(image: Tensor, caption: str, description: str) -> Tensor:
+    """uint8 [3, H, W]: ``image`` float [3, S, S] in [-1, 1], above it its caption, below it what is said of it."""
+    factor = max(1, -(-SHEET_SIDE // image.shape[-1]))
+    side = factor * image.shape[-1]
+    font = Lettering([caption, description])
+    above, below = (wrap_text(text, font, side) for text in (caption, description))
+    top = SHEET_GAP + len(above) * CAPTION_LINE
+    canvas = Image.new("RGB", (side + 2 * SHEET_GAP, top + side + 2 * SHEET_GAP + len(below) * CAPTION_LINE), PAPER)
+    for start, lines in ((SHEET_GAP // 2, above), (top + side + SHEET_GAP // 2, below)):
+        for number, line in enumerate(lines):
+            font.draw(canvas, SHEET_GAP, start + number * CAPTION_LINE, line, INK)
+    picture = to_pillow(signed_to_bytes(image)).resize((side, side), Image.Resampling.NEAREST)
+    canvas.paste(picture, (SHEET_GAP, top))
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)

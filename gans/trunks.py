@@ -6,6 +6,7 @@
     inception_v3[:FILE|:random]  arXiv 1512.00567, frozen: Mixed_6e [768, 17, 17] and the pool over Mixed_7c [2048]
     googlenet[:FILE|:random]     arXiv 1409.4842, frozen: inception4e [832, 14, 14] and the last pool [1024]
     vgg16[:FILE|:random]         arXiv 1409.1556, frozen: conv5_3 [512, 14, 14] and fc7 [4096]
+    resnet152[:FILE|:random]     arXiv 1512.03385, frozen: conv5_x [2048, 7, 7] and the pool over it [2048]
 
 Without FILE the ImageNet weights of torchvision's hub are fetched; ``random`` needs neither network nor file.
 """
@@ -142,25 +143,51 @@ class GoogLeNetTrunk(GoogleTrunk):
         super().__init__(torchvision.models.googlenet(aux_logits=False, init_weights=False, transform_input=False))
 
 
-class VGGTrunk(PretrainedTrunk):
-    """VGG-16 up to fc7, its ReLU and its dropout, which acts in training mode."""
+class NormalisedTrunk(PretrainedTrunk):
+    """One whose weights want 224 pixels, by ImageNet's mean and deviation."""
 
-    local_dim, pooled_dim = 512, 4096
     size = 224
-    left_out = ("classifier.6.",)
 
-    def __init__(self):
+    def __init__(self, network: nn.Module):
         super().__init__()
-        self.network = torchvision.models.vgg16(init_weights=False)
-        self.network.classifier = self.network.classifier[:-1]
+        self.network = network
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
+    def pixels(self, images: Tensor) -> Tensor:
+        return ((resized(images, self.size, antialias=True) + 1) / 2 - self.mean) / self.std
+
+
+class VGGTrunk(NormalisedTrunk):
+    """VGG-16 up to fc7, its ReLU and its dropout, which acts in training mode."""
+
+    local_dim, pooled_dim = 512, 4096
+    left_out = ("classifier.6.",)
+
+    def __init__(self):
+        super().__init__(torchvision.models.vgg16(init_weights=False))
+        self.network.classifier = self.network.classifier[:-1]
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = (resized(images, self.size, antialias=True) + 1) / 2
-        local = self.network.features[:-1]((pixels - self.mean) / self.std)                # before the last max-pool
+        local = self.network.features[:-1](self.pixels(images))                            # before the last max-pool
         features = self.network.avgpool(self.network.features[-1](local))
         return local, self.network.classifier(features.flatten(1))
+
+
+class ResNetTrunk(NormalisedTrunk):
+    """ResNet-152."""
+
+    local_dim, pooled_dim = 2048, 2048
+    left_out = ("fc.",)
+    layers = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+
+    def __init__(self):
+        super().__init__(torchvision.models.resnet152())
+        self.network.fc = nn.Identity()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        local = through(self.network, self.layers, self.pixels(images))
+        return local, local.mean(dim=(2, 3))
 
 
 # name -> (class, torchvision's name of the ImageNet weights)
@@ -168,6 +195,7 @@ PRETRAINED: dict[str, tuple[type[PretrainedTrunk], str]] = {
     "inception_v3": (InceptionTrunk, "Inception_V3_Weights.IMAGENET1K_V1"),
     "googlenet": (GoogLeNetTrunk, "GoogLeNet_Weights.IMAGENET1K_V1"),
     "vgg16": (VGGTrunk, "VGG16_Weights.IMAGENET1K_V1"),
+    "resnet152": (ResNetTrunk, "ResNet152_Weights.IMAGENET1K_V1"),
 }
 
 
