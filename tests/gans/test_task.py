@@ -333,9 +333,9 @@ def test_given_noise_stands_in_the_place_of_what_the_seeds_draw():
 
 
 def test_given_text_stands_in_the_place_of_what_the_captions_say():
-    paints = generator()
-    assert torch.equal(paints.generate(["x"] * 4, [1, 2, 3, 4], text=paints.text(["a", "bee", "a", "ee"]), batch_size=3),
-                       paints.generate(["a", "bee", "a", "ee"], [1, 2, 3, 4]))
+    paints, captions = generator(), ["a", "bee", "a", "ee"]
+    assert torch.equal(paints.generate(["x"] * 4, [1, 2, 3, 4], text=paints.text(captions), batch_size=3),
+                       paints.generate(captions, [1, 2, 3, 4]))
     with pytest.raises(UserError, match="reads no captions"):
         GANGenerator(TinyPainter(), None).text(["a"])
 
