@@ -43,6 +43,7 @@ SYSTEMS = {
     "sisgan": System("gans.sisgan", "SISGANRun", "SISGANTask", "SISGANGenerator", "1707.06873"),
     "tagan": System("gans.tagan", "TAGANRun", "TAGANTask", "TAGANGenerator", "1810.11919"),
     "hdgan": System("gans.hdgan", "HDGANRun", "HDGANTask", "HDGANGenerator", "1802.09178"),
+    "fusedgan": System("gans.fusedgan", "FusedGANRun", "FusedGANTask", "FusedGANGenerator", "1801.05551"),
     "attngan": System("gans.attngan", "AttnGANRun", "AttnGANTask", "AttnGANGenerator", "1711.10485"),
     "mirrorgan": System("gans.mirrorgan", "MirrorGANRun", "MirrorGANTask", "MirrorGANGenerator", "1903.05854"),
 }

@@ -20,7 +20,7 @@ from dalle.errors import UserError
 from dalle.models.base import ModelConfig
 from dalle.training.task import Batch, Loss, Networks
 from gans.generator import Noise, Painter
-from gans.layers import bottleneck, conv1, dcgan_init, down, join, leaky, relu
+from gans.layers import bottleneck, conv1, dcgan_init, deconv, down, join, leaky, relu
 from gans.losses import bce
 from gans.sizes import ImageSize, NoiseDim, SentenceDim
 from gans.task import GanBatch, GANRun, GANTask, filled, load_encoder
@@ -54,11 +54,6 @@ def widths(base: int, image_size: int) -> list[int]:
 
 def bottlenecks(channels: int, middle: int, large: bool) -> nn.Sequential:
     return nn.Sequential(*(bottleneck(channels, middle, relu, nn.ReLU()) for _ in range(2 if large else 1)))
-
-
-def deconv(inputs: int, outputs: int) -> nn.ConvTranspose2d:
-    """Doubles height and width."""
-    return nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=False)
 
 
 class GANINTCLSGenerator(Painter):

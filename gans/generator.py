@@ -71,8 +71,12 @@ class Painter(PretrainedModel):
 class GANGenerator:
     """A generator network and its text encoder (None for one that reads no text).
 
-    Options of every call: ``batch_size``, the pictures painted side by side, and ``truncation``, by which a normal
-    noise is multiplied (below 1: safer and less varied); and those of the network, :meth:`Painter.options`.
+    Options of every call: ``batch_size``, the pictures painted side by side, and ``truncation``, by which a noise that
+    is drawn is multiplied (below 1: safer and less varied); and those of the network, :meth:`Painter.options`.
+
+    What a picture is made of can also be given: ``noise``, name -> [N, length], in the place of what the seeds draw
+    under these names, and ``text`` of N captions in the place of what the encoder reads. :meth:`noise` and :meth:`text`
+    say what would have been there, so that one can be kept while another changes.
     """
 
     precision: ClassVar[str] = "fp32"      # whatever type was asked for
@@ -98,6 +102,17 @@ class GANGenerator:
             raise UserError(f"truncation is {truncation!r}; it is a number from 0 to 1")
         return {"truncation": float(truncation), **own}
 
+    def noise(self, seeds: Sequence[int], truncation: float = 1.0) -> Noise:
+        """Name -> float [N, length], on the CPU: what ``generate`` draws of these seeds."""
+        drawn = noise_of_seeds(seeds, self.network.noise_dims, self.network.noise_law)
+        return {name: truncation * values for name, values in drawn.items()}
+
+    def text(self, captions: Sequence[str]) -> Text:
+        """What ``generate`` reads of these captions; ``UserError`` for a network that reads none."""
+        if self.text_encoder is None:
+            raise UserError(f"this {self.network.model_type} model reads no captions")
+        return self.text_encoder(captions)
+
     def generate(self, captions: list[str], seeds: list[int], **options: Any) -> Tensor:
         """One picture for each (caption, seed): uint8 [N, 3, S, S]."""
         return self._generate(captions, seeds, detailed=False, **options)[0]
@@ -112,13 +127,15 @@ class GANGenerator:
 
     @torch.no_grad()
     def _generate(self, captions: list[str], seeds: list[int], *, detailed: bool, sources: Tensor | None = None,
-                  batch_size: int | None = None, on_progress: OnProgress = lambda pictures: None,
+                  noise: Mapping[str, Tensor] | None = None, text: Text | None = None, batch_size: int | None = None,
+                  on_progress: OnProgress = lambda pictures: None,
                   **options: Any) -> tuple[Tensor, list[dict[str, Any]]]:
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds: one seed a picture is needed")
         if self.edits != (sources is not None):
             raise UserError(f"a {self.network.model_type} model edits a picture: give one with --image" if self.edits
                             else f"a {self.network.model_type} model paints from nothing: leave --image out")
+        self._check_given(len(seeds), noise or {}, text)
         settings = self.settings(**options)
         size = batch_size or PAINT_BATCH
         was_training = self.network.training
@@ -129,7 +146,10 @@ class GANGenerator:
             part = list(range(start, min(start + size, len(seeds))))
             filled = part + part[-1:] * (size - len(part))
             painted, extra = self._paint([captions[index] for index in filled], [seeds[index] for index in filled],
-                                         None if sources is None else sources[filled], **settings)
+                                         None if sources is None else sources[filled],
+                                         {name: values[filled] for name, values in (noise or {}).items()},
+                                         None if text is None else Text(*(values[filled] for values in text)),
+                                         **settings)
             images[part] = signed_to_bytes(painted)[:len(part)].cpu()
             if detailed:
                 details += [self._details({name: values[row] for name, values in extra.items()}, captions[index])
@@ -138,15 +158,27 @@ class GANGenerator:
         self.network.train(was_training)
         return images, details
 
-    def _paint(self, captions: list[str], seeds: list[int], sources: Tensor | None, truncation: float,
-               **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _check_given(self, count: int, noise: Mapping[str, Tensor], text: Text | None) -> None:
+        dims = self.network.noise_dims
+        for name, values in noise.items():
+            if name not in dims:
+                raise ValueError(f"unknown noise {name!r}; a {self.network.model_type} model draws {', '.join(dims)}")
+            if tuple(values.shape) != (count, dims[name]):
+                raise ValueError(f"noise {name} is {list(values.shape)}, not {[count, dims[name]]}")
+        if text is not None and len(text.sentence) != count:
+            raise ValueError(f"text of {len(text.sentence)} captions for {count} pictures")
+
+    def _paint(self, captions: list[str], seeds: list[int], sources: Tensor | None, noise: Noise, text: Text | None,
+               truncation: float, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(self.network.parameters()).device
-        text = self.text_encoder(captions) if self.text_encoder is not None else None
+        if text is not None:
+            text = text.to(device)
+        elif self.text_encoder is not None:
+            text = self.text_encoder(captions)
         conditions = self.network.conditions(captions, text, **options)
         if sources is not None:
             conditions["source"] = fitted(sources, self.image_size).to(device)
-        noise = {name: truncation * values.to(device) for name, values in
-                 noise_of_seeds(seeds, self.network.noise_dims, self.network.noise_law).items()}
+        noise = {name: values.to(device) for name, values in (self.noise(seeds, truncation) | noise).items()}
         return self.network.paint(noise, text, **conditions)
 
     def _details(self, values: Mapping[str, Tensor], caption: str) -> dict[str, Any]:

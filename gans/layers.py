@@ -37,6 +37,11 @@ def conv4(inputs: int, outputs: int, bias: bool = False) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=bias)
 
 
+def deconv(inputs: int, outputs: int) -> nn.ConvTranspose2d:
+    """Doubles height and width."""
+    return nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=False)
+
+
 def leaky() -> nn.LeakyReLU:
     return nn.LeakyReLU(SLOPE)
 

@@ -205,13 +205,7 @@ class GANTask(Task):
                  text_encoder: nn.Module | None, frozen: Mapping[str, nn.Module] | None = None) -> None:
         """Set players, frozen networks and phases; the last line of a system's ``__init__``."""
         self.config = config
-        if config.stabiliser.spectral_norm:
-            discriminator = spectrally_normalised(discriminator)
-        if config.sync_batch_norm:
-            generator, discriminator = synchronised(generator), synchronised(discriminator)
-        # as convolutions on CPU cores and tensor cores read them: a quarter of the step's time
-        generator, discriminator = (module.to(memory_format=torch.channels_last) for module in
-                                    (generator, discriminator))
+        generator, discriminator = made_ready(config, generator), made_ready(config, discriminator, judges=True)
         self.players = {"generator": Player(generator, config.generator_optimizer),
                         "discriminator": Player(discriminator, config.discriminator_optimizer)}
         self.frozen = {**({"text": text_encoder} if text_encoder is not None else {}), **(frozen or {})}
@@ -299,9 +293,13 @@ class GANTask(Task):
         Each head is penalised as if it judged alone: it has a loss of its own in ``d_loss``, which adds them up, too.
         The gradient of their sum would make gamma mean as many squared as there are heads that agree.
         """
-        image = batch["image"].clone().requires_grad_(True)
-        scores = self.real_scores(networks.penalty("discriminator"), batch, image)
-        penalty = sum(r1_penalty(score, image) for score in scores)
+        discriminator = networks.penalty("discriminator")
+        return self.r1_of(lambda image: self.real_scores(discriminator, batch, image), batch["image"])
+
+    def r1_of(self, scores: Callable[[Tensor], list[Tensor]], real: Tensor) -> Loss:
+        """The penalty of a discriminator that gives ``real`` pictures these ``scores``, by head."""
+        image = real.clone().requires_grad_(True)
+        penalty = sum(r1_penalty(score, image) for score in scores(image))
         settings = self.config.stabiliser
         return Loss(0.5 * settings.r1 * settings.r1_every * penalty, {"gradient": penalty.detach()})
 
@@ -331,6 +329,16 @@ class GANTask(Task):
         self.network.save_pretrained(folder, states["generator"])
         if "text" in self.frozen:
             self.frozen["text"].save(Path(folder) / TEXT_FOLDER)
+
+
+def made_ready(config: GANRun, module: nn.Module, judges: bool = False) -> nn.Module:
+    """A player's network as the run has it: normalised over all processes, a discriminator spectrally, where asked."""
+    if judges and config.stabiliser.spectral_norm:
+        module = spectrally_normalised(module)
+    if config.sync_batch_norm:
+        module = synchronised(module)
+    # as convolutions on CPU cores and tensor cores read them: a quarter of the step's time
+    return module.to(memory_format=torch.channels_last)
 
 
 def load_encoder(config: GANRun, default: str | None = None) -> nn.Module:

@@ -17,6 +17,7 @@ class Published:
     """``PUBLISHED[name]`` of a test file: what of a system is known from elsewhere than from its code."""
 
     paintings: int = 0               # how often a step paints; 0: it never does
+    player: str = "generator"        # the player that paints
     finished: str = ""               # the part of its generator that another run has trained
     one_caption: bool = False        # of each sample: read word by word, or compared one by one
     compares: bool = True            # whether samples of a batch are put together, so that it needs two

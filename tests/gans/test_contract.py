@@ -261,7 +261,7 @@ def test_a_step_paints_as_often_as_was_published(zoo, name):
     """Counted by the batches that the generator's normalisations saw; a finished network inside it sees none."""
     expected = published(name)
     newest = max((zoo.run(name) / "checkpoints").glob("step_*"))
-    files = (newest / "generator").rglob("*.safetensors")
+    files = (newest / expected.player).rglob("*.safetensors")
     seen = {int(tensor) for path in files for key, tensor in load_file(path).items()
             if key.endswith("num_batches_tracked") and expected.finished not in key.split(".")}
     assert expected.paintings and seen == {expected.paintings * STEPS}
