@@ -44,6 +44,7 @@ SYSTEMS = {
     "hdgan": System("gans.hdgan", "HDGANRun", "HDGANTask", "HDGANGenerator", "1802.09178"),
     "fusedgan": System("gans.fusedgan", "FusedGANRun", "FusedGANTask", "FusedGANGenerator", "1801.05551"),
     "attngan": System("gans.attngan", "AttnGANRun", "AttnGANTask", "AttnGANGenerator", "1711.10485"),
+    "controlgan": System("gans.controlgan", "ControlGANRun", "ControlGANTask", "ControlGANGenerator", "1909.07083"),
 }
 
 NETWORKS = LazyTable({name: (system.module, system.model) for name, system in SYSTEMS.items()})
