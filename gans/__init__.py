@@ -46,6 +46,7 @@ SYSTEMS = {
     "fusedgan": System("gans.fusedgan", "FusedGANRun", "FusedGANTask", "FusedGANGenerator", "1801.05551"),
     "attngan": System("gans.attngan", "AttnGANRun", "AttnGANTask", "AttnGANGenerator", "1711.10485"),
     "mirrorgan": System("gans.mirrorgan", "MirrorGANRun", "MirrorGANTask", "MirrorGANGenerator", "1903.05854"),
+    "controlgan": System("gans.controlgan", "ControlGANRun", "ControlGANTask", "ControlGANGenerator", "1909.07083"),
 }
 
 NETWORKS = LazyTable({name: (system.module, system.model) for name, system in SYSTEMS.items()})

@@ -291,17 +291,17 @@ class RefiningTask(GANTask):
     config: RefiningRun
 
     def __init__(self, config: RefiningRun):
-        encoder, frozen = self.readers(config)
+        encoder, self.frozen = self.readers(config)
         sizes = filled(config.generator, sentence_dim=encoder.sentence_dim, word_dim=encoder.word_dim,
                        image_size=config.data.image_size)
-        self.assemble(config, self.Generator(sizes), self.make_discriminator(config, sizes), encoder, frozen)
+        self.assemble(config, self.Generator(sizes), self.make_discriminator(config, sizes), encoder, self.frozen)
 
     def readers(self, config: RefiningRun) -> tuple[nn.Module, dict[str, nn.Module]]:
         """The text encoder, and the frozen networks beside it."""
         return load_encoder(config), {}
 
     def make_discriminator(self, config: RefiningRun, sizes: RefiningConfig) -> nn.Module:
-        """As :class:`ScaleDiscriminators` is called."""
+        """As :class:`ScaleDiscriminators` is called; the frozen networks of :meth:`readers` are there."""
         return ScaleDiscriminators(sizes.picture_sides, sizes.sentence_dim, config.discriminator.width)
 
     def terms(self, networks: Networks, batch: GanBatch) -> dict[str, Tensor]:
@@ -375,7 +375,13 @@ class MatchingTask(RefiningTask):
 
     def matching(self, networks: Networks, image: Tensor, batch: MatchingBatch) -> Tensor:
         """L_DAMSM of the global batch, the same on every process, with gradient to ``image``."""
-        damsm, settings = networks["damsm"], self.config.loss
-        classes = batch["class_id"] if settings.same_class == "left_out" else None
-        return sum(damsm_losses(*damsm.image(image), batch["matching_text"], classes,
-                                settings.gammas or damsm.config.gammas, networks.world_size))
+        return self.matching_of(networks, networks["damsm"].image(image), batch)
+
+    def matching_of(self, networks: Networks, codes: tuple[Tensor, Tensor], batch: MatchingBatch) -> Tensor:
+        """The same, of the regions and wholes that the matching model made of pictures."""
+        classes = batch["class_id"] if self.config.loss.same_class == "left_out" else None
+        return sum(damsm_losses(*codes, batch["matching_text"], classes, self.gammas(networks), networks.world_size))
+
+    def gammas(self, networks: Networks) -> Gammas:
+        """How sharp the matching scores are."""
+        return self.config.loss.gammas or networks["damsm"].config.gammas

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dalle.errors import UserError
 from dalle.models.foreign import read_foreign_state
+from dalle.models.precision import at_least_single
 
 SMALL, RANDOM = "small", "random"
 SMALL_WIDTH = 32
@@ -238,10 +239,14 @@ def hub_state(weights: str) -> Mapping[str, Tensor]:
 
 
 def resized(images: Tensor, size: int, antialias: bool = False, align_corners: bool = False) -> Tensor:
-    """Bilinear to ``size`` x ``size``; what has the size already is left as it is."""
+    """Bilinear to ``size`` x ``size``; what has the size already is left as it is.
+
+    What is narrow is resized in fp32: on a CPU there is no antialiasing in bf16.
+    """
     if images.shape[-2:] == (size, size):
         return images
-    return F.interpolate(images, (size, size), mode="bilinear", align_corners=align_corners, antialias=antialias)
+    return F.interpolate(at_least_single(images), (size, size), mode="bilinear", align_corners=align_corners,
+                         antialias=antialias)
 
 
 def coordinates(images: Tensor) -> Tensor:

@@ -1,17 +1,20 @@
 """One thing of what pictures are made of changes, the rest is kept: rows and columns that say what each of them does.
 
 The pictures of FusedGAN (arXiv 1801.05551), of any generator of the family: a posture over many captions, a caption
-over many draws of its conditioning augmentation, and points between two noises or two texts. Each is a line of
+over many draws of its conditioning augmentation, and points between two noises or two texts; and those of ControlGAN
+(arXiv 1909.07083): a caption and the same with a word changed, of any model that paints captions. Each is a line of
 ``KINDS``.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dalle.metrics.edits import THRESHOLD, colour_swaps, differences, edit_figures, swap_of
+from dalle.store import Generator
 from gans.generator import GANGenerator, Noise
 from gans.text import Text
 
@@ -41,21 +44,27 @@ class Request:
     """What is to be varied: ``rows`` and ``columns`` where a kind may choose how many; ``seed`` counts on from there.
 
     ``options`` are those of every call of the generator; ``source`` uint8 [3, H, W] is what a network that edits
-    changes.
+    changes. ``edits``: captions before and after; ``edit_seeds``: of each, what is measured; ``edit_pairs``: so many
+    are measured of the language of `shapes`, where they are of it.
     """
 
-    generator: GANGenerator
+    generator: GANGenerator | Generator
     prompts: list[str]
     rows: int = 4
     columns: int = 8
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     source: Tensor | None = None
+    edits: Sequence[tuple[str, str]] = ()
+    edit_seeds: int = 64
+    edit_pairs: int = 256
 
     def paint(self, captions: list[str], seeds: list[int], noise: Noise | None = None,
               text: Text | None = None) -> tuple[Tensor, list[dict[str, Any]]]:
-        sources = {} if self.source is None else {"sources": self.source.expand(len(seeds), -1, -1, -1)}
-        return self.generator.generate_with_details(captions, seeds, noise=noise, text=text, **sources, **self.options)
+        sources = None if self.source is None else self.source.expand(len(seeds), -1, -1, -1)
+        given = {"noise": noise, "text": text, "sources": sources}
+        return self.generator.generate_with_details(
+            captions, seeds, **{name: value for name, value in given.items() if value is not None}, **self.options)
 
     def noise(self, seeds: Sequence[int]) -> Noise:
         """What these seeds draw, as the options have it."""
@@ -117,6 +126,55 @@ def between_texts(request: Request) -> Sheet:
                  made_of)
 
 
+class Edit(NamedTuple):
+    """Two captions, painted with the noise of one seed."""
+
+    before: str
+    after: str
+    seed: int
+
+
+def edits(request: Request) -> Sheet:
+    """A row an edit and a seed: before, after, and where they differ. Measured over more than is shown."""
+    seeds = [request.seed + number for number in range(request.edit_seeds)]
+    groups = {"": [Edit(*edit, seed) for edit in request.edits for seed in seeds]}
+    judged = all(swap_of(*edit) for edit in request.edits)
+    if judged and request.edit_pairs:
+        swaps = colour_swaps(request.edit_pairs, request.seed)
+        groups["grammar_"] = [Edit(swap.before, swap.after, request.seed + number) for number, swap in enumerate(swaps)]
+    shown, images, figures = [], [], {}
+    for name, group in groups.items():
+        before, after = (request.paint([edit[end] for edit in group], [edit.seed for edit in group])[0]
+                         for end in (0, 1))
+        measured = edit_figures(before, after, [swap_of(edit.before, edit.after) for edit in group])
+        figures |= {f"{name}{figure}": value for figure, value in measured.items()}
+        places = [place for place, edit in enumerate(group) if edit.seed < request.seed + request.rows]
+        shown += [group[place] for place in places]
+        images.append(with_difference(before[places], after[places]))
+    made_of = [cell for edit in shown for cell in (
+        {"caption": edit.before, "seed": edit.seed}, {"caption": edit.after, "seed": edit.seed},
+        {"difference_of": [edit.before, edit.after], "seed": edit.seed})]
+    where = ("The object is where the judge of shapes reads it in the first picture." if judged else
+             "No judge knows where the object is: the shares are of whole pictures.")
+    about = ("Each row keeps its seed, hence all its noise, and changes its caption. A pixel has changed that differs "
+             f"by more than {THRESHOLD} of 255 in a channel; the third picture has the largest difference. {where}")
+    return Sheet("Edits", about, [label(edit) for edit in shown], ["before", "after", "difference"], torch.cat(images),
+                 made_of, figures)
+
+
+def label(edit: Edit) -> str:
+    """Of one colour word, its two colours first: a long caption is cut where it is drawn."""
+    swap = swap_of(edit.before, edit.after)
+    told = f"{edit.before} → {edit.after}" if swap is None else f"{' → '.join(swap.colours)}: {edit.before}"
+    return f"seed {edit.seed}, {told}"
+
+
+def with_difference(before: Tensor, after: Tensor) -> Tensor:
+    """uint8 [N, 3, S, S] each -> [3 N, 3, S, S]: before, after and, in grey, by how much each pixel differs."""
+    grey = torch.from_numpy(differences(before, after)).to(torch.uint8)[:, None].expand_as(before)
+    return torch.stack([before, after, grey], dim=1).flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class Kind:
     """What makes a sheet, and what a model must have for it: noises by name, a text that it reads."""
@@ -125,9 +183,15 @@ class Kind:
     noises: tuple[str, ...] = ()
     reads: bool = False
     prompts: int = 1
+    edits: int = 0
+    any_model: bool = False     # also one that is no GAN: its seed is all that is kept
 
     def hindrance(self, request: Request) -> str | None:
         """Why it cannot be made of this request; None where it can."""
+        if len(request.edits) < self.edits:
+            return "it needs an edit: give --edit BEFORE AFTER"
+        if not isinstance(request.generator, GANGenerator):
+            return None if self.any_model else "the model is no GAN: it has no noise to keep"
         network = request.generator.network
         missing = [name for name in self.noises if name not in network.noise_dims]
         if missing:
@@ -145,6 +209,7 @@ KINDS: dict[str, Kind] = {
     "detail": Kind(detail, noises=(DETAIL_NOISE,)),
     "noises": Kind(between_noises, noises=(POSTURE_NOISE,)),
     "texts": Kind(between_texts, reads=True, prompts=2),
+    "edits": Kind(edits, prompts=0, edits=1, any_model=True),
 }
 
 

@@ -3,9 +3,11 @@
 
     python launch/vary.py --model runs/gans/fusedgan_shapes --out out/ \\
         --prompt "a large red star" --prompt "a small blue circle"
+    python launch/vary.py --model runs/gans/controlgan_shapes --out out/ --edit "a red circle" "a blue circle"
 
 Of any GAN of the family: `style` keeps each row's noise and gives each column another caption; `detail` keeps noise and
-caption and draws the conditioning augmentation anew; `noises` and `texts` go from one to another, all else kept. Out:
+caption and draws the conditioning augmentation anew; `noises` and `texts` go from one to another, all else kept;
+`edits` paints two captions with one noise and measures what changed, of any model that paints captions. Out:
 `index.html` (everything inside it), a picture of each, `results.json`. Those of an earlier call in the folder are
 replaced; other files are left alone.
 """
@@ -49,9 +51,16 @@ def build_parser() -> argparse.ArgumentParser:
                         "those of the run's previews)")
     parser.add_argument("--prompts", type=Path, metavar="FILE",
                         help="captions, one a line; blank lines and lines that begin with # are skipped")
-    parser.add_argument("--kinds", metavar="A,B", help="of style, detail, noises, texts, ... (default: all that the "
-                        "model can)")
-    parser.add_argument("--rows", type=positive, default=4, help="noises of style (default 4)")
+    parser.add_argument("--edit", nargs=2, action="append", default=[], metavar=("BEFORE", "AFTER"), help="two "
+                        "captions that are painted with the same noise; may be given several times")
+    parser.add_argument("--edit-seeds", type=positive, default=64, help="noises that are measured of each edit "
+                        "(default 64)")
+    parser.add_argument("--edit-pairs", type=natural, default=256, help="captions of shapes with a colour word swapped "
+                        "that are measured, too, where the edits are such (default 256)")
+    parser.add_argument("--kinds", metavar="A,B", help="of style, detail, noises, texts, edits, ... (default: all that "
+                        "the model can, or with --edit edits alone)")
+    parser.add_argument("--rows", type=positive, default=4, help="noises of style, and of each edit that are shown "
+                        "(default 4)")
     parser.add_argument("--columns", type=positive, default=8, help="draws of detail, steps between two noises or "
                         "texts (default 8)")
     parser.add_argument("--image", type=Path, metavar="FILE", help="a picture to change, for a model that edits")
@@ -65,8 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = build_parser().parse_args()
+    if arguments.edit and not arguments.kinds:
+        arguments.kinds = "edits"
     arguments.prompt = arguments.prompt or ([] if arguments.prompts else preview_captions(Path(arguments.model)))
-    prompts = read_prompts(arguments)
+    prompts = [] if arguments.kinds == "edits" else read_prompts(arguments)
     check_writable(arguments.out)
     gans.register()
     vary(arguments, prompts, choose_device(arguments.device))
@@ -93,8 +104,8 @@ def vary(arguments: argparse.Namespace, prompts: list[str], device: Any) -> None
 
     say(f"model: {arguments.model}")
     generator = load_generator(arguments.model, device)
-    if not isinstance(generator, GANGenerator):
-        raise UserError(f"{arguments.model} is no GAN: it has no noise to keep; see launch/sample.py")
+    if not isinstance(generator, GANGenerator) and not arguments.edit:
+        raise UserError(f"{arguments.model} is no GAN: it has no noise to keep; see launch/sample.py, or give --edit")
     options = own_options(arguments.option)
     if arguments.truncation is not None:
         options["truncation"] = arguments.truncation
@@ -105,16 +116,19 @@ def vary(arguments: argparse.Namespace, prompts: list[str], device: Any) -> None
     source = torch.from_numpy(read_picture(arguments.image)) if arguments.image is not None else None
     if arguments.batch_size:
         options["batch_size"] = arguments.batch_size
-    request = Request(generator, prompts, arguments.rows, arguments.columns, arguments.seed, options, source)
+    request = Request(generator, prompts, arguments.rows, arguments.columns, arguments.seed, options, source,
+                      [tuple(edit) for edit in arguments.edit], arguments.edit_seeds, arguments.edit_pairs)
     kinds = chosen_kinds(arguments.kinds, request)
     check_folder(arguments.out, kinds)
-    warnings = generator.caption_warnings(prompts)
+    warnings = generator.caption_warnings([*prompts, *(caption for edit in arguments.edit for caption in edit)])
     for warning in shortened(warnings):
         say(f"warning: {warning}")
     sheets = {}
     for name, kind in kinds.items():
         sheets[name] = kind.make(request)
         say(f"{name}: {len(sheets[name].images)} pictures")
+        if name == "edits":
+            say("\n".join(f"  {figure}: {value:.4g}" for figure, value in sheets[name].figures.items()))
     about = {"model": generator.identity, "seed": arguments.seed,
              "options": {**settings, "image": str(arguments.image) if arguments.image else None}}
     say(f"page: {write(arguments.out, sheets, about, warnings)}")

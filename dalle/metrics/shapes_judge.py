@@ -59,15 +59,35 @@ class Reading:
 
 def judge(image: np.ndarray) -> Reading:
     """Read one picture, uint8 [H, W, 3] with H = W of at least 16."""
+    return _read(image)[0]
+
+
+def judge_with_masks(image: np.ndarray) -> tuple[Reading, tuple[np.ndarray, ...]]:
+    """The same, and for each object, bool [H, W], the pixels that show it, its soft edge included."""
+    reading, labels, numbers = _read(image)
+    side = len(image)
+    places = np.arange(side) * len(labels) // side         # a picture that was averaged down gets its pixels back
+    return reading, tuple(_with_edge(labels, number)[np.ix_(places, places)] for number in numbers)
+
+
+def _read(image: np.ndarray) -> tuple[Reading, np.ndarray, list[int]]:
+    """The reading, a number for each pixel (0: ground), and the numbers of the objects in their order."""
     picture = _at_reading_size(image)
     ground = _border_colour(picture)
     alpha = _unmix(picture - ground, _COLOUR_VALUES - ground)
     labels, count = ndimage.label(alpha > 0.5, structure=np.ones((3, 3)))
     areas = np.bincount(labels.ravel(), minlength=count + 1)
+    regions = {number: region for number, region in enumerate(ndimage.find_objects(labels), start=1)
+               if areas[number] >= MIN_AREA * labels.size}
     objects = tuple(_read_object(picture, ground, alpha, labels, number, region)
-                    for number, region in enumerate(ndimage.find_objects(labels), start=1)
-                    if areas[number] >= MIN_AREA * labels.size)
-    return Reading(objects, _nearest(ground, _GROUND_NAMES, _GROUND_VALUES))
+                    for number, region in regions.items())
+    return Reading(objects, _nearest(ground, _GROUND_NAMES, _GROUND_VALUES)), labels, list(regions)
+
+
+def _with_edge(labels: np.ndarray, number: int) -> np.ndarray:
+    """The component and the two pixels around it, but not those of another."""
+    core = labels == number
+    return ndimage.binary_dilation(core, np.ones((3, 3)), iterations=2) & (core | (labels == 0))
 
 
 def _at_reading_size(image: np.ndarray) -> np.ndarray:
@@ -105,10 +125,7 @@ def _read_object(picture: np.ndarray, ground: np.ndarray, unmixed: np.ndarray, l
                  region: tuple[slice, slice]) -> ReadObject:
     side = picture.shape[0]
     rows, columns = (slice(max(0, part.start - 2), part.stop + 2) for part in region)
-    own = labels[rows, columns]
-    core = own == number
-    # The soft edge belongs to the object too, but not the edge of another one.
-    belongs = ndimage.binary_dilation(core, np.ones((3, 3)), iterations=2) & (core | (own == 0))
+    core, belongs = labels[rows, columns] == number, _with_edge(labels[rows, columns], number)
     pixels = picture[rows, columns]
     colour = _core_colour(pixels[core], unmixed[rows, columns][core])
     toward = colour - ground

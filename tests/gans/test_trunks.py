@@ -6,7 +6,7 @@ import torchvision
 from torch.nn import functional as F
 
 from dalle.errors import UserError
-from gans.trunks import SmallTrunk, build_trunk, coordinates
+from gans.trunks import SmallTrunk, build_trunk, coordinates, resized
 
 
 def pictures(count: int = 2, size: int = 64) -> torch.Tensor:
@@ -40,6 +40,12 @@ def test_the_small_trunk_sees_one_picture_at_a_time_and_where_things_are():
 def test_coordinates_rise_to_the_right_and_downwards():
     found = coordinates(torch.zeros(2, 3, 2, 3))
     assert found[1].tolist() == [[[-1, 0, 1], [-1, 0, 1]], [[-1, -1, -1], [1, 1, 1]]]
+
+
+def test_narrow_pictures_are_resized_as_single_ones():
+    images = torch.rand(1, 3, 16, 16).bfloat16()
+    found = resized(images, 24, antialias=True)
+    assert torch.equal(found, resized(images.float(), 24, antialias=True)) and found.dtype == torch.float32
 
 
 def test_inception_is_torchvisions_without_its_classifier(tmp_path):
