@@ -41,6 +41,9 @@ SYSTEMS = {
     "stackgan_v2": System("gans.stackgan_v2", "StackGANv2Run", "StackGANv2Task", "StackGANv2Generator", "1710.10916"),
     "sisgan": System("gans.sisgan", "SISGANRun", "SISGANTask", "SISGANGenerator", "1707.06873"),
     "tagan": System("gans.tagan", "TAGANRun", "TAGANTask", "TAGANGenerator", "1810.11919"),
+    "ppgn_encoder": System("gans.ppgn_encoder", "PPGNEncoderRun", "PPGNEncoderTask", "PPGNEncoder", "1612.00005",
+                           paints=False),
+    "ppgn": System("gans.ppgn", "PPGNRun", "PPGNTask", "PPGNGenerator", "1612.00005"),
     "hdgan": System("gans.hdgan", "HDGANRun", "HDGANTask", "HDGANGenerator", "1802.09178"),
     "attngan": System("gans.attngan", "AttnGANRun", "AttnGANTask", "AttnGANGenerator", "1711.10485"),
 }
