@@ -38,7 +38,7 @@ class Painter(PretrainedModel):
         """Name -> length of each noise vector of a picture."""
         raise NotImplementedError
 
-    def paint(self, noise: Noise, text: Text | None, **conditions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def paint(self, noise: Noise, text: Text | None, **conditions: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Float [B, 3, S, S] in [-1, 1], and what else there is to see, by name, [B, ...] each.
 
         ``conditions``: what :meth:`conditions` gave and, for a network that edits, ``source`` [B, 3, S, S] in [-1, 1].
@@ -56,9 +56,13 @@ class Painter(PretrainedModel):
                             "candidates differ by their noise alone")
         return {}
 
-    def conditions(self, captions: Sequence[str], text: Text | None, **options: Any) -> dict[str, Tensor]:
+    def conditions(self, captions: Sequence[str], text: Text | None, **options: Any) -> dict[str, Any]:
         """What :meth:`paint` needs beside the text, from the captions themselves and what :meth:`options` gave."""
         return {}
+
+    def caption_warnings(self, captions: Sequence[str]) -> list[str]:
+        """A line for every caption that a network without a text encoder cannot read whole."""
+        return ["this model reads no captions: a prompt only names its pictures, the seed says what is painted"]
 
     def pictures(self, values: Mapping[str, Tensor], caption: str) -> dict[str, Tensor]:
         """uint8 [3, h, w] each, by name: what else :meth:`paint` gave of one picture as something to look at.
@@ -91,7 +95,7 @@ class GANGenerator:
     def caption_warnings(self, captions: Sequence[str]) -> list[str]:
         """A line for every caption that the text encoder cannot read whole."""
         if self.text_encoder is None:
-            return ["this model reads no captions: a prompt only names its pictures, the seed says what is painted"]
+            return self.network.caption_warnings(captions)
         return self.text_encoder.warnings(captions)
 
     def settings(self, **options: Any) -> dict[str, Any]:

@@ -189,6 +189,21 @@ def orthogonal_init(module: nn.Module) -> None:
             nn.init.zeros_(part.bias)
 
 
+def he_init(module: nn.Module, slope: float = 0.0) -> None:
+    """Weights by He et al. (arXiv 1502.01852) for ReLU, leaky by ``slope``, and offsets 0: without normalisation a
+    signal keeps its size. An output of a transposed convolution reads only (kernel / stride)^2 of its kernel."""
+    gain = (2 / (1 + slope ** 2)) ** 0.5
+    for part in module.modules():
+        if isinstance(part, nn.ConvTranspose2d):
+            read = part.in_channels * part.kernel_size[0] * part.kernel_size[1] / (part.stride[0] * part.stride[1])
+        elif isinstance(part, (nn.Conv2d, nn.Linear)):
+            read = part.weight[0].numel()
+        else:
+            continue
+        nn.init.normal_(part.weight, 0.0, gain / read ** 0.5)
+        nn.init.zeros_(part.bias)
+
+
 # -- classes
 
 def one_hot(indices: Tensor, count: int, dtype: torch.dtype) -> Tensor:

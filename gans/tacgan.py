@@ -22,7 +22,8 @@ from dalle.config import FIXED, Section
 from dalle.models.base import ModelConfig
 from dalle.models.precision import at_least_single
 from dalle.training.task import Batch, Loss, Networks
-from gans.acgan import ClassCheck, Verdict, class_accuracy, doubling
+from gans.acgan import Verdict, doubling
+from gans.classes import ClassCheck, class_accuracy
 from gans.generator import Noise, Painter
 from gans.layers import conv1, join, leaky, one_hot
 from gans.losses import bce

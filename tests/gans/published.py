@@ -19,6 +19,7 @@ class Published:
     paintings: int = 0               # how often a step paints; 0: it never does
     player: str = "generator"        # the player that paints
     finished: str = ""               # the part of its generator that another run has trained
+    normalised: bool = True          # whether its generator has batch normalisations, by which paintings are counted
     one_caption: bool = False        # of each sample: read word by word, or compared one by one
     compares: bool = True            # whether samples of a batch are put together, so that it needs two
     unpaired: tuple[str, ...] = ()   # overrides without which a batch must be even

@@ -21,14 +21,11 @@ from gans.acgan import (
     ACGANRun,
     ACGANTask,
     ActivationNoise,
-    ClassCheck,
-    ClassPrototypes,
     Verdict,
-    class_accuracy,
     discriminator_loss,
     generator_loss,
-    named_classes,
 )
+from gans.classes import ClassCheck, ClassPrototypes, class_accuracy, named_classes
 from gans.generator import GANGenerator
 
 PUBLISHED = {"acgan": Published(paintings=2, compares=False)}       # each phase draws its own noise

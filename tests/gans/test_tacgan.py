@@ -13,7 +13,8 @@ from torch import nn
 from dalle.config import load_config
 from dalle.errors import UserError
 from gans import tacgan
-from gans.acgan import Verdict, class_accuracy
+from gans.acgan import Verdict
+from gans.classes import class_accuracy
 from gans.tacgan import (
     Offset,
     TACGANConfig,

@@ -8,9 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
-from dalle.models.clip import ClipConfig, ClipModel
 from gans.clip_text import ClipTextEncoder, OpenClipTextEncoder
 from gans.text import (
     TEXT_ENCODERS,
@@ -31,16 +29,6 @@ OPEN_CLIP = {"embed_dim": 8, "vision_cfg": VISION,
 def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def clip_folder(tmp_path):
-    tokenizer = CaptionTokenizer.train(CAPTIONS * 3, vocab_size=300)
-    model = ClipModel(ClipConfig(embed_dim=8, vision=VISION, text={"width": 16, "heads": 2, "layers": 2},
-                                 text_length=6, num_text_tokens=tokenizer.vocab_size))
-    model.save_pretrained(tmp_path / "clip" / "model")
-    tokenizer.save(tmp_path / "clip" / "model" / "tokenizer")
-    return tmp_path / "clip"
 
 
 @pytest.fixture
