@@ -20,7 +20,7 @@ class System(NamedTuple):
     run: str
     task: str
     model: str
-    paper: str                 # arXiv id
+    paper: str                 # arXiv id, or the DOI of one that has none
     paints: bool = True        # False: an encoder that others read
     text_encoder: str | None = None
     ranker: str | None = None
@@ -42,6 +42,7 @@ SYSTEMS = {
     "sisgan": System("gans.sisgan", "SISGANRun", "SISGANTask", "SISGANGenerator", "1707.06873"),
     "tagan": System("gans.tagan", "TAGANRun", "TAGANTask", "TAGANGenerator", "1810.11919"),
     "hdgan": System("gans.hdgan", "HDGANRun", "HDGANTask", "HDGANGenerator", "1802.09178"),
+    "ppan": System("gans.ppan", "PPANRun", "PPANTask", "PPANGenerator", "10.1609/aaai.v33i01.33018312"),
     "attngan": System("gans.attngan", "AttnGANRun", "AttnGANTask", "AttnGANGenerator", "1711.10485"),
 }
 
