@@ -20,7 +20,7 @@ class System(NamedTuple):
     run: str
     task: str
     model: str
-    paper: str                 # arXiv id
+    paper: str                 # arXiv id, or the DOI of one that has none
     paints: bool = True        # False: an encoder that others read
     text_encoder: str | None = None
     ranker: str | None = None
@@ -47,6 +47,7 @@ SYSTEMS = {
     "ppgn": System("gans.ppgn", "PPGNRun", "PPGNTask", "PPGNGenerator", "1612.00005"),
     "hdgan": System("gans.hdgan", "HDGANRun", "HDGANTask", "HDGANGenerator", "1802.09178"),
     "fusedgan": System("gans.fusedgan", "FusedGANRun", "FusedGANTask", "FusedGANGenerator", "1801.05551"),
+    "ppan": System("gans.ppan", "PPANRun", "PPANTask", "PPANGenerator", "10.1609/aaai.v33i01.33018312"),
     "attngan": System("gans.attngan", "AttnGANRun", "AttnGANTask", "AttnGANGenerator", "1711.10485"),
     "mirrorgan": System("gans.mirrorgan", "MirrorGANRun", "MirrorGANTask", "MirrorGANGenerator", "1903.05854"),
     "controlgan": System("gans.controlgan", "ControlGANRun", "ControlGANTask", "ControlGANGenerator", "1909.07083"),

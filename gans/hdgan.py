@@ -9,7 +9,7 @@ pictures cannot be trained; here its discriminator has one more halving, with th
 the new layers of both players learn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,11 +36,13 @@ HALVED_AT = (8, 32, 128, 256, 512)  # sides at which the generator's channels ha
 CODE_SIDE = 8                       # of a discriminator's map before its 5x5 convolution
 PATCHES_FROM = 2                    # the third level on judges 5 x 5 patches, those before it the whole picture
 
+Error = Callable[[Tensor, float], Tensor]       # of scores against one target for all
+
 
 # -- the generator
 
-class HDGANConfig(ModelConfig):
-    """Sizes of the generator; the defaults are the paper's."""
+class HierarchyConfig(ModelConfig):
+    """Sizes of a generator of pictures at several depths; the defaults are the paper's."""
 
     image_size: int = Field(default=256, ge=1, description="side of the largest picture in pixels; follows from "
                             "data.image_size")
@@ -50,11 +52,9 @@ class HDGANConfig(ModelConfig):
     condition_dim: ConditionDim = 128
     width: int = Field(default=128, ge=4, description="an eighth of the first map's channels")
     residuals: int = Field(default=1, ge=0, description="residual blocks a scale")
-    extended: bool = Field(default=False, description="the largest picture is made by a further stage, trained alone")
-    extension_residuals: int = Field(default=2, ge=0, description="residual blocks of the further stage")
 
     @model_validator(mode="after")
-    def _sides_are_powers_of_two(self) -> "HDGANConfig":
+    def _sides_are_powers_of_two(self) -> "HierarchyConfig":
         size, first = self.image_size, self.sides[0]
         if size & (size - 1) or first < CODE_SIDE or size > HALVED_AT[-1]:
             raise ValueError(f"image_size {size} with {len(self.sides)} pictures: it must be a power of two, the "
@@ -64,6 +64,22 @@ class HDGANConfig(ModelConfig):
     @property
     def sides(self) -> list[int]:
         """Of the pictures, smallest first."""
+        return [self.image_size >> (self.levels - 1 - level) for level in range(self.levels)]
+
+    def channels(self, side: int) -> int:
+        """Of the generator's map of this side."""
+        return 8 * self.width >> sum(side >= halved for halved in HALVED_AT)
+
+
+class HDGANConfig(HierarchyConfig):
+    """Sizes of the generator; the defaults are the paper's."""
+
+    extended: bool = Field(default=False, description="the largest picture is made by a further stage, trained alone")
+    extension_residuals: int = Field(default=2, ge=0, description="residual blocks of the further stage")
+
+    @property
+    def sides(self) -> list[int]:
+        """Also of the further stage's picture."""
         count = self.levels + self.extended
         return [self.image_size >> (count - 1 - level) for level in range(count)]
 
@@ -71,10 +87,6 @@ class HDGANConfig(ModelConfig):
     def trained_sides(self) -> list[int]:
         """Of the pictures that this run's discriminators see."""
         return self.sides[-1:] if self.extended else self.sides
-
-    def channels(self, side: int) -> int:
-        """Of the generator's map of this side."""
-        return 8 * self.width >> sum(side >= halved for halved in HALVED_AT)
 
 
 class HDGANGenerator(Painter):
@@ -118,7 +130,7 @@ class HDGANGenerator(Painter):
 class Hierarchy(nn.Module):
     """Conditioning, stem, a scale for each side from 4 on, and a head for each of the last ``levels``."""
 
-    def __init__(self, config: HDGANConfig):
+    def __init__(self, config: HierarchyConfig):
         super().__init__()
         pictures = config.sides[:config.levels]
         stem = config.channels(STEM_SIDE)
@@ -194,6 +206,13 @@ class PatchScores(NamedTuple):
     local: Tensor    # [B, 1, h, w]: is each patch real?
 
 
+class Looked(NamedTuple):
+    """What a discriminator sees of a picture."""
+
+    map: Tensor      # [B, width, 8, 8]
+    code: Tensor     # [B, width, 4, 4]
+
+
 class HDGANDiscriminator(nn.Module):
     """One discriminator for each picture, as one player; nothing is shared. ``levels``: their places in the pyramid."""
 
@@ -225,9 +244,20 @@ class ScaleDiscriminator(nn.Module):
         self.local = nn.Conv2d(width, 1, 4)
 
     def forward(self, image: Tensor, sentence: Tensor) -> PatchScores:
+        looked = self.look(image)
+        return PatchScores(self.match(looked, sentence), self.patch_scores(looked))
+
+    def look(self, image: Tensor) -> Looked:
         features = self.features(image)
-        code = self.code(features)
-        return PatchScores(self.pair(join(code, self.text(sentence))), self.local(features if self.patches else code))
+        return Looked(features, self.code(features))
+
+    def match(self, looked: Looked, sentence: Tensor) -> Tensor:
+        """[B]: do picture and caption belong together?"""
+        return self.pair(join(looked.code, self.text(sentence)))
+
+    def patch_scores(self, looked: Looked) -> Tensor:
+        """[B, 1, h, w]: is each patch real?"""
+        return self.local(looked.map if self.patches else looked.code)
 
 
 def halvings(side: int, width: int) -> list[nn.Module]:
@@ -247,22 +277,22 @@ def halvings(side: int, width: int) -> list[nn.Module]:
 
 # -- the losses
 
-def discriminator_loss(real: Sequence[PatchScores], wrong: Sequence[PatchScores],
-                       fake: Sequence[PatchScores]) -> Tensor:
-    """Sum over the levels of both heads' squared errors (equations 4-6, least squares).
+def discriminator_loss(real: Sequence[PatchScores], wrong: Sequence[PatchScores], fake: Sequence[PatchScores],
+                       error: Error = mse) -> Tensor:
+    """Sum over the levels of both heads' errors (equations 4-6, here least squares).
 
     ``wrong``: real pictures of another class with the caption. Where patches are judged they are as real as ``real``.
     """
     total = 0.0
     for right, other, made in zip(real, wrong, fake, strict=True):
-        total = total + mse(right.pair, 1) + 0.5 * (mse(other.pair, 0) + mse(made.pair, 0))
-        total = total + mse(made.local, 0) + 0.5 * (mse(right.local, 1) + mse(other.local, 1))
+        total = total + error(right.pair, 1) + 0.5 * (error(other.pair, 0) + error(made.pair, 0))
+        total = total + error(made.local, 0) + 0.5 * (error(right.local, 1) + error(other.local, 1))
     return total
 
 
-def adversarial_loss(fake: Sequence[PatchScores]) -> Tensor:
-    """The generator's: sum over the levels of both heads' squared distances to 1."""
-    return sum(mse(made.pair, 1) + mse(made.local, 1) for made in fake)
+def adversarial_loss(fake: Sequence[PatchScores], error: Error = mse) -> Tensor:
+    """The generator's: sum over the levels of both heads' errors against 1."""
+    return sum(error(made.pair, 1) + error(made.local, 1) for made in fake)
 
 
 def generator_loss(fake: Sequence[PatchScores], kl: Tensor, lambda_kl: float = 4.0) -> Tensor:

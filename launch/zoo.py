@@ -4,6 +4,7 @@
     python launch/zoo.py
     python launch/zoo.py --only attngan,stackgan_v2 --again
     python launch/zoo.py --table                # from the rows that are there
+    python launch/zoo.py --table papers         # beside what the papers report
     python launch/zoo.py --set emoji
 
 Each system is trained from configs/gans/SYSTEM_SET.yaml for that config's steps, or --minutes if they are over
@@ -12,6 +13,9 @@ launch/evaluate.py with --samples captions, and timed. A row is kept in OUT/rows
 them, `--again` makes them anew, `--measure` measures runs that are there without training them. The transformer of the
 quickstart stands beside them where its run exists. Writes leaderboard.md, leaderboard.json and, where a judge looked at
 the pictures while they trained, curves.png into --out.
+
+`--table papers` puts the figures that the papers report of the family beside ours, each with its protocol, and says how
+far they agree on the order of the systems: papers.md, papers.json.
 """
 
 import argparse
@@ -30,6 +34,7 @@ import gans
 from dalle.errors import EXIT_STOPPED_BY_SIGNAL, UserError, run_command
 from dalle.training.run_log import read_log as read_run_log
 from dalle.training.signals import run_in_turn
+from papers.table import write_papers
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOUR = "judge/object_colour"
@@ -37,6 +42,7 @@ REAL = "ms-ssim-real"
 CURVE = f"evaluation/{COLOUR}"
 METRICS = "fid,kid,clip,rprecision,msssim,judge"
 TRANSFORMER = "transformer"
+LEADERBOARD, PAPERS = "leaderboard", "papers"
 TIMED_PICTURES, TIMED_ROUNDS = 64, 3
 GUESS = {COLOUR: "1 in 8", "r-precision": "1 in 100"}
 
@@ -77,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", metavar="A,B", help="these systems alone (default: all that paint)")
     parser.add_argument("--again", action="store_true", help="train and measure anew where a row exists")
     parser.add_argument("--measure", action="store_true", help="measure the runs that are there, without training")
-    parser.add_argument("--table", action="store_true", help="write the leaderboard from the rows that are there")
+    parser.add_argument("--table", nargs="?", const=LEADERBOARD, choices=(LEADERBOARD, PAPERS), help="write a table of "
+                        "the rows that are there: the leaderboard (default), or the papers' figures beside ours")
     parser.add_argument("--set", default="shapes", choices=SETS, help="of configs and pictures (default: %(default)s)")
     parser.add_argument("--data", help="captions and real pictures (default: the set's)")
     parser.add_argument("--samples", type=int, default=1000, help="captions, a picture each (default: %(default)s)")
@@ -95,6 +102,8 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     arguments.out = arguments.out or Path("runs/zoo") / arguments.set
+    if arguments.table == PAPERS and arguments.set != "shapes":
+        raise UserError(f"--table {PAPERS} is of shapes alone: leave out --set {arguments.set}")
     return arguments
 
 
@@ -119,6 +128,9 @@ def main() -> int:
             path.write_text(json.dumps(asdict(row), indent=2) + "\n")
             print(summary(row), flush=True)
     found = [Row(**json.loads(path.read_text())) for path in sorted(rows.glob("*.json"))]
+    if arguments.table == PAPERS:
+        print(beside_papers(found, arguments.out))
+        return 0
     if not found:
         raise UserError(f"{rows} holds no row yet: run without --table")
     write_leaderboard(found, arguments.out)
@@ -267,6 +279,13 @@ def write_leaderboard(rows: Sequence[Row], out: Path) -> None:
     (out / "leaderboard.md").write_text(to_markdown(ranked))
     if any(row.curve for row in ranked):
         draw_curves(ranked, out / "curves.png")
+
+
+def beside_papers(rows: Sequence[Row], out: Path) -> str:
+    """Write what the papers report beside the rows' figures; the table."""
+    shown = [(row.system, {name: value for name, value in row.figures.items() if wanted(name)}, row.protocol)
+             for row in rows]
+    return write_papers(shown, [name for name, system in gans.SYSTEMS.items() if system.paints], out)
 
 
 def merit(row: Row) -> float:

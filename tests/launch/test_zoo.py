@@ -9,10 +9,11 @@ from dalle.errors import UserError
 
 
 @pytest.fixture
-def zoo(commands):
+def zoo(commands, monkeypatch):
     """The script as a module."""
     import importlib.util
 
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "launch"))     # for its parts beside it
     spec = importlib.util.spec_from_file_location("zoo_command", Path(__file__).parents[2] / commands["zoo"].path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -79,6 +80,11 @@ def test_unknown_systems_and_an_empty_zoo_are_refused(zoo, monkeypatch, tmp_path
     monkeypatch.setattr("sys.argv", ["zoo.py", "--table", "--out", str(tmp_path)])
     with pytest.raises(UserError, match="holds no row yet"):
         zoo.main()
+
+
+def test_a_table_is_the_leaderboard_unless_another_is_named(zoo):
+    assert [zoo.parse(given).table for given in ([], ["--table"], ["--table", "leaderboard"], ["--table", "papers"])] \
+        == [None, "leaderboard", "leaderboard", "papers"]
 
 
 def test_encoders_are_not_in_the_zoo(zoo):
