@@ -43,6 +43,7 @@ SYSTEMS = {
     "tagan": System("gans.tagan", "TAGANRun", "TAGANTask", "TAGANGenerator", "1810.11919"),
     "hdgan": System("gans.hdgan", "HDGANRun", "HDGANTask", "HDGANGenerator", "1802.09178"),
     "attngan": System("gans.attngan", "AttnGANRun", "AttnGANTask", "AttnGANGenerator", "1711.10485"),
+    "dmgan": System("gans.dmgan", "DMGANRun", "DMGANTask", "DMGANGenerator", "1904.01310"),
 }
 
 NETWORKS = LazyTable({name: (system.module, system.model) for name, system in SYSTEMS.items()})
