@@ -51,6 +51,7 @@ SYSTEMS = {
     "attngan": System("gans.attngan", "AttnGANRun", "AttnGANTask", "AttnGANGenerator", "1711.10485"),
     "mirrorgan": System("gans.mirrorgan", "MirrorGANRun", "MirrorGANTask", "MirrorGANGenerator", "1903.05854"),
     "controlgan": System("gans.controlgan", "ControlGANRun", "ControlGANTask", "ControlGANGenerator", "1909.07083"),
+    "dmgan": System("gans.dmgan", "DMGANRun", "DMGANTask", "DMGANGenerator", "1904.01310"),
 }
 
 NETWORKS = LazyTable({name: (system.module, system.model) for name, system in SYSTEMS.items()})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import is_parametrized
 
 from dalle.models.precision import at_least_single
 from gans.losses import kl_log_sigma, kl_logvar
@@ -55,14 +56,18 @@ def sequence(*layers: nn.Module | None) -> nn.Sequential:
     return nn.Sequential(*(layer for layer in layers if layer is not None))
 
 
-def down(inputs: int, outputs: int, norm: bool = True, activation: Activation = leaky) -> nn.Sequential:
+def down(inputs: int, outputs: int, norm: bool = True, activation: Activation = leaky,
+         bias: bool = False) -> nn.Sequential:
     """[B, inputs, H, W] -> [B, outputs, H/2, W/2]."""
-    return sequence(conv4(inputs, outputs), nn.BatchNorm2d(outputs) if norm else None, activation and activation())
+    return sequence(conv4(inputs, outputs, bias), nn.BatchNorm2d(outputs) if norm else None,
+                    activation and activation())
 
 
-def same(inputs: int, outputs: int, activation: Activation = leaky) -> nn.Sequential:
+def same(inputs: int, outputs: int, activation: Activation = leaky, norm: bool = True,
+         bias: bool = False) -> nn.Sequential:
     """[B, inputs, H, W] -> [B, outputs, H, W]."""
-    return sequence(conv3(inputs, outputs), nn.BatchNorm2d(outputs), activation and activation())
+    return sequence(conv3(inputs, outputs, bias), nn.BatchNorm2d(outputs) if norm else None,
+                    activation and activation())
 
 
 def up(inputs: int, outputs: int, activation: Activation = relu) -> nn.Sequential:
@@ -256,8 +261,11 @@ def synchronised(module: nn.Module) -> nn.Module:
 
 
 def spectrally_normalised(module: nn.Module) -> nn.Module:
-    """``module`` with the largest singular value of every convolution and linear layer held at 1 (arXiv 1802.05957)."""
+    """``module`` with the largest singular value of every convolution and linear layer held at 1 (arXiv 1802.05957).
+
+    Those that are held already stay as they are.
+    """
     for part in list(module.modules()):
-        if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) and not is_parametrized(part):
             parametrizations.spectral_norm(part)
     return module

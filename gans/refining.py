@@ -21,7 +21,16 @@ from dalle.models.base import ModelConfig
 from dalle.training.task import Batch, Companion, Loss, Networks
 from gans.damsm import Damsm
 from gans.generator import Noise, Painter
-from gans.layers import ConditioningAugmentation, conv3, down, join, orthogonal_init, same, up_glu
+from gans.layers import (
+    ConditioningAugmentation,
+    conv3,
+    down,
+    join,
+    orthogonal_init,
+    same,
+    spectrally_normalised,
+    up_glu,
+)
 from gans.looking import seen
 from gans.losses import bce
 from gans.matching import Gammas, damsm_losses
@@ -133,11 +142,13 @@ class Start(nn.Module):
         return self.grow(self.project(x))
 
 
-def global_attention(h: Tensor, words: Tensor, mask: Tensor, released_mask: bool = False) -> tuple[Tensor, Tensor]:
+def global_attention(h: Tensor, words: Tensor, mask: Tensor, released_mask: bool = False,
+                     values: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Every place's own mixture of the words (equation 2), and its weights.
 
     ``h`` [B, C, H, W], ``words`` [B, C, T] in the same space, ``mask`` bool [B, T], True for a word -> context
     [B, C, H, W] and attention [B, T, H, W], which sums to 1 over the words (0 everywhere for a caption without any).
+    ``values`` [B, D, T]: mixed in the place of the words, which are then only looked for.
 
     ``released_mask`` masks as the released code does, for comparison: its flat row r = picture * places + place takes
     the words of caption r mod B.
@@ -151,7 +162,8 @@ def global_attention(h: Tensor, words: Tensor, mask: Tensor, released_mask: bool
     # the least finite number, not -inf: a caption without words must not become NaN
     scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     attention = scores.softmax(dim=-1) * allowed                                # [B, H W, T]
-    context = torch.einsum("bpt,bct->bcp", attention.to(words.dtype), words)
+    values = words if values is None else values
+    context = torch.einsum("bpt,bct->bcp", attention.to(values.dtype), values)
     return context.unflatten(2, (height, width)), attention.transpose(1, 2).unflatten(2, (height, width))
 
 
@@ -160,9 +172,11 @@ def global_attention(h: Tensor, words: Tensor, mask: Tensor, released_mask: bool
 class ScaleDiscriminators(nn.Module):
     """One discriminator for each side of picture, as one player."""
 
-    def __init__(self, sides: Sequence[int], sentence_dim: int, width: int = 64, unconditional: bool = True):
+    def __init__(self, sides: Sequence[int], sentence_dim: int, width: int = 64, unconditional: bool = True,
+                 spectral: bool = False):
         super().__init__()
-        self.scales = nn.ModuleList(ScaleDiscriminator(side, sentence_dim, width, unconditional) for side in sides)
+        self.scales = nn.ModuleList(ScaleDiscriminator(side, sentence_dim, width, unconditional, spectral)
+                                    for side in sides)
 
     def forward(self, images: Sequence[Tensor], sentence: Tensor, other_sentence: Tensor | None = None) \
             -> list[Scores]:
@@ -171,15 +185,22 @@ class ScaleDiscriminators(nn.Module):
 
 
 class ScaleDiscriminator(nn.Module):
-    """Pictures [B, 3, side, side] to features [B, 8 width, 4, 4] and up to three questions about them."""
+    """Pictures [B, 3, side, side] to features [B, 8 width, 4, 4] and up to three questions about them.
 
-    def __init__(self, side: int, sentence_dim: int, width: int, unconditional: bool):
+    ``spectral``: in the place of batch normalisation, so that a sample is judged whatever the others are, biases and
+    the spectral norm of every weight but those of the questions.
+    """
+
+    def __init__(self, side: int, sentence_dim: int, width: int, unconditional: bool, spectral: bool = False):
         super().__init__()
-        self.features = image_features(side, width)
-        self.joint = same(8 * width + sentence_dim, 8 * width)
+        self.features = image_features(side, width, norm=not spectral)
+        self.joint = same(8 * width + sentence_dim, 8 * width, norm=not spectral, bias=spectral)
         self.conditional = score_head(8 * width)
         self.unconditional = score_head(8 * width) if unconditional else None
         orthogonal_init(self)
+        if spectral:        # behind the first weights: a norm that is held cannot be set
+            spectrally_normalised(self.features)
+            spectrally_normalised(self.joint)
 
     def forward(self, image: Tensor, sentence: Tensor, other_sentence: Tensor | None = None) -> Scores:
         features = self.features(image)
@@ -192,18 +213,22 @@ class ScaleDiscriminator(nn.Module):
         return self.conditional(self.joint(join(features, sentence)))
 
 
-def image_features(side: int, width: int) -> nn.Sequential:
-    """Halves the side down to 4 and doubles the channels up to 8 width; larger pictures go beyond, and back."""
+def image_features(side: int, width: int, norm: bool = True) -> nn.Sequential:
+    """Halves the side down to 4 and doubles the channels up to 8 width; larger pictures go beyond, and back.
+
+    Without ``norm``, which is batch normalisation, the convolutions have biases.
+    """
+    options = {"norm": norm, "bias": not norm}
     halvings = (side // STEM_SIDE).bit_length() - 1
     channels = [width << step for step in range(halvings)]
-    layers = [down(3, width, norm=False)]
-    layers += [down(before, after) for before, after in zip(channels, channels[1:], strict=False)]
+    layers = [down(3, width, norm=False, bias=not norm)]
+    layers += [down(before, after, **options) for before, after in zip(channels, channels[1:], strict=False)]
     last = channels[-1]
     while last > 8 * width:
-        layers.append(same(last, last // 2))
+        layers.append(same(last, last // 2, **options))
         last //= 2
     if last < 8 * width:        # a picture of less than 64 pixels
-        layers.append(same(last, 8 * width))
+        layers.append(same(last, 8 * width, **options))
     return nn.Sequential(*layers)
 
 
