@@ -108,13 +108,13 @@ def residual_glu(channels: int) -> Residual:
                                   conv3(channels, channels), nn.BatchNorm2d(channels)))
 
 
-def bottleneck(channels: int, middle: int, activation: Callable[[], nn.Module],
-               after: nn.Module | None = None) -> Residual:
+def bottleneck(channels: int, middle: int, activation: Callable[[], nn.Module], after: nn.Module | None = None,
+               bias: bool = False) -> Residual:
     """1x1 to ``middle``, 3x3, 3x3 back to ``channels``; ``after`` the sum."""
     return Residual(nn.Sequential(
-        conv1(channels, middle), nn.BatchNorm2d(middle), activation(),
-        conv3(middle, middle), nn.BatchNorm2d(middle), activation(),
-        conv3(middle, channels), nn.BatchNorm2d(channels)), after)
+        conv1(channels, middle, bias), nn.BatchNorm2d(middle), activation(),
+        conv3(middle, middle, bias), nn.BatchNorm2d(middle), activation(),
+        conv3(middle, channels, bias), nn.BatchNorm2d(channels)), after)
 
 
 # -- text and pictures

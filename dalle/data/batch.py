@@ -23,6 +23,8 @@ class Batch(TypedDict, total=False):
     text: Tensor                    # int64 [b, T] token ids; 0: unfilled, all 0: the caption was dropped
     codes: Tensor                   # int64 [b, N]: cached codes of the pictures
     class_id: Tensor                # int64 [b]; -1: none
+    boxes: Tensor                   # float32 [b, n, 4], data.places: x, y, width, height in shares of the image
+    keypoints: Tensor               # float32 [b, n, 3], data.places: x, y in shares of the image, 1; all 0: not seen
     meta: list[dict[str, Any]]      # the samples' JSON, in validation alone
 
 

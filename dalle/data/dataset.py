@@ -28,11 +28,12 @@ from dalle.data.index import ShardIndex
 from dalle.data.members import key_text
 from dalle.data.order import Order, PositionRandom, SequentialOrder
 from dalle.data.packing import with_images
+from dalle.data.places import Places, moved, read_places, stacked
 from dalle.data.reader import ShardReader
 from dalle.data.reasons import Tally, remedy
 from dalle.data.settings import DataConfig
 from dalle.data.tokenizer import CaptionTokenizer
-from dalle.data.transforms import Crop, Picture, needed_sides, to_square
+from dalle.data.transforms import Crop, Picture, cut_square, needed_sides, size_of, to_square
 from dalle.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Record(NamedTuple):
     class_id: int
     meta: dict[str, Any] | None  # kept in validation only
     lost: tuple[str, ...] = ()   # reasons: what could not be read of it and was not needed
+    places: Places | None = None
 
 
 class Sample(NamedTuple):
@@ -63,6 +65,7 @@ class Sample(NamedTuple):
     image: np.ndarray | None     # uint8 [S, S, 3]
     captions: list[str] | None = None      # num_captions of them
     lost: tuple[str, ...] = ()             # reasons: what of it is not used
+    places: np.ndarray | None = None       # float32 [n, 4 or 3] in shares of the image
 
 
 class SampleMaker:
@@ -82,6 +85,9 @@ class SampleMaker:
         self._unknown_id = None if tokenizer is None else tokenizer.unknown_id
         self._logged: Counter[str] = Counter()
         self._random = PositionRandom()
+        if config.places is not None and not config.images:
+            raise UserError(f"data.places reads {config.places} in pictures, but data.images is false: leave one of "
+                            "them out")
         if self._bpe_dropout and tokenizer is not None and tokenizer.kind == "words":
             raise UserError(f"data.bpe_dropout is {config.bpe_dropout}, but {config.tokenizer} holds whole words, "
                             "which have no merges to skip: set data.bpe_dropout to 0")
@@ -106,9 +112,10 @@ class SampleMaker:
         if self.codes is not None:
             view = int(rng.integers(self.codes.views)) if self.training and self.codes.views > 1 else 0
             codes = self.codes.row(*place, view)
-        image = self._square(picture(), rng) if self.config.images else None
+        image, places = self._square(picture(), rng, record.places) if self.config.images else (None, None)
         captions = self._several(record.captions, rng) if self.config.num_captions > 1 else None
-        return Sample(record, record.captions[number] if record.captions else None, text, codes, image, captions, lost)
+        return Sample(record, record.captions[number] if record.captions else None, text, codes, image, captions, lost,
+                      places)
 
     def _several(self, captions: list[str], rng: np.random.Generator | None) -> list[str]:
         """``num_captions`` of them: drawn, each from all, or in validation the first, from the start again if needed.
@@ -139,10 +146,14 @@ class SampleMaker:
             lost += ("unknown_word",)
         return np.array(ids[:length], dtype=dtype), lost
 
-    def _square(self, data: bytes, rng: np.random.Generator | None) -> np.ndarray:
+    def _square(self, data: bytes, rng: np.random.Generator | None, places: Places | None
+                ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The square, and ``places`` in it."""
         config = self.config
-        image = decode_picture(data, config, self._crop)
-        return to_square(image, config.image_size, self._crop, config.flip and self.training, rng, self._crop_from)
+        image = decode_picture(data, config, self._crop, whole=places is not None)
+        square, cut = cut_square(image, config.image_size, self._crop, config.flip and self.training, rng,
+                                 self._crop_from)
+        return square, None if places is None else moved(places, config.places, size_of(image), cut)
 
     def _note(self, what: str, bad: BadSample, key: bytes, place: str) -> None:
         if self._logged[bad.reason] % LOG_EVERY == 0:
@@ -169,6 +180,8 @@ class SampleMaker:
             batch["text"] = torch.from_numpy(text)
         if self.codes is not None:
             batch["codes"] = torch.from_numpy(np.stack([sample.codes for sample in samples]).astype(np.int64))
+        if self.config.places is not None:
+            batch[self.config.places] = torch.from_numpy(stacked([sample.places for sample in samples]))
         if not self.training:
             batch["meta"] = [sample.record.meta for sample in samples]
         return with_images(batch, [sample.image for sample in samples] if self.config.images else None)
@@ -185,21 +198,23 @@ class SampleMaker:
                    captions: Callable[[dict[str, Any]], list[str]]) -> Record:
         """The record of a sample by its JSON, and ``captions`` of what that holds.
 
-        A damaged JSON costs the sample only where something is read from it: the caption, or a class that is needed.
+        A damaged JSON costs the sample only where something is read from it: the caption, places, or a class that is
+        needed.
         """
         meta, number, lost, damage = {}, -1, (), None
         try:
             meta = decode_meta(json_data) if json_data is not None else {}
             number = class_id(meta)
         except BadSample as bad:
-            if self.needs_classes:
+            if self.needs_classes or self.config.places is not None:
                 raise
             lost, damage = (bad.reason,), bad
         try:
             texts = captions(meta) if self.config.caption != "none" else []
         except BadSample as bad:
             raise damage if damage is not None and bad.reason == "no_caption" else bad from None
-        return Record(key_text(key), texts, number, None if self.training else meta, lost)
+        places = read_places(meta, self.config.places) if self.config.places is not None else None
+        return Record(key_text(key), texts, number, None if self.training else meta, lost, places)
 
 
 class ShardDataset(SampleMaker, Dataset):
@@ -357,7 +372,7 @@ def image_bytes(reader: ShardReader, shard: int, index: int) -> bytes:
     return read_member(reader, shard, reader.row(shard, index), "image")
 
 
-def decode_picture(data: bytes, config: DataConfig, crop: Crop) -> Picture:
-    """The decoded picture (RGB), by the configured limits."""
-    sides = needed_sides(config.image_size, crop, config.crop_from) if config.jpeg_draft else None
+def decode_picture(data: bytes, config: DataConfig, crop: Crop, whole: bool = False) -> Picture:
+    """The decoded picture (RGB), by the configured limits; ``whole``: in the size that it is stored in."""
+    sides = needed_sides(config.image_size, crop, config.crop_from) if config.jpeg_draft and not whole else None
     return decode_pixels(data, config.max_pixels, sides)

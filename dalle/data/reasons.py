@@ -29,6 +29,10 @@ REMEDIES: dict[str, str] = {
     "not_a_sample": "nothing, unless these were meant to be pictures or captions: name them KEY.jpg and KEY.txt",
     "other_members": "nothing, unless these were meant to be pictures or captions: name them KEY.jpg and KEY.txt",
     "damaged_json": "write the .json files as JSON objects, `class_id` as a number",
+    "no_boxes": "write `boxes` into the .json files, a list of [x, y, width, height] in pixels",
+    "no_keypoints": "write `keypoints` into the .json files, a list of [x, y, visible] in pixels",
+    "damaged_boxes": "write `boxes` as a list of [x, y, width, height] in pixels that touch the picture",
+    "damaged_keypoints": "write `keypoints` as a list of [x, y, visible] in pixels of the picture",
     "members_apart": "a stream reads the members of a sample only side by side: pack with `tar --sort=name`, or set "
                      "data.tier=exact",
     # samples of which a part is not used

@@ -44,6 +44,9 @@ class DataConfig(Section, json_schema_extra=FIXED):
     crop_from: float = Field(1.0, ge=1, le=4, description="training pictures are resized to so many times image_size, "
                                                           "then cut at random")
     flip: bool = Field(False, description="whether half of the training pictures are mirrored")
+    places: Literal["boxes", "keypoints"] | None = Field(
+        None, description="what is read of each sample's JSON to say where things are, moved as the picture is cut and "
+                          "mirrored; null: nothing")
     images: bool = Field(True, description="whether pictures are read; false: only text and cached codes")
     jpeg_draft: bool = Field(True, json_schema_extra=NOTED,
                              description="whether the JPEG decoder may shrink pictures of twice the needed size or "

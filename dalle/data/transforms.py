@@ -8,7 +8,7 @@ used whole. A picture that already has the size is not resampled.
 The released GANs resize to 76/64 of the size and cut at random, whatever size the pictures have: ``crop_from``.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,16 @@ Crop = Literal["none", "center", "random", "dvae", "transformer"]
 
 # The sides that a square may be scaled to before its random cut, as multiples of the image size (in eighths).
 EIGHTHS = {"none": (8, 8), "center": (8, 8), "random": (8, 8), "dvae": (9, 12), "transformer": (8, 9)}
+
+
+class Cut(NamedTuple):
+    """Which part of a picture a square shows, in pixels of the picture; then it may have been mirrored."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    mirrored: bool
 
 
 def needed_sides(image_size: int, crop: Crop, crop_from: float = 1.0) -> tuple[int, int]:
@@ -40,7 +50,13 @@ def as_image(image: Picture) -> Image.Image:
 
 def to_square(image: Picture, size: int, crop: Crop, flip: bool, rng: np.random.Generator | None,
               crop_from: float = 1.0) -> np.ndarray:
-    """uint8 [size, size, 3] of a picture.
+    """uint8 [size, size, 3] of a picture, see :func:`cut_square`."""
+    return cut_square(image, size, crop, flip, rng, crop_from)[0]
+
+
+def cut_square(image: Picture, size: int, crop: Crop, flip: bool, rng: np.random.Generator | None,
+               crop_from: float = 1.0) -> tuple[np.ndarray, Cut]:
+    """uint8 [size, size, 3] of a picture, and what it shows of it.
 
     ``none``: the whole picture, its aspect not kept. ``center``, ``random``: the largest square in the middle, or at a
     random place. ``dvae``, ``transformer``: the recipes of DALL-E (arXiv 2102.12092, its appendices on both trainings),
@@ -52,21 +68,22 @@ def to_square(image: Picture, size: int, crop: Crop, flip: bool, rng: np.random.
     ``crop_from``.
     """
     width, height = size_of(image)
+    box: tuple[float, float, float, float] = (0, 0, width, height)
     if crop_from > 1:
-        pixels = _cut(as_image(image), _resized(width, height, round(size * crop_from), crop), size, rng)
+        pixels, box = _cut(as_image(image), _resized(width, height, round(size * crop_from), crop), size, rng)
     elif crop == "none":
         pixels = _whole(image, size)
     else:
         side = min(width, height)
         left, top = _corner(width - side, height - side, crop, rng)
         target = _target(side, size, crop, rng)
-        pixels = _resize(image, (left, top, left + side, top + side), target)
+        pixels, box = _resize(image, (left, top, left + side, top + side), target), (left, top, side, side)
         if target > size:
             x, y = (int(rng.integers(target - size + 1)) for _ in range(2))
             pixels = pixels[y:y + size, x:x + size]
-    if flip and rng.random() < 0.5:
-        pixels = pixels[:, ::-1]
-    return pixels
+            box = (left + x * side / target, top + y * side / target, size * side / target, size * side / target)
+    mirrored = flip and rng.random() < 0.5
+    return pixels[:, ::-1] if mirrored else pixels, Cut(*box, mirrored)
 
 
 def _corner(free_x: int, free_y: int, crop: Crop, rng: np.random.Generator | None) -> tuple[int, int]:
@@ -99,16 +116,20 @@ def _resized(width: int, height: int, side: int, crop: Crop) -> tuple[int, int]:
     return side * width // shorter, side * height // shorter
 
 
-def _cut(image: Image.Image, resized: tuple[int, int], size: int, rng: np.random.Generator) -> np.ndarray:
-    """``size`` x ``size`` pixels from a random place of the picture in its ``resized`` form; only they are made."""
+def _cut(image: Image.Image, resized: tuple[int, int], size: int, rng: np.random.Generator
+         ) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """``size`` x ``size`` pixels from a random place of the picture in its ``resized`` form; only they are made.
+
+    Also where they were: left, top, width and height in pixels of the picture.
+    """
     x, y = (int(rng.integers(length - size + 1)) for length in resized)
     if resized == image.size:
-        return np.asarray(image.crop((x, y, x + size, y + size)))
+        return np.asarray(image.crop((x, y, x + size, y + size))), (x, y, size, size)
     across, down = (before / after for before, after in zip(image.size, resized, strict=True))
     smaller = min(across, down) >= 1
-    return np.asarray(image.resize((size, size), Image.Resampling.HAMMING if smaller else Image.Resampling.BICUBIC,
-                                   box=(x * across, y * down, (x + size) * across, (y + size) * down),
-                                   reducing_gap=2.0))
+    pixels = image.resize((size, size), Image.Resampling.HAMMING if smaller else Image.Resampling.BICUBIC,
+                          box=(x * across, y * down, (x + size) * across, (y + size) * down), reducing_gap=2.0)
+    return np.asarray(pixels), (x * across, y * down, size * across, size * down)
 
 
 def _resize(image: Picture, box: tuple[int, int, int, int], target: int) -> np.ndarray:
