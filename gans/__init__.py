@@ -55,6 +55,7 @@ SYSTEMS = {
     "mirrorgan": System("gans.mirrorgan", "MirrorGANRun", "MirrorGANTask", "MirrorGANGenerator", "1903.05854"),
     "controlgan": System("gans.controlgan", "ControlGANRun", "ControlGANTask", "ControlGANGenerator", "1909.07083"),
     "dmgan": System("gans.dmgan", "DMGANRun", "DMGANTask", "DMGANGenerator", "1904.01310"),
+    "sdgan": System("gans.sdgan", "SDGANRun", "SDGANTask", "SDGANGenerator", "1904.01480"),
 }
 
 NETWORKS = LazyTable({name: (system.module, system.model) for name, system in SYSTEMS.items()})

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from dalle.config import FIXED, FREE
 from dalle.models.precision import at_least_single, full_precision
 from dalle.training.task import Batch, Loss, Networks
+from gans.attention import global_attention
 from gans.layers import conv1, residual_glu, up_glu
 from gans.losses import bce, perceptual_loss
 from gans.matching import SMALLEST, func_attention
@@ -46,7 +47,6 @@ from gans.refining import (
     RefiningGenerator,
     RefiningTask,
     ScaleDiscriminators,
-    global_attention,
 )
 from gans.task import pyramid
 from gans.text import Text

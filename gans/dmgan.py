@@ -24,6 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from gans.attention import global_attention
 from gans.layers import conv1, relu, residual_glu, up_glu
 from gans.refining import (
     MatchingLossConfig,
@@ -33,7 +34,6 @@ from gans.refining import (
     RefiningGenerator,
     ScaleDiscriminators,
     ScaleDiscriminatorsConfig,
-    global_attention,
 )
 from gans.text import Text
 
@@ -108,7 +108,7 @@ class Remembered(NamedTuple):
 class Memory(nn.Module):
     """The dynamic memory: a map [B, C, H, W] and words [B, E, T] to the map after them.
 
-    ``released_mask`` as in :func:`gans.refining.global_attention`.
+    ``released_mask`` as in :func:`gans.attention.global_attention`.
     """
 
     def __init__(self, word_dim: int, width: int, memory_dim: int, writing: Writing = "gated",

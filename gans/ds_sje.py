@@ -26,7 +26,7 @@ from dalle.training.task import Batch, Loss, Mean, Networks, Phase
 from gans.joint import JointBatch, JointConfig, JointModel, JointRun, JointTask
 from gans.layers import one_hot
 from gans.task import GANOptimizer
-from gans.text import Text, TextEncoder, length_mask
+from gans.text import Text, TextEncoder, length_mask, two_different
 
 # 70 symbols with the indices 1 to 70; "-" is there twice, and the later one counts
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
@@ -232,12 +232,6 @@ def structured_hinge(scores: Tensor, classes: Tensor | None = None, symmetric: b
     if symmetric:
         hinges = hinges + (margin + scores - own[None, :]).clamp(min=0)      # a caption and the pictures of others
     return (hinges * wrong).sum() / scores.numel()
-
-
-def two_different(captions: Sequence[str]) -> tuple[str, str]:
-    """The first and the next one that differs from it; captions are drawn with repetition."""
-    first, *others = captions
-    return first, next((caption for caption in others if caption != first), first)
 
 
 # -- zero-shot classification and retrieval

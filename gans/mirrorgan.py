@@ -8,7 +8,7 @@ place of AttnGAN's matching loss.
 Where paper and released code differ: the sentence attention is the code's (a 1x1 convolution before the softmax, which
 runs over the channels; the paper names no axis, ``sentence_attention: spatial`` is the other), and so are the
 convolution that fuses the three maps and the mean over words in the loss; its weight is the paper's 20 (the code's CUB
-config has 10). The mask of the words is the aligned one (``gans/refining.py: global_attention``).
+config has 10). The mask of the words is the aligned one (``gans/attention.py: global_attention``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dalle.config import FREE
 from dalle.models.base import CONFIG_FILE
 from dalle.training.task import Batch, Networks
+from gans.attention import global_attention
 from gans.generator import Noise
 from gans.layers import conv1, residual_glu, up_glu
 from gans.looking import described_picture
@@ -31,7 +32,6 @@ from gans.refining import (
     RefiningLossConfig,
     RefiningRun,
     RefiningTask,
-    global_attention,
 )
 from gans.stream import Stream, stream_loss, word_count
 from gans.task import GanBatch, load_encoder

@@ -9,7 +9,7 @@ last picture, word by word.
 As in the released code of all of them: the offset by one as wrong pairs, means with the weights below.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -127,44 +127,22 @@ class RefiningGenerator(Painter):
 
 
 class Start(nn.Module):
-    """F_0: condition and noise [B, D] to the first map [B, width, side, side]; half the channels at twice the side."""
+    """F_0: condition and noise [B, D] to the first map [B, width, side, side]; half the channels at twice the side.
 
-    def __init__(self, inputs: int, width: int, side: int):
+    ``up``: (channels, channels) -> what doubles the side.
+    """
+
+    def __init__(self, inputs: int, width: int, side: int, up: Callable[[int, int], nn.Module] = up_glu):
         super().__init__()
         doublings = (side // STEM_SIDE).bit_length() - 1
         channels = width << doublings
         numbers = channels * STEM_SIDE ** 2
         self.project = nn.Sequential(nn.Linear(inputs, 2 * numbers, bias=False), nn.BatchNorm1d(2 * numbers),
                                      nn.GLU(dim=1), nn.Unflatten(1, (channels, STEM_SIDE, STEM_SIDE)))
-        self.grow = nn.Sequential(*(up_glu(channels >> step, channels >> (step + 1)) for step in range(doublings)))
+        self.grow = nn.Sequential(*(up(channels >> step, channels >> (step + 1)) for step in range(doublings)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.grow(self.project(x))
-
-
-def global_attention(h: Tensor, words: Tensor, mask: Tensor, released_mask: bool = False,
-                     values: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Every place's own mixture of the words (equation 2), and its weights.
-
-    ``h`` [B, C, H, W], ``words`` [B, C, T] in the same space, ``mask`` bool [B, T], True for a word -> context
-    [B, C, H, W] and attention [B, T, H, W], which sums to 1 over the words (0 everywhere for a caption without any).
-    ``values`` [B, D, T]: mixed in the place of the words, which are then only looked for.
-
-    ``released_mask`` masks as the released code does, for comparison: its flat row r = picture * places + place takes
-    the words of caption r mod B.
-    """
-    batch, _, height, width = h.shape
-    scores = torch.einsum("bcp,bct->bpt", h.flatten(2), words)                  # not divided by sqrt(C)
-    allowed = mask[:, None, :]
-    if released_mask:
-        rows = torch.arange(batch * height * width, device=h.device) % batch
-        allowed = mask[rows].view(batch, height * width, -1)
-    # the least finite number, not -inf: a caption without words must not become NaN
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    attention = scores.softmax(dim=-1) * allowed                                # [B, H W, T]
-    values = words if values is None else values
-    context = torch.einsum("bpt,bct->bcp", attention.to(values.dtype), values)
-    return context.unflatten(2, (height, width)), attention.transpose(1, 2).unflatten(2, (height, width))
 
 
 # -- the discriminators
@@ -203,7 +181,10 @@ class ScaleDiscriminator(nn.Module):
             spectrally_normalised(self.joint)
 
     def forward(self, image: Tensor, sentence: Tensor, other_sentence: Tensor | None = None) -> Scores:
-        features = self.features(image)
+        return self.scores(self.features(image), sentence, other_sentence)
+
+    def scores(self, features: Tensor, sentence: Tensor, other_sentence: Tensor | None = None) -> Scores:
+        """The answers, of features."""
         alone = self.unconditional(features) if self.unconditional else None
         matched = self.judge(features, sentence)
         mismatched = None if other_sentence is None else self.judge(features[:len(other_sentence)], other_sentence)
@@ -341,9 +322,14 @@ class RefiningTask(GANTask):
         other, share = self.shifted(networks, batch)
         reals = pyramid(batch["image"], self.network.config.picture_sides)
         real, fake = discriminator(reals, sentence, other), discriminator(fakes, sentence)
+        return self.d_loss_of(real, fake, share)
+
+    def d_loss_of(self, real: Sequence[Scores], fake: Sequence[Scores], share: float) -> Loss:
+        """The discriminators' losses, each logged by the side of its pictures; as :func:`discriminator_loss` takes it.
+        """
         losses = [discriminator_loss(right, made, share) for right, made in zip(real, fake, strict=True)]
-        return Loss(sum(losses), {f"{image.shape[-1]}": loss.detach()
-                                  for image, loss in zip(fakes, losses, strict=True)})
+        return Loss(sum(losses), {f"{side}": loss.detach() for side, loss in
+                                  zip(self.network.config.picture_sides, losses, strict=True)})
 
     def shifted(self, networks: Networks, batch: GanBatch) -> tuple[Tensor, float]:
         """The sentences one sample on, for this rank's share of the first B - 1 samples, and what their mean counts."""
@@ -354,7 +340,11 @@ class RefiningTask(GANTask):
         return batch["wrong_text"].sentence[:max(mine, 1)], mine * exchange.size(1) / pairs
 
     def g_loss(self, networks: Networks, batch: GanBatch, step: int) -> Loss:
-        fakes = networks["discriminator"](batch["painted"].images, batch["text"].sentence)
+        return self.g_loss_of(networks, batch, networks["discriminator"](batch["painted"].images,
+                                                                         batch["text"].sentence))
+
+    def g_loss_of(self, networks: Networks, batch: GanBatch, fakes: Sequence[Scores]) -> Loss:
+        """The generator's loss with the discriminators' scores of the batch's painted pictures."""
         terms = self.terms(networks, batch)
         weighted = [(getattr(self.config.loss, name), term) for name, term in terms.items()]
         return Loss(generator_loss(fakes, *weighted), {"adversarial": adversarial_loss(fakes).detach(),
@@ -404,8 +394,12 @@ class MatchingTask(RefiningTask):
 
     def matching_of(self, networks: Networks, codes: tuple[Tensor, Tensor], batch: MatchingBatch) -> Tensor:
         """The same, of the regions and wholes that the matching model made of pictures."""
-        classes = batch["class_id"] if self.config.loss.same_class == "left_out" else None
-        return sum(damsm_losses(*codes, batch["matching_text"], classes, self.gammas(networks), networks.world_size))
+        return sum(damsm_losses(*codes, batch["matching_text"], self.alike(batch), self.gammas(networks),
+                                networks.world_size))
+
+    def alike(self, batch: MatchingBatch) -> Tensor | None:
+        """int64 [b]: samples with the same number, but for -1, are no mismatch to each other; None: all are."""
+        return batch["class_id"] if self.config.loss.same_class == "left_out" else None
 
     def gammas(self, networks: Networks) -> Gammas:
         """How sharp the matching scores are."""

@@ -145,6 +145,12 @@ def load_text_encoder(name: str, device: torch.device | str = "cpu") -> TextEnco
     return TEXT_ENCODERS[kind].load(folder).to(device)
 
 
+def two_different(captions: Sequence[str]) -> tuple[str, str]:
+    """The first and the next one that differs from it; captions are drawn with repetition."""
+    first, *others = captions
+    return first, next((caption for caption in others if caption != first), first)
+
+
 def length_mask(lengths: Tensor, size: int) -> Tensor:
     """[B] -> bool [B, size]: True in the first ``lengths`` places, one at least."""
     return torch.arange(size, device=lengths.device) < lengths.clamp(min=1)[:, None]

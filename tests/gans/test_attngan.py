@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import gans.refining as refining
+from gans.attention import global_attention
 from gans.attngan import AttnGANConfig, AttnGANGenerator, AttnGANTask
 from gans.damsm import Damsm, DamsmConfig
 from gans.losses import bce
@@ -20,7 +21,6 @@ from gans.refining import (
     MatchingLossConfig,
     ScaleDiscriminators,
     discriminator_loss,
-    global_attention,
 )
 from gans.text import Text
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import gans.controlgan as controlgan
 import gans.refining as refining
 from dalle.training.task import Player
+from gans.attention import global_attention
 from gans.controlgan import (
     ControlGANConfig,
     ControlGANGenerator,
@@ -27,7 +28,7 @@ from gans.damsm import Damsm, DamsmConfig
 from gans.losses import perceptual_loss
 from gans.matching import func_attention, word_scores
 from gans.perceptual import load_features
-from gans.refining import MatchingTask, ScaleDiscriminators, global_attention
+from gans.refining import MatchingTask, ScaleDiscriminators
 from gans.task import GANOptimizer
 from gans.text import Text
 

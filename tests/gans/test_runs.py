@@ -55,7 +55,8 @@ def test_a_batch_of_one_is_a_batch_where_nothing_is_compared():
 
 @pytest.mark.parametrize("name", [name for name, system in SYSTEMS.items() if system.paints])
 def test_what_reads_captions_and_pictures_is_given_both(name):
-    assert f"a {name} run reads captions, but data.caption is none" in refusal(name, "data.caption=none")
+    assert f"a {name} run reads captions, but data.caption is none" in refusal(name, "data.caption=none",
+                                                                                                "data.num_captions=1")
     assert "trained on pictures" in refusal(name, "data.images=false", "data.codes=somewhere")
 
 
