@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
+from typing import Literal
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ class Published:
     normalised: bool = True          # whether its generator has batch normalisations, by which paintings are counted
     one_caption: bool = False        # of each sample: read word by word, or compared one by one
     compares: bool = True            # whether samples of a batch are put together, so that it needs two
+    zero: Literal[0, 1, 2] = 0       # the stage of ZeRO that it is tried with, one system of each kind; 0: none
     unpaired: tuple[str, ...] = ()   # overrides without which a batch must be even
 
 

@@ -44,8 +44,7 @@ SIZE, BATCH, STEPS = 32, 8, 4
 RECORDED = [name for name in SYSTEMS if name != "damsm"]       # it packs captions by their lengths
 DOI = r"10\.\d{4,}/[\w./-]+\w"                                  # of a paper that is not on arXiv
 ARXIV_ID_OR_DOI = rf"\d{{4}}\.\d{{5}}|{DOI}"
-# system -> the stage of ZeRO that it is tried with: one of each kind
-ZERO = {"gan_int_cls": 2, "stream": 1, "mirrorgan": 1, "fusedgan": 2, "gawwn": 1, "ppgn": 2}
+ZERO = {name: published(name).zero for name in SYSTEMS if published(name).zero}     # -> stage
 PAINTING = [name for name, system in SYSTEMS.items() if system.paints]
 # Small steps, and none whole for what is rounding in a vanishing gradient: else two processes are soon two trainings.
 GENTLY = {"lr": 5e-6, "eps": 1e-3}

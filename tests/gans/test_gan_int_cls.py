@@ -28,7 +28,7 @@ from gans.gan_int_cls import (
 )
 from gans.text import Text
 
-PUBLISHED = {"gan_int_cls": Published(paintings=2, unpaired=("loss.interpolated=0",))}
+PUBLISHED = {"gan_int_cls": Published(zero=2, paintings=2, unpaired=("loss.interpolated=0",))}
 DOUBLES = {
     gan_int_cls.discriminator_loss: (((3,),) * 3, lambda a, b, c: gan_int_cls.discriminator_loss(a, b, c, 0.5)),
     gan_int_cls.generator_loss: (((3,), (2,)), lambda a, b: gan_int_cls.generator_loss(a, b, 0.7)),

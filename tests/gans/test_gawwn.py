@@ -26,7 +26,7 @@ from gans.gawwn_keypoints import GAWWNKeypointsConfig, GAWWNKeypointsGenerator, 
 from gans.generator import GANGenerator
 from gans.task import Exchange, GANTask
 
-PUBLISHED = {"gawwn": Published(paintings=1, finished="places")}      # both players see the same fakes
+PUBLISHED = {"gawwn": Published(zero=1, paintings=1, finished="places")}      # both players see the same fakes
 
 BOX, POINTS = "box", "keypoints"
 CONDITIONS = [BOX, POINTS]

@@ -16,7 +16,7 @@ from dalle.data.tokenizer import CaptionTokenizer
 from gans.mirrorgan import GlobalLocalAttention, MirrorGANConfig, MirrorGANGenerator, MirrorGANLossConfig, MirrorGANTask
 from gans.stream import Stream, StreamConfig, StreamNetwork
 
-PUBLISHED = {"mirrorgan": Published(paintings=1, one_caption=True)}
+PUBLISHED = {"mirrorgan": Published(zero=1, paintings=1, one_caption=True)}
 
 DIM, LENGTH, WIDTH = 6, 5, 4
 TINY = {"image_size": 32, "sentence_dim": DIM, "word_dim": DIM, "z_dim": 5, "condition_dim": 3, "width": WIDTH}

@@ -37,7 +37,7 @@ from gans.ppgn import (
 from gans.ppgn_encoder import PPGNEncoder, PPGNEncoderConfig
 from gans.task import filled
 
-PUBLISHED = {"ppgn": Published(paintings=1, normalised=False, compares=False)}     # both players see the same picture
+PUBLISHED = {"ppgn": Published(zero=2, paintings=1, normalised=False, compares=False)}     # both see the same picture
 DOUBLES = {
     ppgn.squared_error: (((3, 2, 2), (3, 2, 2)), ppgn.squared_error),
     ppgn.discriminator_loss: (((3,), (3,)), ppgn.discriminator_loss),

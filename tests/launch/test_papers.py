@@ -14,9 +14,6 @@ from gans import SYSTEMS
 from papers.figures import PUBLISHED, Column, Doubt, Figure
 from papers.table import Measured, agreement, figure_text, measured_columns, write_papers
 
-# of the family, and with figures: those that are not in SYSTEMS yet
-EXPECTED = {"mirrorgan", "dmgan", "controlgan", "sdgan", "ppan", "fusedgan", "gawwn", "ppgn"}
-
 
 def column(values: dict[str, float], metric: str = "IS", doubt: Doubt = Doubt.NONE) -> Column:
     return Column(metric, "CUB", "some", tuple(Figure(name, value, doubt=doubt) for name, value in values.items()))
@@ -39,10 +36,12 @@ def test_a_column_has_one_figure_of_a_system_and_a_protocol_one_column():
     assert len({column[:3] for column in PUBLISHED}) == len(PUBLISHED)
     for one in PUBLISHED:
         systems = [figure.system for figure in one.figures]
-        assert len(set(systems)) == len(systems) and set(systems) <= SYSTEMS.keys() | EXPECTED
+        assert len(set(systems)) == len(systems) and set(systems) <= SYSTEMS.keys()
         assert one.metric in ("IS", "FID", "R-precision", "VS") and one.data in ("CUB", "Oxford-102", "COCO")
         assert one.protocol and all(figure.by for figure in one.figures)
-    assert {figure.system for one in PUBLISHED for figure in one.figures} >= EXPECTED
+    painting = {name for name, system in SYSTEMS.items() if system.paints}
+    without = painting - {figure.system for one in PUBLISHED for figure in one.figures}
+    assert len(without) <= 4          # users' rankings, or figures of another kind, is all that these papers have
 
 
 def figures_of(system: str, metric: str, data: str) -> list[float]:
