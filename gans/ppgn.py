@@ -2,7 +2,7 @@
 
 The noiseless joint PPGN-h. A frozen encoder E (``gans/ppgn_encoder.py``) sees a picture as a code h; a generator G
 learns to paint the picture again from its code alone. To paint a caption, a chain begins at a random code and climbs
-(section 3.3):
+(equation 11):
 
     h <- clip(h + lr_t d / mean|d|),   d = e1 (E(G(h)) - h) + e2 dlogC(y|G(h))/dh + N(0, e3^2)
 
@@ -19,13 +19,13 @@ Not as released: RGB in [-1, 1] in place of BGR less the mean picture, so that t
 127.5^2 times as much; where the discriminator is far ahead its loss counts nothing, while Adam's moments still move it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 from torch import Tensor, nn
 
 from dalle.config import FIXED, FREE, Section
@@ -35,49 +35,27 @@ from dalle.models.precision import at_least_single, full_precision
 from dalle.store import model_folder, model_kind
 from dalle.training.optimizers import Betas
 from dalle.training.task import Batch, Loss, Networks
-from gans.classes import ClassCheck, ClassPrototypes, named_classes
+from gans.classes import LITERAL, ClassCheck, ClassPrototypes, named_classes
 from gans.clip_text import ClipTextEncoder
 from gans.generator import Noise, Painter
 from gans.layers import he_init
 from gans.looking import scales_picture
 from gans.losses import bce
 from gans.outputs import Painted
+from gans.ppgn_chain import CaptionChainConfig, ChainConfig, class_log_likelihood, climb, noise_of_chains
 from gans.ppgn_encoder import Features, PPGNEncoder
 from gans.sizes import ImageSize, SentenceDim
+from gans.stream import Stream
 from gans.task import GanBatch, GANOptimizer, GANRun, GANTask, filled, load_encoder
 from gans.text import Text
 
 SLOPE = 0.3                     # of every LeakyReLU
-LOWEST, HIGHEST = 0.0, 30.0     # a code's numbers, by the released code
 SHOWN = 7                       # pictures of a chain: the start, and steps at equal distances
 SEED_NUMBERS = 2                # of a chain's own noise
 COMPANIONS = ("encoder", "captioner", "clip")      # folders beside an exported generator, too
 
 
-TOWARDS_PICTURES = "weight of the step towards codes that pictures have"
-RATE_AT_THE_END = "size of a step at the chain's end as a share of the first's; linear in between"
-
-
 # -- the generator
-
-class ChainConfig(ModelConfig, json_schema_extra=FREE):
-    """How a chain climbs; the defaults are those of the released code for classes."""
-
-    steps: PositiveInt = Field(default=200, description="steps of a chain; each is a pass forward and back through the "
-                               "generator and what judges, and one forward through the encoder")
-    e1: NonNegativeFloat = Field(default=1e-5, description=TOWARDS_PICTURES)
-    e2: NonNegativeFloat = Field(default=1.0, description="weight of the step towards the condition")
-    e3: NonNegativeFloat = Field(default=1e-17, description="deviation of the noise in a step")
-    lr: PositiveFloat = Field(default=1.0, description="mean size of the first step in each number of the code")
-    final_fraction: NonNegativeFloat = Field(default=1.0, description=RATE_AT_THE_END)
-
-
-class CaptionChainConfig(ChainConfig):
-    """The defaults are those of the released code for captions: steps that become small, and more of the prior."""
-
-    e1: NonNegativeFloat = Field(default=1e-3, description=TOWARDS_PICTURES)
-    final_fraction: NonNegativeFloat = Field(default=1e-10, description=RATE_AT_THE_END)
-
 
 class PPGNConfig(ModelConfig):
     """Sizes of the generator, the paper's by default, and how its chains climb."""
@@ -120,7 +98,7 @@ class Companions(NamedTuple):
     """The frozen networks that a chain is led by."""
 
     encoder: PPGNEncoder
-    captioner: Any = None
+    captioner: Stream | None = None
     clip: ClipTextEncoder | None = None
 
     @property
@@ -271,62 +249,7 @@ def load_companions(encoder: str, captioner: str | None = None, clip: str | None
             raise UserError(f"clip: {clip} holds a {kind!r} model, not {ClipTextEncoder.model_type!r}: give the folder "
                             f"of a {ClipTextEncoder.model_type} run")
         reader = ClipTextEncoder.load(folder).to(device)
-    return Companions(PPGNEncoder.load(encoder, device), None, reader)
-
-
-# -- the chain
-
-def climb(code: Tensor, paint: Callable[[Tensor], Tensor], encode: Callable[[Tensor], Tensor],
-          log_condition: Callable[[Tensor], Tensor], noise: Callable[[], Tensor], *, steps: int, e1: float, e2: float,
-          e3: float, lr: float, lr_end: float, lowest: float = LOWEST, highest: float = HIGHEST) -> Iterator[Tensor]:
-    """The codes of a chain, ``code`` [B, D] first and then one for each step; a sample without a direction stays.
-
-    ``paint`` codes to pictures, ``encode`` pictures to codes, ``log_condition`` pictures to [B]; ``noise()`` gives
-    another standard normal [B, D] at each call.
-    """
-    yield code
-    for step in range(steps):
-        direction = direction_of(code, paint, encode, log_condition, e1, e2)
-        if e3:
-            direction = direction + e3 * noise()
-        moved = code + step_along(direction, lr + (lr_end - lr) * step / steps)
-        moving = direction.any(dim=1, keepdim=True)
-        code = torch.where(moving, moved.clamp(lowest, highest), code)
-        yield code
-
-
-def direction_of(code: Tensor, paint: Callable[[Tensor], Tensor], encode: Callable[[Tensor], Tensor],
-                 log_condition: Callable[[Tensor], Tensor], e1: float, e2: float) -> Tensor:
-    """e1 (E(G(h)) - h) + e2 dlogC(y|G(h))/dh, [B, D]."""
-    with torch.enable_grad():
-        code = code.detach().requires_grad_(True)
-        images = paint(code)
-        (gradient,) = torch.autograd.grad(log_condition(images).sum(), code)
-    with torch.no_grad():
-        return e1 * (encode(images) - code) + e2 * gradient
-
-
-def step_along(direction: Tensor, size: float) -> Tensor:
-    """``direction`` [B, D] at the length where each row's absolute values have the mean ``size``; a row of 0 stays."""
-    mean = direction.abs().mean(dim=1, keepdim=True)
-    return direction * (size / mean.clamp(min=torch.finfo(mean.dtype).tiny))
-
-
-def class_log_likelihood(classes: Tensor, class_id: Tensor, alone: bool = True) -> Tensor:
-    """log p of ``class_id`` [B] by logits [B, K]; ``alone``: with the gradient through its own logit only, 1 - p."""
-    whole = classes.log_softmax(dim=1).gather(1, class_id[:, None])[:, 0]
-    if not alone:
-        return whole
-    own = classes.gather(1, class_id[:, None])[:, 0]
-    slope = 1 - whole.detach().exp()
-    return whole.detach() + slope * (own - own.detach())
-
-
-def noise_of_chains(numbers: Tensor, dim: int) -> Callable[[], Tensor]:
-    """What gives a standard normal [B, dim] at each call, row i from ``numbers`` [B, 2], its i-th, alone."""
-    seeds = numbers.float().cpu().contiguous().view(torch.int64)[:, 0].tolist()
-    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return lambda: torch.stack([torch.randn(dim, generator=source) for source in sources]).to(numbers.device)
+    return Companions(PPGNEncoder.load(encoder, device), captioner and Stream.load(captioner, device), reader)
 
 
 # -- the discriminator
@@ -421,6 +344,14 @@ class PPGNRun(GANRun):
     generator_optimizer: PPGNOptimizer = Field(default=PPGNOptimizer(), description="how the generator's weights move")
     discriminator_optimizer: PPGNOptimizer = Field(default=PPGNOptimizer(),
                                                    description="how the discriminator's weights move")
+
+    @model_validator(mode="after")
+    def _previews_can_be_painted(self) -> "PPGNRun":
+        named = all(map(LITERAL.fullmatch, self.preview.captions))
+        if self.train.preview_every and not self.reads_captions and not named:
+            raise ValueError("without a captioner, a clip or a text_encoder the model takes no captions: set "
+                             "preview.captions to class:0, class:1 and the like")
+        return self
 
     @property
     def reads_captions(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dalle.config import load_config
 from dalle.errors import UserError
+from dalle.store import load_tokenizer
 from gans import ppgn
 from gans.generator import GANGenerator, load_gan
 from gans.ppgn import (
@@ -24,17 +25,13 @@ from gans.ppgn import (
     PPGNLossConfig,
     PPGNRun,
     PPGNTask,
-    class_log_likelihood,
-    climb,
-    direction_of,
     discriminator_loss,
     generator_loss,
     load_companions,
-    noise_of_chains,
     squared_error,
-    step_along,
 )
 from gans.ppgn_encoder import PPGNEncoder, PPGNEncoderConfig
+from gans.stream import Stream, StreamConfig, StreamNetwork
 from gans.task import filled
 
 PUBLISHED = {"ppgn": Published(zero=2, paintings=1, normalised=False, compares=False)}     # both see the same picture
@@ -88,6 +85,16 @@ def make_task(encoder_folder):
         return PPGNTask(PPGNRun(**settings))
 
     return make
+
+
+@pytest.fixture
+def captioner_folder(clip_folder, tmp_path) -> Path:
+    """A captioner that was never trained, with the tokenizer of the CLIP."""
+    tokenizer = load_tokenizer(clip_folder / "model" / "tokenizer")
+    network = StreamNetwork(StreamConfig(num_text_tokens=tokenizer.vocab_size, text_length=6, trunk="small:4",
+                                         embedding_dim=8, hidden_dim=8))
+    Stream(network, tokenizer).save(tmp_path / "captioner")
+    return tmp_path / "captioner"
 
 
 def make_batch() -> dict:
@@ -174,134 +181,7 @@ def test_impossible_sizes(size, channels):
         PPGNConfig(image_size=size, channels=channels)
 
 
-# -- the chain
-
-MATRIX = torch.randn(12, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-TARGET = torch.randn(12, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-STEPS, E1, E2, LR, LR_END = 7, 0.3, 0.6, 0.5, 0.1
-
-
-def linear_chain(code: Tensor, noise=None, **changes) -> list[Tensor]:
-    """Pictures are A h, codes of pictures A^T x / 9, and log C is -||x - t||^2 / 2."""
-    settings = {"steps": STEPS, "e1": E1, "e2": E2, "e3": 0.0, "lr": LR, "lr_end": LR_END, **changes}
-    return list(climb(code, lambda h: h @ MATRIX.T, lambda x: x @ MATRIX / 9,
-                      lambda x: -0.5 * (x - TARGET).square().sum(dim=1), noise or (lambda: 0 * code), **settings))
-
-
-def start(rows: int = 3) -> Tensor:
-    return torch.randn(rows, 5, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-
-
-def test_a_chain_written_out():
-    h = start()
-    found = linear_chain(h)
-    assert len(found) == STEPS + 1 and torch.equal(found[0], h)
-    for step in range(STEPS):
-        rows = []
-        for row in h:
-            x = MATRIX @ row
-            d = E1 * (MATRIX.T @ x / 9 - row) + E2 * (MATRIX.T @ (TARGET - x))
-            rate = LR + (LR_END - LR) * step / STEPS
-            rows.append((row + rate / d.abs().mean() * d).clamp(0, 30))
-        h = torch.stack(rows)
-        torch.testing.assert_close(found[step + 1], h)
-
-
-def test_the_noise_of_a_step_is_what_is_given():
-    numbers = [torch.randn(3, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-               for step in range(STEPS)]
-    given = iter(numbers)
-    found = linear_chain(start(), lambda: next(given), e1=0.0, e2=0.0, e3=0.25)
-    for step, noise in enumerate(numbers):
-        rate = LR + (LR_END - LR) * step / STEPS
-        expected = found[step] + rate * noise / noise.abs().mean(dim=1, keepdim=True)
-        torch.testing.assert_close(found[step + 1], expected.clamp(0, 30))
-
-
-def test_without_any_term_nothing_moves():
-    code = start()
-    found = linear_chain(code, e1=0.0, e2=0.0, e3=0.0)
-    assert all(torch.equal(one, code) for one in found)        # as it is: not even clipped
-    assert code.min() < 0
-
-
-def test_a_sample_without_a_direction_stays_and_the_others_go_on():
-    code = start()
-
-    def two(x: Tensor) -> Tensor:
-        return torch.stack([x[0].sum(), 0 * x[1].sum(), -x[2].sum()])
-
-    found = list(climb(code, lambda h: h @ MATRIX.T, lambda x: x @ MATRIX, two, lambda: 0 * code, steps=3, e1=0.0,
-                       e2=1.0, e3=0.0, lr=0.2, lr_end=0.2))
-    assert torch.equal(found[-1][1], code[1])
-    assert not torch.equal(found[-1][0], code[0]) and not torch.equal(found[-1][2], code[2])
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1.0, 1e8])
-def test_a_step_has_the_mean_size_that_is_asked_for(scale):
-    direction = scale * torch.randn(4, 50)
-    step = step_along(direction, 0.7)
-    torch.testing.assert_close(step.abs().mean(dim=1), torch.full((4,), 0.7))
-    torch.testing.assert_close(step / step[:, :1], direction / direction[:, :1], rtol=1e-4, atol=1e-4)
-    assert not step_along(torch.zeros(2, 50), 0.7).any()
-
-
-def test_codes_stay_within_their_bounds():
-    found = linear_chain(100 * start(), lr=40.0, lr_end=40.0)
-    assert all(one.min() >= 0 and one.max() <= 30 for one in found[1:])
-    assert any((one == 30).any() for one in found[1:]) and any((one == 0).any() for one in found[1:])
-
-
-def test_a_longer_climb_is_likelier():
-    found = linear_chain(start().abs(), e1=0.0, e2=1.0, lr=0.2, lr_end=0.0, steps=60)
-    likelihood = [float(-0.5 * (one @ MATRIX.T - TARGET).square().sum(dim=1).mean()) for one in found]
-    assert likelihood[0] < likelihood[10] < likelihood[-1]
-
-
-def test_the_direction_is_that_of_differences():
-    network = small_generator().double()
-    encoder = PPGNEncoder(PPGNEncoderConfig(**ENCODER)).double().eval()
-    code = torch.rand(1, DIM, dtype=torch.float64)
-
-    def log_likelihood(h: Tensor) -> Tensor:
-        return class_log_likelihood(encoder(network(h)).classes, torch.tensor([1]), alone=False)
-
-    found = direction_of(code, network, lambda x: encoder(x).code,
-                         lambda x: class_log_likelihood(encoder(x).classes, torch.tensor([1]), alone=False), 0.5, 2.0)
-    with torch.no_grad():
-        eye = 1e-6 * torch.eye(DIM, dtype=torch.float64)
-        slope = torch.cat([(log_likelihood(code + row) - log_likelihood(code - row)) / 2e-6 for row in eye])
-        expected = 0.5 * (encoder(network(code)).code - code) + 2.0 * slope
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-    assert all(parameter.grad is None for parameter in network.parameters())
-
-
-def test_each_chain_has_a_noise_of_its_own():
-    numbers = torch.randn(3, 2)
-    draw, again = noise_of_chains(numbers, 400), noise_of_chains(numbers[[2]], 400)
-    first, second, alone = draw(), draw(), again()
-    assert torch.equal(first[2:], alone) and torch.equal(second[2:], again())
-    assert not torch.equal(first, second) and not torch.equal(first[0], first[1])
-    assert abs(float(first.mean())) < 0.1 and float(first.std()) == pytest.approx(1, abs=0.1)
-
-
 # -- conditions
-
-LOGITS = torch.tensor([[2.0, 0.5, -1.0], [0.0, 1.0, 0.0]])
-
-
-def test_a_class_by_its_own_logit_alone_or_by_all():
-    class_id, p = torch.tensor([0, 2]), LOGITS.softmax(dim=1)
-    expected = [math.log(p[0, 0]), math.log(p[1, 2])]
-    for alone in (True, False):
-        logits = LOGITS.clone().requires_grad_()
-        found = class_log_likelihood(logits, class_id, alone)
-        assert found.tolist() == pytest.approx(expected, rel=1e-6)
-        (gradient,) = torch.autograd.grad(found.sum(), logits)
-        own = torch.zeros_like(p)
-        own[0, 0], own[1, 2] = 1, 1
-        torch.testing.assert_close(gradient, own * (1 - p) if alone else own - p)
-
 
 def generator_with(encoder_folder: Path, captioner: Speller | None = None, clip: Path | None = None,
                    **changes) -> PPGNGenerator:
@@ -510,20 +390,24 @@ def test_the_captions_of_a_step_are_taken_into_the_prototypes(make_task):
 
 # -- keeping
 
-def test_it_comes_back_with_its_companions(make_task, clip_folder, tmp_path, monkeypatch):
+def test_it_comes_back_with_its_companions(make_task, clip_folder, captioner_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(LetterEncoder, "save", lambda self, folder: None, raising=False)
-    task = make_task(clip=str(clip_folder))
+    task = make_task(clip=str(clip_folder), captioner=str(captioner_folder))
     networks = Networks(task)
     task.prepare(make_batch(), networks, 0)
     task.export(str(tmp_path / "model"), {"generator": task.network.state_dict()})
-    assert {path.name for path in (tmp_path / "model").iterdir() if path.is_dir()} == {"encoder", "clip"}
+    assert {path.name for path in (tmp_path / "model").iterdir() if path.is_dir()} == \
+        {"encoder", "captioner", "clip"}
     loaded = load_gan(tmp_path / "model", "cpu")
     loaded.text_encoder = LetterEncoder()
     painter = task.generator(networks)
-    for options in ({}, {"condition": "class", "steps": 3}):
-        prompts, seeds = ["a red circle", "two pink rings"], [4, 5]
-        found = loaded.generate(prompts, seeds, **options)
-        assert torch.equal(found, painter.generate(prompts, seeds, **options)) and found.float().std() > 0
+    prompts, seeds, seen = ["a red circle", "two pink rings"], [4, 5], []
+    for condition in ("caption", "clip", "class"):
+        found = loaded.generate(prompts, seeds, condition=condition)
+        assert torch.equal(found, painter.generate(prompts, seeds, condition=condition)) and found.float().std() > 0
+        assert not any(torch.equal(found, one) for one in seen)
+        seen.append(found)
+    assert torch.equal(loaded.generate(prompts, seeds), seen[0])       # a captioner comes first
     # no weight of a companion is among those that are trained, averaged or saved
     assert not [name for name in task.network.state_dict() if name.split(".")[0] not in ("stem", "body", "prototypes")]
 
@@ -536,6 +420,14 @@ def test_what_the_companions_must_be(make_task, encoder_folder, clip_folder):
     with pytest.raises(UserError, match="sees pictures of 32 px, data.image_size is 64"):
         make_task(data={"train": "x", "image_size": 64})
     assert Companions(None).conditions == []
+
+
+def test_a_run_that_reads_no_captions_previews_classes():
+    given = {"name": "ppgn", "encoder": "e", "data": {"train": "x"}, "train": {"preview_every": 5}}
+    with pytest.raises(ValidationError, match="set preview.captions to class:0, class:1"):
+        PPGNRun(**given)
+    PPGNRun(**given, preview={"captions": ["class:0"]})
+    PPGNRun(**given, captioner="c")
 
 
 @pytest.mark.parametrize("name", ["ppgn", "ppgn_shapes"])
