@@ -8,6 +8,9 @@ The paper's network has no word for the end, neither in the targets nor in what 
 picture one is needed: training has the id 0, which stands for unfilled places elsewhere, as the target behind the last
 word (``loss.end``), and the networks keep the published sizes. What MirrorGAN and PPGN ask leaves it out, as published.
 
+The paper's CNN has seen ImageNet before and stays as it is. A small trunk that begins with nothing learns little
+through an LSTM; ``trunk_from`` takes that of a damsm run, frozen.
+
 Not as released: the trunk sees what it was trained with (ImageNet's mean and deviation), where MirrorGAN's code feeds
 its fakes in [-1, 1] to a network that was trained otherwise.
 """
@@ -32,7 +35,8 @@ from dalle.sampling.caption_warnings import lost_warnings
 from dalle.store import load_model, load_tokenizer, model_folder, model_kind
 from dalle.training.optimizers import Betas
 from dalle.training.run import RunConfig
-from dalle.training.task import Batch, Loss, Mean, Networks, Phase, Player, Task
+from dalle.training.task import Batch, Companion, Loss, Mean, Networks, Phase, Player, Task
+from gans.damsm import Damsm
 from gans.descriptions import description_scores, texts_of_everyone
 from gans.joint import check_pairs_are_read
 from gans.layers import synchronised
@@ -227,6 +231,9 @@ class StreamRun(RunConfig):
     model: StreamArchitecture = Field(default=StreamArchitecture(), description="sizes of the network, and the trunk")
     optimizer: StreamOptimizer = Field(default=StreamOptimizer(), description="how the weights move")
     loss: StreamLossConfig = Field(default=StreamLossConfig(), description="what the captioner is asked")
+    trunk_from: str | None = Field(default=None, description="run or model folder of a damsm run with the trunk "
+                                   "model.trunk: its trunk looks, frozen; null: torchvision's, or one that is trained "
+                                   "here", json_schema_extra=FREE)
     sync_batch_norm: bool = Field(default=False, description="batch normalisation by the statistics over the batches "
                                   "of all processes", json_schema_extra=FREE)
 
@@ -264,6 +271,7 @@ class StreamTask(Task):
     """The cross-entropy of the captions, word by word."""
 
     splits_batch = False        # the batch normalisation couples the samples
+    unpacked = frozenset({"trunk"})         # its weights are in the checkpoint
     check_share = GANTask.check_share
 
     def __init__(self, config: StreamRun):
@@ -272,7 +280,9 @@ class StreamTask(Task):
         sizes = filled(StreamConfig(**config.model.model_dump()), num_text_tokens=self.tokenizer.vocab_size,
                        text_length=config.data.text_length)
         network = StreamNetwork(sizes)
-        if not network.trunk.trained:
+        if config.trunk_from is not None:
+            network.trunk = finished_trunk(config.trunk_from, sizes.trunk)
+        elif not network.trunk.trained:
             network.trunk = build_trunk(sizes.trunk)
         network.trunk.requires_grad_(network.trunk.trained)
         if config.sync_batch_norm:
@@ -282,6 +292,11 @@ class StreamTask(Task):
         self.phases = [Phase("captioner", player="captioner", loss=self.next_word_loss, capturable=True)]
         self.tokens_per_sample = config.data.text_length
         self._previewed: tuple[Tensor, list[str]] | None = None
+
+    def companions(self) -> dict[str, Companion]:
+        """The trunk that comes from another run."""
+        trunk = self.players["captioner"].module.trunk
+        return {} if self.config.trunk_from is None else {"trunk": Companion(trunk, "trunk_from")}
 
     def prepare(self, batch: Batch, networks: Networks, step: int) -> StreamBatch:
         return {"images": to_signed(batch["image"]), "ids": batch["text"],
@@ -323,6 +338,16 @@ class StreamTask(Task):
         """``config.json``, ``model.safetensors`` and ``tokenizer/``."""
         self.players["captioner"].module.save_pretrained(folder, states["captioner"])
         self.tokenizer.save(Path(folder) / TOKENIZER_FOLDER)
+
+
+def finished_trunk(name: str, spec: str) -> nn.Module:
+    """The trunk of a damsm run, to be left as it is; ``UserError`` where it is another one than ``spec``."""
+    model = Damsm.load(name)
+    if model.config.trunk != spec:
+        raise UserError(f"trunk_from: {name} sees through the trunk {model.config.trunk}, model.trunk is {spec}: set "
+                        "it to the same")
+    model.image.trunk.trained = False
+    return model.image.trunk
 
 
 def word_count(exchange: Exchange, networks: Networks, ids: Tensor, end: bool) -> Tensor:

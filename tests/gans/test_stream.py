@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import gans.stream as stream
 from dalle.data.tokenizer import CaptionTokenizer
 from dalle.errors import UserError
+from gans.damsm import Damsm, DamsmConfig
 from gans.descriptions import description_scores, texts_of_everyone, words_of
-from gans.stream import Stream, StreamConfig, StreamNetwork, WordPerplexity, stream_loss, target_mask
+from gans.stream import Stream, StreamConfig, StreamNetwork, WordPerplexity, finished_trunk, stream_loss, target_mask
 
 # nothing but the batch normalisation puts samples together; validation reads several captions of a picture
 PUBLISHED = {"stream": Published(zero=1, compares=False)}
@@ -142,6 +143,16 @@ def test_only_a_captioner_is_one(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vse"}')
     with pytest.raises(UserError, match="holds a 'vse' model, not 'stream'"):
         Stream.load(tmp_path)
+
+
+def test_the_trunk_of_a_matching_model_looks_and_stays_as_it_is(tmp_path, seeded, images):
+    model = Damsm(DamsmConfig(num_text_tokens=9, text_length=5, dim=4, embedding_dim=3, trunk="small:2"))
+    model.save_pretrained(tmp_path)
+    trunk = finished_trunk(str(tmp_path), "small:2")
+    assert not trunk.trained
+    torch.testing.assert_close(trunk(images)[1], model.image.trunk(images)[1])
+    with pytest.raises(UserError, match="sees through the trunk small:2, model.trunk is small:3"):
+        finished_trunk(str(tmp_path), "small:3")
 
 
 # -- the scores
