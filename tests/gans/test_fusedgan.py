@@ -32,7 +32,7 @@ from gans.generator import GANGenerator, load_gan
 from gans.text import Text
 
 # once for D_c, once for the branch, once for the structure prior
-PUBLISHED = {"fusedgan": Published(zero=2, player="conditional", paintings=3, compares=False)}
+PUBLISHED = {"fusedgan": Published(zero=2, player="conditional", paintings=3)}
 DOUBLES = {
     fusedgan.discriminator_loss: (((3,),) * 3, fusedgan.discriminator_loss),
     fusedgan.generator_loss: (((3,), ()), lambda fake, kl: fusedgan.generator_loss(fake, kl, 0.7)),
