@@ -89,6 +89,21 @@ def test_vgg_gives_fc7_of_normalised_pictures():
     assert local.shape == (1, 512, 14, 14) and pooled.shape == (1, 4096)
 
 
+def test_resnet_gives_the_pool_of_normalised_pictures(tmp_path):
+    torch.manual_seed(0)
+    whole = torchvision.models.resnet152()
+    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+    trunk = build_trunk(f"resnet152:{tmp_path / 'weights.pth'}").eval()
+    assert not any(parameter.requires_grad for parameter in trunk.parameters())
+    whole.eval().fc = torch.nn.Identity()
+    images = pictures(1, 224)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        local, pooled = trunk(images)
+        torch.testing.assert_close(pooled, whole((images / 2 + 0.5 - mean[:, None, None]) / std[:, None, None]))
+    assert local.shape == (1, 2048, 7, 7) and pooled.shape == (1, 2048)
+
+
 @pytest.mark.parametrize("spec", ["resnet", "small:wide", "small:0", "", "inception"])
 def test_unknown_trunks_are_refused_in_one_line(spec):
     with pytest.raises(UserError, match="trunk") as caught:
