@@ -42,7 +42,7 @@ from gans.gawwn_keypoints import (
     shuffled,
 )
 from gans.generator import Noise, Painter, noise_of_seeds
-from gans.layers import bottleneck, dcgan_init, leaky, relu, tile
+from gans.layers import bottleneck, dcgan_init, leaky, relu, sequence, tile
 from gans.locations import (
     Condition,
     Which,
@@ -76,29 +76,25 @@ Activation = Callable[[], nn.Module] | None
 def conv(inputs: int, outputs: int, kernel: int = 4, activation: Activation = leaky,
          norm: bool = True) -> nn.Sequential:
     """4: halves height and width; 3 and 1: keeps them."""
-    stride = 2 if kernel == 4 else 1
-    layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2)]
-    if norm:
-        layers.append(nn.BatchNorm2d(outputs))
-    return nn.Sequential(*layers, *([activation()] if activation else []))
+    return sequence(nn.Conv2d(inputs, outputs, kernel, 2 if kernel == 4 else 1, (kernel - 1) // 2),
+                    nn.BatchNorm2d(outputs) if norm else None, activation and activation())
 
 
-def whole(inputs: int, outputs: int, activation: Activation) -> nn.Sequential:
-    """[B, inputs, 4, 4] -> [B, outputs, 1, 1]."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 4), nn.BatchNorm2d(outputs), activation())
+def whole(inputs: int, outputs: int, activation: Activation, norm: bool = True) -> nn.Sequential:
+    """[B, inputs, 4, 4] -> [B, outputs], nothing left of places."""
+    return sequence(nn.Conv2d(inputs, outputs, 4), nn.BatchNorm2d(outputs) if norm else None, activation(),
+                    nn.Flatten())
 
 
 def deconv(inputs: int, outputs: int, kernel: int = 4, activation: Activation = relu) -> nn.Sequential:
     """4: doubles height and width; 3: keeps them."""
-    layers = [nn.ConvTranspose2d(inputs, outputs, kernel, kernel // 2 if kernel == 4 else 1, 1),
-              nn.BatchNorm2d(outputs)]
-    return nn.Sequential(*layers, *([activation()] if activation else []))
+    return sequence(nn.ConvTranspose2d(inputs, outputs, kernel, 2 if kernel == 4 else 1, 1), nn.BatchNorm2d(outputs),
+                    activation and activation())
 
 
 def first(inputs: int, outputs: int, activation: Activation = relu) -> nn.Sequential:
     """[B, inputs, 1, 1] -> [B, outputs, 4, 4]."""
-    return nn.Sequential(nn.ConvTranspose2d(inputs, outputs, 4), nn.BatchNorm2d(outputs),
-                         *([activation()] if activation else []))
+    return sequence(nn.ConvTranspose2d(inputs, outputs, 4), nn.BatchNorm2d(outputs), activation and activation())
 
 
 def doublings(image_size: int) -> int:
@@ -174,7 +170,7 @@ class BoxGenerator(nn.Module):
         """[B, Z], [B, D] and [B, 4] -> [B, 3, S, S]."""
         paste = inverse_matrix(crop_matrix(box))
         text = self.read.text(sentence)
-        pasted = self.global_text(resampled(tile(text, MAP), paste)).flatten(1)
+        pasted = self.global_text(resampled(tile(text, MAP), paste))
         around = self.global_path(torch.cat([self.global_noise(noise).relu(), pasted], dim=1)[:, :, None, None])
         inside = self.local_path(torch.cat([self.read.noise(noise), text], dim=1).relu()[:, :, None, None])
         return self.paint(torch.cat([around, resampled(inside, paste).relu()], dim=1))
@@ -191,7 +187,7 @@ class KeypointGenerator(nn.Module):
             nn.Sequential(nn.Linear(8 * width, 4 * width), nn.BatchNorm1d(4 * width), nn.ReLU()) for _ in range(2))
         self.local_path = deconv(4 * width, 4 * width, 3)
         self.parts = nn.Sequential(conv(parts, width, activation=relu), conv(width, 2 * width, activation=relu),
-                                   whole(2 * width, 4 * width, relu), nn.Flatten())
+                                   whole(2 * width, 4 * width, relu))
         self.global_path = nn.Sequential(first(8 * width, 4 * width), deconv(4 * width, 2 * width),
                                          deconv(2 * width, width))
         self.paint = nn.Sequential(deconv(5 * width + parts, 4 * width, 3), deconv(4 * width, 4 * width, 3, None),
@@ -295,6 +291,8 @@ class GAWWNDiscriminatorConfig(Section, json_schema_extra=FIXED):
 
     width: int = Field(default=128, ge=1, description="ndf: channels of the first feature map")
     text_dim: int = Field(default=128, ge=1, description="nt: numbers that the text is projected to")
+    vector_norm: bool = Field(default=True, description="whether what each path says of a whole picture is normalised, "
+                              "as published; false: a batch of nothing but fakes can then be told by its mean")
 
 
 class GAWWNDiscriminator(nn.Module):
@@ -318,8 +316,10 @@ class GAWWNDiscriminator(nn.Module):
         if self.condition == "box":
             self.warped, told = nn.Sequential(conv(text, 4 * width, activation=relu),
                                               conv(4 * width, width, activation=relu)), width
-        self.all = nn.Sequential(conv(8 * width + told, 4 * width, 1), whole(4 * width, width, leaky), nn.Flatten())
-        self.join = nn.Sequential(nn.Linear(2 * width, width), nn.BatchNorm1d(width), leaky(), nn.Linear(width, 1))
+        norm = config.vector_norm
+        self.all = nn.Sequential(conv(8 * width + told, 4 * width, 1), whole(4 * width, width, leaky, norm))
+        self.join = sequence(nn.Linear(2 * width, width), nn.BatchNorm1d(width) if norm else None, leaky(),
+                             nn.Linear(width, 1))
         self.activation = leaky()
         dcgan_init(self)
 

@@ -176,6 +176,15 @@ def test_the_warped_text_says_nothing_of_the_place():
     torch.testing.assert_close(warped, warped[:1, :, :1, :1].expand_as(warped))
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_batch_of_fakes_has_a_mean_of_its_own_only_without_the_norm_of_vectors(norm):
+    config = GAWWNDiscriminatorConfig(width=4, text_dim=6, vector_norm=norm)
+    discriminator = GAWWNDiscriminator(config, sizes(POINTS))
+    said = entering(discriminator.join[-2], lambda: discriminator(torch.rand(4, 3, 64, 64), torch.randn(4, DIM),
+                                                                  make_places(POINTS)))
+    assert (said.mean(dim=0).abs().max() < 1e-5) == norm
+
+
 # -- the task
 
 def make_task(monkeypatch, condition: str, **changes) -> GAWWNTask:
