@@ -49,7 +49,7 @@ ANSWERS = {"yes": True, "true": True, "no": False, "false": False}
 class FusedGANConfig(ModelConfig):
     """Sizes of the three generators."""
 
-    image_size: ImageSize = 64
+    image_size: ImageSize = Field(default=64, ge=1)
     sentence_dim: SentenceDim = 1024
     z_dim: NoiseDim = 100
     condition_dim: ConditionDim = 128

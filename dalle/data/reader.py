@@ -60,6 +60,9 @@ class ShardReader:
         for shard in list(self._open):
             self._forget(shard)
 
+    def __del__(self) -> None:
+        self.close()          # a descriptor is a number: nothing else would close it
+
     def _opened(self, shard: int) -> _OpenShard:
         entry = self._open.get(shard)
         if entry is not None:
